@@ -1,0 +1,291 @@
+"""`QVPO`: the RLlib algorithm. Rollouts, replay, updates, evaluation, checkpoints."""
+
+import functools
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.evaluation.metrics import summarize_episodes
+from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
+from ray.rllib.utils.metrics import (
+    NUM_AGENT_STEPS_SAMPLED,
+    NUM_AGENT_STEPS_TRAINED,
+    NUM_ENV_STEPS_SAMPLED,
+    NUM_ENV_STEPS_TRAINED,
+)
+from ray.rllib.utils.metrics.learner_info import LEARNER_STATS_KEY
+from ray.tune.registry import register_trainable
+
+from qvpo_rllib import __version__, checkpoint
+from qvpo_rllib.config import QVPOConfig, resolved_hyperparameters
+from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.ledger import UpdateLedger
+from qvpo_rllib.core.replay import ReplayBuffer, replay_bytes
+from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
+from qvpo_rllib.memory import available_bytes
+from qvpo_rllib.policy import QVPOTorchPolicy, to_transitions
+
+logger = logging.getLogger(__name__)
+
+
+class QVPO(Algorithm):  # type: ignore[misc]
+    """Q-weighted Variational Policy Optimization (Ding et al., NeurIPS 2024).
+
+    Build it from `QVPOConfig`. A result of `train()` has RLlib's usual keys; the learner's metrics
+    are under `info/learner/default_policy/learner_stats`, the update ledger under `ledger`.
+    """
+
+    @classmethod
+    def get_default_config(cls) -> QVPOConfig:
+        return QVPOConfig()
+
+    @classmethod
+    def get_default_policy_class(cls, config: Any) -> type[QVPOTorchPolicy]:
+        return QVPOTorchPolicy
+
+    @classmethod
+    def from_checkpoint(cls, path: Any, *args: Any, **kwargs: Any) -> "QVPO":
+        """A new algorithm from a checkpoint, its replay included.
+
+        RLlib's `Algorithm.from_checkpoint` works too, but cannot know of the replay.
+        """
+        directory = Path(path.path if hasattr(path, "path") else path).resolve()
+        checkpoint.read_metadata(directory)
+        algorithm: QVPO = super().from_checkpoint(str(directory), *args, **kwargs)
+        algorithm._load_run_state(directory)
+        return algorithm
+
+    def setup(self, config: Any) -> None:
+        if self.config.num_gpus and not torch.cuda.is_available():
+            raise ValueError(
+                f"num_gpus={self.config.num_gpus} was asked for, but PyTorch "
+                f"{torch.__version__} finds no CUDA device here. Use num_gpus=0, or a machine and "
+                "a PyTorch build with CUDA."
+            )
+        # Inside a Ray actor PyTorch gets one thread; give the learner the cores it was assigned.
+        if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+            torch.set_num_threads(max(1, int(self.config.num_cpus_for_main_process)))
+        super().setup(config)
+        self.hp = resolved_hyperparameters(self.config)
+        self.policy: QVPOTorchPolicy = self.get_policy()
+        assert self.policy.learner is not None
+        self.learner = self.policy.learner
+        self.ledger = UpdateLedger(self.hp.update_ratio, self.hp.warmup_steps)
+        self._announce_replay()
+        self.replay = ReplayBuffer(
+            self.hp.replay_capacity,
+            self.policy.obs_dim,
+            self.policy.act_dim,
+            seed=spawn_seed(self.config.seed, Stream.REPLAY),
+            device=self.policy.device,
+        )
+        self._replay_missing = False
+        self._metric_sums: dict[str, torch.Tensor] = {}
+        self._num_summed = 0
+
+    def training_step(self) -> dict[str, Any]:
+        """Collect a fragment from every worker, take it in, do the updates owed."""
+        if self._replay_missing:
+            self._replay_missing = False
+            logger.warning(
+                "Training goes on from a checkpoint without its replay: it is filled with %d env "
+                "steps before the next update. `algo.restore` and `QVPO.from_checkpoint` load the "
+                "replay where it was saved; RLlib's `Algorithm.from_checkpoint` cannot.",
+                self.ledger.warmup_steps,
+            )
+        for fragment in self._collect():
+            self.replay.add(to_transitions(fragment, self.hp.truncation_as_terminal))
+            self.ledger.ingested += fragment.count
+            self._counters[NUM_ENV_STEPS_SAMPLED] += fragment.count
+            self._counters[NUM_AGENT_STEPS_SAMPLED] += fragment.count
+        owed = self.ledger.owed
+        if owed:
+            self.learner.set_env_steps(self.ledger.ingested)
+        for _ in range(owed):
+            self._update()
+        if owed:
+            self._check_losses()
+        # The metrics are read once per iteration, in `_compile_iteration_results_old_api_stack`.
+        return {}
+
+    def _collect(self) -> list[SampleBatch]:
+        random_actions = self.ledger.warming_up
+        group = self.env_runner_group
+        if group.num_remote_env_runners() == 0:
+            return [self.env_runner.collect(random_actions=random_actions)]
+        kwargs = {"random_actions": random_actions}
+        if not random_actions:
+            kwargs["weights"] = ray.put(self.policy.get_weights())
+        results = group.foreach_env_runner(
+            "collect_remotely", kwargs=kwargs, local_env_runner=False
+        )
+        for result in results:
+            if isinstance(result, NonFiniteError):
+                raise result
+        return list(results)
+
+    def _update(self) -> None:
+        batch_size = self.hp.batch_size
+        critic_batch = self.replay.sample(batch_size)
+        policy_batch = critic_batch
+        if self.hp.update_order == "critic_then_policy":
+            policy_batch = self.replay.sample(batch_size)
+        metrics = self.learner.update(critic_batch, policy_batch)
+        if self._metric_sums:
+            torch._foreach_add_(list(self._metric_sums.values()), list(metrics.values()))
+        else:
+            self._metric_sums = {name: value.clone() for name, value in metrics.items()}
+        self._num_summed += 1
+        self.ledger.done += 1
+        self._counters[NUM_ENV_STEPS_TRAINED] += batch_size
+        self._counters[NUM_AGENT_STEPS_TRAINED] += batch_size
+
+    def _check_losses(self) -> None:
+        """Weights go to the workers next, which waits for the device anyway."""
+        for name in ("critic_loss", "actor_loss"):
+            value = self._metric_sums[name]
+            if not torch.isfinite(value):
+                raise NonFiniteError(
+                    f"{self.config.env}: {name} became {float(value)} at env step "
+                    f"{self.ledger.ingested} (update {self.ledger.done}). Training stops here; the "
+                    "last checkpoint is untouched. Lower actor_lr or critic_lr, or set grad_clip."
+                )
+
+    def _compile_iteration_results_old_api_stack(
+        self, *, episodes_this_iter: Any, step_ctx: Any, iteration_results: dict[str, Any]
+    ) -> dict[str, Any]:
+        stats = {n: float(v) / self._num_summed for n, v in self._metric_sums.items()}
+        self._metric_sums, self._num_summed = {}, 0
+        if stats:
+            stats["entropy_weight"] = self.learner.entropy_weight
+        iteration_results[DEFAULT_POLICY_ID] = {LEARNER_STATS_KEY: stats}
+        results: dict[str, Any] = super()._compile_iteration_results_old_api_stack(
+            episodes_this_iter=episodes_this_iter,
+            step_ctx=step_ctx,
+            iteration_results=iteration_results,
+        )
+        results["ledger"] = {
+            "ingested": self.ledger.ingested,
+            "done": self.ledger.done,
+            "owed": self.ledger.owed,
+        }
+        results["replay_size"] = len(self.replay)
+        return results
+
+    def _evaluate_on_local_env_runner(self, env_runner: Any) -> tuple[Any, int, int, list[Any]]:
+        seeds, action_seed = self._evaluation_seeds()
+        return self._summarize_evaluation([env_runner.evaluate_episodes(seeds, action_seed)])
+
+    def _evaluate_with_fixed_duration(self) -> tuple[Any, int, int, list[Any]]:
+        seeds, action_seed = self._evaluation_seeds()
+        workers = self.eval_env_runner_group.healthy_worker_ids()
+        # Worker w plays episodes w, w + W, …; each has its own stream of diffusion noise.
+        calls = [
+            functools.partial(_evaluate_on, seeds=seeds[i :: len(workers)], action_seed=action_seed + i)
+            for i in range(len(workers))
+        ]
+        results = self.eval_env_runner_group.foreach_env_runner(
+            calls,
+            local_env_runner=False,
+            remote_worker_ids=workers,
+            timeout_seconds=self.config.evaluation_sample_timeout_s,
+        )
+        return self._summarize_evaluation(results)
+
+    def _evaluation_seeds(self) -> tuple[list[int], int]:
+        """Seeds that depend on the run's seed and the env steps alone, so that evaluating more or
+        less often, or resuming, changes no result."""
+        steps = self.ledger.ingested
+        seeds = episode_seeds(self.config.seed, steps, self.config.evaluation_duration)
+        return seeds, spawn_seed(self.config.seed, Stream.EVALUATION, steps, 1)
+
+    def _summarize_evaluation(self, results: list[Any]) -> tuple[Any, int, int, list[Any]]:
+        episodes = []
+        for metrics, error in results:
+            if error is not None:
+                raise error
+            episodes += metrics
+        steps = sum(e.episode_length for e in episodes)
+        summary = summarize_episodes(
+            episodes, episodes, self.evaluation_config.keep_per_episode_custom_metrics
+        )
+        return summary, steps, steps, []
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        super().save_checkpoint(checkpoint_dir)
+        directory = Path(checkpoint_dir)
+        if self.config.replay_in_checkpoints:
+            checkpoint.save_replay(directory / checkpoint.REPLAY_FILE, self.replay)
+        checkpoint.write_metadata(directory, self._metadata())
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        directory = Path(checkpoint_dir)
+        found = checkpoint.read_metadata(directory)
+        checkpoint.check_compatible(found, self._metadata(), directory)
+        # RLlib calls `on_checkpoint_loaded` at the end of its part, the replay comes after.
+        super().load_checkpoint(checkpoint_dir)
+        self._load_run_state(directory)
+
+    def _metadata(self) -> dict[str, Any]:
+        hp = self.hp.to_dict()
+        hp["hidden"] = list(hp["hidden"])
+        return {
+            "package_version": __version__,
+            "ray_version": ray.__version__,
+            "torch_version": torch.__version__,
+            "env": str(self.config.env),
+            "shapes": [self.policy.obs_dim, self.policy.act_dim],
+            "seed": self.config.seed,
+            "hyperparameters": hp,
+            "ledger": self.ledger.state_dict(),
+            "replay": checkpoint.encode_replay_state(self.replay.state_dict()),
+        }
+
+    def _load_run_state(self, directory: Path) -> None:
+        found = checkpoint.read_metadata(directory)
+        self.ledger.load_state_dict(found["ledger"])
+        file = directory / checkpoint.REPLAY_FILE
+        if file.exists():
+            state = checkpoint.decode_replay_state(found["replay"])
+            self.replay.load(state, checkpoint.load_replay(file))
+            self._replay_missing = False
+        else:
+            self._go_on_without_replay()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # The counters alone say how far the run is; `_load_run_state` puts the rest in place.
+        self.ledger.ingested = int(self._counters[NUM_ENV_STEPS_SAMPLED])
+        self.ledger.done = self.learner.num_updates
+        self._go_on_without_replay()
+
+    def _go_on_without_replay(self) -> None:
+        self.ledger.refill()
+        self._replay_missing = self.ledger.done > 0
+
+    def _announce_replay(self) -> None:
+        """States the replay's size before it is allocated, and refuses one that does not fit."""
+        policy, capacity = self.policy, self.hp.replay_capacity
+        size = replay_bytes(capacity, policy.obs_dim, policy.act_dim)
+        text = f"replay: {capacity:,} transitions, {size:,} bytes on {policy.device}"
+        print(text, file=sys.stderr)
+        free = available_bytes(policy.device)
+        if size > free:
+            raise ValueError(
+                f"replay_capacity={capacity} does not fit: it needs {size:,} bytes on "
+                f"{policy.device}, where {free:,} are free. A replay_capacity of at most "
+                f"{max(0, int(capacity * 0.9 * free / size)):,} fits."
+            )
+
+
+def _evaluate_on(worker: Any, seeds: list[int], action_seed: int) -> Any:
+    return worker.evaluate_episodes(seeds, action_seed)
+
+
+register_trainable("QVPO", QVPO)
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,0 +1,1 @@
+"""QVPO's mathematics. Imports torch and numpy only, never Ray or Gymnasium."""

@@ -1,0 +1,27 @@
+"""The affine map between the networks' actions in [-1, 1] and an environment's box."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ActionScale:
+    """Per-dimension map of [-1, 1] onto [low, high], asymmetric boxes included.
+
+    Args:
+        low, high: [A], finite, low < high.
+    """
+
+    def __init__(self, low: NDArray[np.floating], high: NDArray[np.floating]) -> None:
+        self.low, self.high = low, high
+        self.dtype = low.dtype
+        self._half = (high.astype(np.float64) - low) / 2
+        self._middle = (high.astype(np.float64) + low) / 2
+
+    def to_env(self, action: NDArray[np.floating]) -> NDArray[np.floating]:
+        """[..., A] in [-1, 1] → [..., A] in [low, high], in the box's dtype."""
+        scaled = self._middle + self._half * action
+        return np.clip(scaled, self.low, self.high).astype(self.dtype)
+
+    def from_env(self, action: NDArray[np.floating]) -> NDArray[np.float32]:
+        """[..., A] in [low, high] → [..., A] float32 in [-1, 1]."""
+        return ((action - self._middle) / self._half).astype(np.float32)

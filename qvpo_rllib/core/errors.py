@@ -1,0 +1,5 @@
+"""Errors that training raises about its own numbers."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A NaN or an infinity where none may be; the message names where it appeared."""

@@ -1,0 +1,250 @@
+"""The learner: actor, critics, targets and optimisers, and one update of them all.
+
+It knows nothing of how it is driven: batches come in, detached scalar tensors go out.
+"""
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from qvpo_rllib.core import losses
+from qvpo_rllib.core.diffusion import NoiseSchedule
+from qvpo_rllib.core.hyperparameters import Hyperparameters
+from qvpo_rllib.core.networks import NoisePredictor, TwinQ
+from qvpo_rllib.core.replay import Transitions
+from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions, select_actions
+
+# Rate of the running mean and standard deviation of Q that `qexp` normalises with (the authors'
+# program's alpha_mean and alpha_std).
+Q_STATISTICS_RATE = 1e-3
+
+
+class UpdateNoise(NamedTuple):
+    """Every random number of one update, so that another implementation can be fed the same."""
+
+    target: Tensor  # [T, B, K_t, A] standard normal: the TD target's actions
+    policy: Tensor  # [T, B, N_d, A] standard normal: the policy samples
+    uniform: Tensor  # [B, N_e, A] uniform in [-1, 1]
+    step: Tensor  # [B·(k + N_e)] int64 in [0, T): the diffusion step of each trained row
+    forward: Tensor  # [B·(k + N_e), A] standard normal: the noise to be predicted
+
+
+class Networks(nn.Module):
+    """Actor, twin critics and their targets."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hp: Hyperparameters) -> None:
+        super().__init__()
+        self.obs_dim, self.act_dim = obs_dim, act_dim
+        self.actor = NoisePredictor(obs_dim, act_dim, hp.hidden, hp.diffusion_steps)
+        self.critic = TwinQ(obs_dim, act_dim, hp.hidden)
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.schedule = NoiseSchedule(hp.noise_schedule, hp.diffusion_steps)
+
+
+class Learner:
+    """One QVPO learner on one device.
+
+    Args:
+        networks: built for the same hyperparameters; moved to `device`.
+        seed: of the generator that draws `UpdateNoise`.
+    """
+
+    def __init__(
+        self, networks: Networks, hp: Hyperparameters, *, seed: int, device: torch.device | str
+    ) -> None:
+        if hp.k_target is None:
+            raise ValueError("k_target is not resolved: give a number (see presets.resolve_for_task).")
+        self.device = torch.device(device)
+        self.networks = networks.to(self.device)
+        self.generator = Generator(device=self.device)
+        self.generator.manual_seed(seed)
+        self.actor_optimizer = self._adam(networks.actor, hp.actor_lr, hp.adam_eps)
+        self.critic_optimizer = self._adam(networks.critic, hp.critic_lr, hp.adam_eps)
+        self.num_updates = 0
+        self.q_mean = torch.zeros((), device=self.device)
+        self.q_std = torch.ones((), device=self.device)
+        self.configure(hp)
+
+    @staticmethod
+    def _adam(module: nn.Module, lr: float, eps: float) -> torch.optim.Adam:
+        return torch.optim.Adam(module.parameters(), lr=lr, eps=eps, fused=True)
+
+    def configure(self, hp: Hyperparameters) -> None:
+        """Takes new hyperparameters into effect; the networks' shape and T must stay."""
+        self.hp = hp
+        for optimizer, lr in (
+            (self.actor_optimizer, hp.actor_lr),
+            (self.critic_optimizer, hp.critic_lr),
+        ):
+            for group in optimizer.param_groups:
+                group["lr"], group["eps"] = lr, hp.adam_eps
+        self.entropy_weight = hp.entropy_weight
+
+    def set_env_steps(self, env_steps: int) -> None:
+        """Moves ω_ent to its value after `env_steps` environment steps."""
+        self.entropy_weight = self.hp.entropy_weight_at(env_steps)
+
+    def draw_update_noise(self, batch_size: int) -> UpdateNoise:
+        hp, act_dim, device = self.hp, self.networks.act_dim, self.device
+        rows = batch_size * (hp.num_chosen_samples + hp.num_uniform_samples)
+        generator = self.generator
+        assert hp.k_target is not None
+
+        def noise(num_samples: int) -> Tensor:
+            return draw_noise(
+                hp.diffusion_steps, batch_size, num_samples, act_dim, generator, device
+            )
+
+        return UpdateNoise(
+            target=noise(hp.k_target),
+            policy=noise(hp.num_policy_samples),
+            uniform=torch.empty(batch_size, hp.num_uniform_samples, act_dim, device=device).uniform_(
+                -1, 1, generator=generator
+            ),
+            step=torch.randint(hp.diffusion_steps, (rows,), generator=generator, device=device),
+            forward=torch.randn(rows, act_dim, generator=generator, device=device),
+        )
+
+    def update(
+        self,
+        critic_batch: Transitions,
+        policy_batch: Transitions | None = None,
+        noise: UpdateNoise | None = None,
+    ) -> dict[str, Tensor]:
+        """One update of critics, actor and targets (Algorithm 1, lines 4 to 11).
+
+        Args:
+            critic_batch: transitions for the TD loss.
+            policy_batch: transitions whose states train the policy; the same batch if None.
+            noise: drawn from the learner's generator if None.
+
+        Returns:
+            Detached scalar tensors on the device; see the README's table of metrics.
+        """
+        if policy_batch is None:
+            policy_batch = critic_batch
+        if noise is None:
+            noise = self.draw_update_noise(critic_batch.reward.shape[0])
+        if self.hp.update_order == "critic_then_policy":
+            metrics = self._update_critic(critic_batch, noise)
+            metrics |= self._update_policy(policy_batch.obs, noise)
+        else:
+            metrics = self._update_policy(policy_batch.obs, noise)
+            metrics |= self._update_critic(critic_batch, noise)
+        self._update_targets()
+        self.num_updates += 1
+        return metrics
+
+    def _update_critic(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
+        nets, hp = self.networks, self.hp
+        actor = nets.target_actor if hp.target_actor else nets.actor
+        next_action, next_q = select_actions(
+            actor, nets.target_critic, nets.schedule, batch.next_obs, noise.target
+        )
+        if next_q is None:
+            next_q = min_q(nets.target_critic, batch.next_obs, next_action[:, None])[:, 0]
+        target = losses.td_target(batch.reward, batch.terminal, next_q, hp.gamma)
+        q = nets.critic(batch.obs, batch.action)
+        loss = losses.critic_loss(q, target)
+        grad_norm = self._descend(loss, self.critic_optimizer, nets.critic)
+        return {
+            "critic_loss": loss.detach(),
+            "critic_grad_norm": grad_norm,
+            "q_mean": q.detach().mean(),
+            "td_target_mean": target.mean(),
+        }
+
+    def _update_policy(self, obs: Tensor, noise: UpdateNoise) -> dict[str, Tensor]:
+        nets, hp = self.networks, self.hp
+        samples = sample_actions(nets.actor, nets.schedule, obs, noise.policy)  # [B, N_d, A]
+        q = min_q(nets.critic, obs, samples)  # [B, N_d]
+        value = q.mean(dim=1)
+        self.q_mean.lerp_(q.mean(), Q_STATISTICS_RATE)
+        self.q_std.lerp_(q.std(), Q_STATISTICS_RATE)
+        chosen_q, chosen = losses.best_of(q, samples, hp.num_chosen_samples)  # [B, k], [B, k, A]
+        weights = losses.q_weights(
+            hp.q_weights, chosen_q, value, q_cut=hp.q_cut, q_mean=self.q_mean, q_std=self.q_std
+        )
+        uniform_weights = losses.entropy_weights(weights, self.entropy_weight)
+
+        # Trained rows, state by state: the k chosen actions first, then all the uniform ones.
+        num_states, act_dim, num_uniform = obs.shape[0], nets.act_dim, hp.num_uniform_samples
+        best_rows = num_states * hp.num_chosen_samples
+        actions = torch.cat([chosen.reshape(-1, act_dim), noise.uniform.reshape(-1, act_dim)])
+        noisy = nets.schedule.q_sample(actions, noise.step, noise.forward)
+        obs_part = nets.actor.obs_part(obs)
+        row_part = torch.cat(
+            [
+                obs_part.repeat_interleave(hp.num_chosen_samples, dim=0),
+                obs_part.repeat_interleave(num_uniform, dim=0),
+            ]
+        )
+        error = losses.denoising_error(nets.actor(noisy, noise.step, row_part), noise.forward)
+        if hp.vlo_coefficient:
+            error = error * nets.schedule.vlo_coefficient[noise.step]
+        best_term, entropy_term = losses.policy_loss(
+            error[:best_rows],
+            weights.reshape(-1),
+            error[best_rows:],
+            uniform_weights.repeat_interleave(num_uniform),
+            hp.entropy_reduction,
+        )
+        loss = best_term + entropy_term
+        grad_norm = self._descend(loss, self.actor_optimizer, nets.actor)
+        return {
+            "actor_loss": loss.detach(),
+            "entropy_loss": entropy_term.detach(),
+            "denoising_error": error.detach().mean(),
+            "actor_grad_norm": grad_norm,
+            "value_mean": value.mean(),
+            "advantage_mean": (chosen_q[:, 0] - value).mean(),
+            "q_weight_mean": weights.mean(),
+            "q_weight_zero_share": (weights <= 0).float().mean(),
+            "sample_std": samples.std(dim=1, correction=0).mean(),
+        }
+
+    def _descend(self, loss: Tensor, optimizer: torch.optim.Adam, module: nn.Module) -> Tensor:
+        """One clipped step of Adam. Returns the gradient's norm before clipping."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        limit = float("inf") if self.hp.grad_clip is None else self.hp.grad_clip
+        norm = nn.utils.clip_grad_norm_(module.parameters(), limit, foreach=True)
+        optimizer.step()
+        return norm
+
+    @torch.no_grad()
+    def _update_targets(self) -> None:
+        nets = self.networks
+        for target, online in (
+            (nets.target_actor, nets.actor),
+            (nets.target_critic, nets.critic),
+        ):
+            torch._foreach_lerp_(
+                list(target.parameters()), list(online.parameters()), self.hp.tau
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an update reads or writes, except the hyperparameters."""
+        return {
+            "networks": self.networks.state_dict(),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "generator": self.generator.get_state().cpu(),
+            "num_updates": self.num_updates,
+            "q_mean": self.q_mean.cpu(),
+            "q_std": self.q_std.cpu(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`, then re-applies the learner's own hyperparameters."""
+        self.networks.load_state_dict(state["networks"])
+        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.generator.set_state(state["generator"])
+        self.num_updates = state["num_updates"]
+        self.q_mean.copy_(state["q_mean"])
+        self.q_std.copy_(state["q_std"])
+        self.configure(self.hp)

@@ -1,0 +1,101 @@
+"""QVPO's targets, weights and losses: pure functions, one per equation."""
+
+import torch
+from torch import Tensor
+
+Q_EXP_RANGE = 8.0  # qexp clips its normalised Q to ±8 before the exponential
+
+
+def td_target(reward: Tensor, terminal: Tensor, next_q: Tensor, gamma: float) -> Tensor:
+    """Algorithm 1, line 10: y = r + γ(1 - terminal)·min Q̄(s', a'). All [B]."""
+    return reward + gamma * (1 - terminal) * next_q
+
+
+def critic_loss(q: Tensor, target: Tensor) -> Tensor:
+    """Algorithm 1, line 11: the sum of the twins' mean squared errors. q [2, B], target [B]."""
+    return (q - target).square().mean(dim=1).sum()
+
+
+def best_of(q: Tensor, actions: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+    """The k actions of highest q per state, best first: q [B, N], actions [B, N, A] → [B, k], [B, k, A].
+
+    With k = 1 this is the selection of the K-efficient policy (section 4.4).
+    """
+    if k == 1:
+        top_q, index = q.max(dim=1, keepdim=True)
+    else:
+        top_q, index = q.topk(k, dim=1)
+    return top_q, actions.gather(1, index[..., None].expand(-1, -1, actions.shape[-1]))
+
+
+def q_weights(
+    kind: str,
+    chosen_q: Tensor,
+    value: Tensor,
+    *,
+    q_cut: float,
+    q_mean: Tensor,
+    q_std: Tensor,
+) -> Tensor:
+    """The weights ω_eq(s, a) of Eq. 6 for the chosen actions of each state.
+
+    Args:
+        kind: `qadv` max(Q - V, 0), Eq. 9; `qcut` Q where Q ≥ 0 and `q_cut` (ε) below, section 4.2;
+            `qrelu` max(Q, 0), Eq. 7 without its denominator; `qexp` exp of the normalised Q.
+        chosen_q: [B, k], the lower of the twins' estimates.
+        value: V(s) [B], the mean Q of the state's N_d samples.
+        q_mean, q_std: running statistics of Q over all samples, scalars; used by `qexp` alone.
+
+    Returns:
+        [B, k], never negative.
+    """
+    if kind == "qadv":
+        return (chosen_q - value[:, None]).clamp(min=0)
+    if kind == "qcut":
+        return torch.where(chosen_q >= 0, chosen_q, q_cut)
+    if kind == "qrelu":
+        return chosen_q.clamp(min=0)
+    if kind == "qexp":
+        return ((chosen_q - q_mean) / q_std).clamp(-Q_EXP_RANGE, Q_EXP_RANGE).exp()
+    raise ValueError(f"q_weights={kind!r} does not exist: use qadv, qcut, qrelu or qexp.")
+
+
+def entropy_weights(weights: Tensor, entropy_weight: Tensor | float) -> Tensor:
+    """ω_ent(s) of Eq. 10: ω_ent times the mean ω_eq of the chosen actions. [B, k] → [B]."""
+    return entropy_weight * weights.mean(dim=1)
+
+
+def denoising_error(predicted: Tensor, noise: Tensor) -> Tensor:
+    """‖ε - ε_θ‖² of Eq. 5 per row: [R, A], [R, A] → [R].
+
+    Deviation: the mean over action dimensions instead of their sum, as in the authors' program.
+    It divides the loss by A, which Adam undoes except for the gradient clip.
+    """
+    return (predicted - noise).square().mean(dim=-1)
+
+
+def policy_loss(
+    best_error: Tensor,
+    best_weight: Tensor,
+    uniform_error: Tensor,
+    uniform_weight: Tensor,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The Q-weighted VLO loss (Eq. 6) and the diffusion entropy term (Eq. 10).
+
+    Args:
+        best_error, best_weight: [B·k], the chosen samples' denoising errors and weights ω_eq.
+        uniform_error, uniform_weight: [B·N_e], the same of the uniform actions with ω_ent(s).
+        reduction: "mean" gives the two expectations. "sum" divides both sums by the number of all
+            rows, B·k + B·N_e, so that the entropy term counts N_e/k times Eq. 10: what the authors'
+            program does.
+
+    Returns:
+        The two terms, whose sum is the policy's loss.
+    """
+    best = (best_weight * best_error).sum()
+    uniform = (uniform_weight * uniform_error).sum()
+    if reduction == "sum":
+        rows = best_error.numel() + uniform_error.numel()
+        return best / rows, uniform / rows
+    return best / best_error.numel(), uniform / max(1, uniform_error.numel())

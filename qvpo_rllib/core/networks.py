@@ -1,0 +1,116 @@
+"""The noise predictor and the twin critics.
+
+Letters used throughout `core`: B states in a batch, N actions per state, A action dimensions,
+O observation dimensions, H width of a hidden layer, T diffusion steps. All tensors are float32.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TIME_DIM = 32  # size of the sinusoidal embedding of t
+TIME_HIDDEN = 256  # width of the layer behind it
+
+
+class SplitMLP(nn.Module):
+    """An MLP with Mish whose input is a concatenation of parts (obs, action, …).
+
+    The first layer is linear in its parts, so a part shared by many rows (the observation of N
+    action samples) is multiplied once and added: `first(i, part)`, then `tail(sum)`.
+    """
+
+    def __init__(self, part_dims: Sequence[int], hidden: Sequence[int], out_dim: int) -> None:
+        super().__init__()
+        self.part_dims = tuple(part_dims)
+        dims = [sum(part_dims), *hidden, out_dim]
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(dims, dims[1:], strict=False))
+        self.apply(init_weights)
+
+    def first_weights(self) -> tuple[Tensor, ...]:
+        """The first layer's weight [H, sum of parts], cut into its parts [H, part]."""
+        return self.layers[0].weight.split(self.part_dims, dim=1)  # type: ignore[operator,return-value]
+
+    def first(self, index: int, part: Tensor) -> Tensor:
+        """Part `index`'s share of the first layer (without bias): [..., part] → [..., H]."""
+        return F.linear(part, self.first_weights()[index])
+
+    def tail(self, pre: Tensor) -> Tensor:
+        """From the summed shares [..., H] (bias not yet added) to the output [..., out]."""
+        hidden = F.mish(pre + self.layers[0].bias)  # type: ignore[operator]
+        for layer in self.layers[1:-1]:
+            hidden = F.mish(layer(hidden))
+        out: Tensor = self.layers[-1](hidden)
+        return out
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Parts of shape [..., part], broadcast against one another → [..., out]."""
+        pre = self.first(0, parts[0])
+        for index, part in enumerate(parts[1:], start=1):
+            pre = pre + self.first(index, part)
+        return self.tail(pre)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Normal weights of standard deviation 1 / (2·sqrt(fan-in)), biases zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=1 / (2 * math.sqrt(module.in_features)))
+        nn.init.zeros_(module.bias)
+
+
+def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sines then cosines of t at frequencies 10000^(-i / (dim/2 - 1)): [T] → [T, dim]."""
+    half = dim // 2
+    exponents = torch.arange(half, device=t.device, dtype=torch.float32) / (half - 1)
+    angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class NoisePredictor(nn.Module):
+    """ε_θ(a_t, s, t): the noise in a noisy action, given the state and the step."""
+
+    time_table: Tensor
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int], steps: int) -> None:
+        super().__init__()
+        self.act_dim = act_dim
+        self.time_mlp = nn.Sequential(
+            nn.Linear(TIME_DIM, TIME_HIDDEN), nn.Mish(), nn.Linear(TIME_HIDDEN, TIME_DIM)
+        )
+        self.time_mlp.apply(init_weights)
+        self.mlp = SplitMLP((act_dim, TIME_DIM, obs_dim), hidden, act_dim)
+        table = sinusoidal_embedding(torch.arange(steps), TIME_DIM)
+        self.register_buffer("time_table", table, persistent=False)
+
+    def time_part(self) -> Tensor:
+        """Every step's share of the first layer, [T, H]."""
+        return self.mlp.first(1, self.time_mlp(self.time_table))
+
+    def obs_part(self, obs: Tensor) -> Tensor:
+        """The observation's share of the first layer, [B, O] → [B, H]."""
+        return self.mlp.first(2, obs)
+
+    def forward(self, noisy_action: Tensor, t: Tensor, obs_part: Tensor) -> Tensor:
+        """Predicted noise [..., A] for noisy_action [..., A], t [...] int64, obs_part [..., H]."""
+        # `embedding` is an index whose backward pass is fast.
+        pre = self.mlp.first(0, noisy_action) + F.embedding(t, self.time_part()) + obs_part
+        return self.mlp.tail(pre)
+
+
+class TwinQ(nn.Module):
+    """Two critics Q(s, a) that share nothing but their shape."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.q1 = SplitMLP((obs_dim, act_dim), hidden, 1)
+        self.q2 = SplitMLP((obs_dim, act_dim), hidden, 1)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Both estimates [2, ...] of obs [..., O] and action [..., A] in [-1, 1].
+
+        Leading dimensions broadcast: obs [B, 1, O] with action [B, N, A] costs the observation's
+        share of the first layer once per state.
+        """
+        return torch.stack([self.q1(obs, action), self.q2(obs, action)]).squeeze(-1)

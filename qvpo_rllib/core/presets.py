@@ -1,0 +1,44 @@
+"""Named sets of hyperparameters, and the paper's values for each task."""
+
+from typing import Any
+
+from qvpo_rllib.core.hyperparameters import Hyperparameters
+
+# K_t of the paper's Table 3, by the task's name without its version (-v4, -v5).
+TASK_PRESETS: dict[str, dict[str, Any]] = {
+    "Hopper": {"k_target": 1},
+    "Walker2d": {"k_target": 2},
+    "Ant": {"k_target": 2},
+    "HalfCheetah": {"k_target": 4},
+    "Humanoid": {"k_target": 2},
+}
+OTHER_TASKS: dict[str, Any] = {"k_target": 2}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The defaults of `Hyperparameters`: the paper's settings, with the authors' program where the
+    # paper is silent and time limits bootstrapped.
+    "default": {},
+    # The letter of the paper: Table 2, Algorithm 1's order, the sum of Eq. 6 and Eq. 10.
+    "paper": {
+        "actor_lr": 3e-4,
+        "hidden": (256, 256),
+        "grad_clip": None,
+        "entropy_reduction": "mean",
+        "update_order": "policy_then_critic",
+    },
+    # The values of the authors' released program, its treatment of time limits included.
+    "authors": {
+        "k_target": 4,
+        "entropy_weight": 0.02,
+        "entropy_weight_end": 0.0,
+        "entropy_weight_floor": 0.002,
+        "truncation_as_terminal": True,
+    },
+}
+
+
+def resolve_for_task(hp: Hyperparameters, env_id: str) -> dict[str, Any]:
+    """The options that `hp` leaves to the task ("none") and their values for `env_id`."""
+    task = env_id.rsplit("/", 1)[-1].rsplit("-v", 1)[0]
+    values = TASK_PRESETS.get(task, OTHER_TASKS)
+    return {name: value for name, value in values.items() if getattr(hp, name) is None}

@@ -1,0 +1,107 @@
+"""The replay: a columnar ring of fixed size on the learner's device."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+
+class Transitions(NamedTuple):
+    """Columns of B transitions, float32. Actions are scaled to [-1, 1]."""
+
+    obs: Tensor  # [B, O]
+    action: Tensor  # [B, A]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, O]
+    terminal: Tensor  # [B], 1 where the return ends, else 0
+
+
+def column_shapes(capacity: int, obs_dim: int, act_dim: int) -> Transitions:
+    """The shape of each column, as `Transitions` of tuples."""
+    return Transitions(  # type: ignore[arg-type]
+        (capacity, obs_dim), (capacity, act_dim), (capacity,), (capacity, obs_dim), (capacity,)
+    )
+
+
+def replay_bytes(capacity: int, obs_dim: int, act_dim: int) -> int:
+    """Bytes that a replay of this size takes."""
+    return capacity * (2 * obs_dim + act_dim + 2) * 4
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions; once full, a new one overwrites the oldest.
+
+    Sampling is uniform with replacement and draws from the buffer's own generator, on `device`.
+    """
+
+    def __init__(
+        self, capacity: int, obs_dim: int, act_dim: int, *, seed: int, device: torch.device | str
+    ) -> None:
+        self.capacity = capacity
+        self.device = torch.device(device)
+        shapes = column_shapes(capacity, obs_dim, act_dim)
+        self.columns = Transitions(*(torch.zeros(s, device=self.device) for s in shapes))
+        self.size = 0
+        self.num_added = 0
+        self.generator = Generator(device=self.device)
+        self.generator.manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def add(self, transitions: Transitions) -> None:
+        """Appends a batch of transitions; tensors or numpy arrays, in order of time."""
+        columns = [torch.as_tensor(np.asarray(c) if not isinstance(c, Tensor) else c)
+                   for c in transitions]  # fmt: skip
+        num_new = columns[0].shape[0]
+        for name, new, own in zip(Transitions._fields, columns, self.columns, strict=True):
+            if new.shape != (num_new, *own.shape[1:]):
+                raise ValueError(
+                    f"{name} has shape {tuple(new.shape)}; the replay needs "
+                    f"{(num_new, *own.shape[1:])}."
+                )
+        for new, own in zip(columns, self.columns, strict=True):
+            self._write(own, new[-self.capacity :], num_new)
+        self.num_added += num_new
+        self.size = min(self.num_added, self.capacity)
+
+    def _write(self, own: Tensor, new: Tensor, num_new: int) -> None:
+        kept = new.shape[0]
+        start = (self.num_added + num_new - kept) % self.capacity
+        first = min(kept, self.capacity - start)
+        own[start : start + first] = new[:first].to(own)
+        own[: kept - first] = new[first:].to(own)
+
+    def sample(self, batch_size: int) -> Transitions:
+        """`batch_size` transitions, uniform with replacement."""
+        if self.size == 0:
+            raise ValueError("The replay is empty: add transitions before sampling.")
+        index = torch.randint(
+            self.size, (batch_size,), generator=self.generator, device=self.device
+        )
+        return Transitions(*(column.index_select(0, index) for column in self.columns))
+
+    def in_order(self) -> Transitions:
+        """Everything held, oldest first."""
+        if self.num_added <= self.capacity:
+            return Transitions(*(column[: self.size] for column in self.columns))
+        oldest = self.num_added % self.capacity
+        return Transitions(*(column.roll(-oldest, dims=0) for column in self.columns))
+
+    def state_dict(self) -> dict[str, object]:
+        """Counters and the generator's state; the transitions themselves are `in_order()`."""
+        return {"num_added": self.num_added, "generator": self.generator.get_state().cpu()}
+
+    def load(self, state: dict[str, object], transitions: Transitions) -> None:
+        """Restores what `state_dict()` and `in_order()` gave."""
+        num_added, held = int(state["num_added"]), transitions.reward.shape[0]  # type: ignore[call-overload]
+        if held != min(num_added, self.capacity):
+            raise ValueError(
+                f"The snapshot holds {held} transitions, but {min(num_added, self.capacity)} were "
+                f"expected ({num_added} added, capacity {self.capacity})."
+            )
+        self.num_added = num_added - held
+        self.size = min(self.num_added, self.capacity)
+        self.add(transitions)
+        self.generator.set_state(state["generator"])

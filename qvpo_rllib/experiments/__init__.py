@@ -1,0 +1,1 @@
+"""What surrounds a training run: its directory, its live status and its plots."""

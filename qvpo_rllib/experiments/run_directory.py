@@ -1,0 +1,358 @@
+"""A run directory that explains itself and survives a crash at any moment.
+
+    config.json         the resolved configuration
+    run.json            {"starts": [...]}: command line, time, versions and machine of each start
+    metrics.jsonl       one row per line; the only source of the two entries below
+    metrics.parquet     the same rows as columns, written by `compact`
+    tensorboard/        every numeric value of every row, x = env steps
+    checkpoints/        numbered directories; `last` and `best` are relative links to them
+
+Files are replaced, never rewritten in place, except `metrics.jsonl`, which is appended to: a line
+cut short by a crash is ignored by readers and removed by `open`.
+"""
+
+import importlib.metadata
+import json
+import math
+import numbers
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Value = float | int | str | None
+Row = dict[str, Value]
+
+PACKAGES = ("qvpo_rllib", "torch", "ray", "gymnasium", "mujoco", "numpy", "pyarrow")
+NUMBERED = re.compile(r"\d{9,}(-\d+)?")
+# An empty file in each checkpoint that was the best when saved: `open` sees by it whether a crash
+# came after `last` was re-pointed and before `best` was.
+BEST_MARK = ".best"
+
+
+class RunDirectory:
+    """One process at a time may write to a run directory; any number may read its files."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        """For `create` and `open`, which check the path."""
+        self.path = path
+        self.config = config
+        self._metrics = path / "metrics.jsonl"
+        self._checkpoints = path / "checkpoints"
+        self._tensorboard: SummaryWriter | None = None
+        self._purge_step: int | None = None
+
+    @classmethod
+    def create(
+        cls, path: Path | str, config: Mapping[str, Any], command: Sequence[str]
+    ) -> "RunDirectory":
+        """A new run in `path`. Raises `ValueError` unless that is absent or an empty directory."""
+        path = Path(path)
+        _refuse_occupied(path)
+        text = json.dumps(dict(config), indent=2, allow_nan=False)
+        (path / "checkpoints").mkdir(parents=True)
+        write_atomically(path / "config.json", text.encode() + b"\n")
+        # Back from JSON, so that a new run and a resumed one see the same configuration.
+        run = cls(path, json.loads(text))
+        run._record_start(command)
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str, command: Sequence[str]) -> "RunDirectory":
+        """The run in `path`, to be resumed; repairs what a crash left half done.
+
+        Raises `ValueError` if `path` holds no run, or a run without a whole `checkpoints/last`.
+        """
+        path = Path(path)
+        missing = [name for name in ("config.json", "checkpoints") if not (path / name).exists()]
+        if missing:
+            raise ValueError(
+                f"Cannot resume {str(path)!r}: it is not a run directory, as it has no "
+                f"{' and no '.join(missing)}. Give the --run-dir of a run that was started."
+            )
+        try:
+            run = cls(path, json.loads((path / "config.json").read_text()))
+        except ValueError as error:
+            raise ValueError(
+                f"Cannot resume {str(path)!r}: its config.json is damaged ({error}). Restore that "
+                "file, or start a new run in another --run-dir."
+            ) from None
+        run.checkpoint("last")
+        whole_bytes = _read_metrics(run._metrics)[1]
+        if run._metrics.exists():
+            os.truncate(run._metrics, whole_bytes)
+        last = run._target("last")
+        if last is not None and (run._checkpoints / last / BEST_MARK).exists():
+            run._point("best", last)
+        run._clean_checkpoints()
+        run._record_start(command)
+        return run
+
+    def append(self, row: Mapping[str, Value]) -> None:
+        """Adds one row; on return it is safe from a crash of this process.
+
+        `row["env_steps"]`, the environment steps so far, is required. NaN and infinities, which
+        JSON lacks, become null; null is not shown in TensorBoard. Raises `ValueError`.
+        """
+        clean = {name: _plain_value(name, value) for name, value in row.items()}
+        env_steps = clean.get("env_steps")
+        if not isinstance(env_steps, int):
+            raise ValueError(
+                f"A metrics row has env_steps={row.get('env_steps')!r}: it must have an integer "
+                f"under that key. Its keys are: {', '.join(row) or 'none'}."
+            )
+        start = self._metrics.stat().st_size if self._metrics.exists() else 0
+        try:
+            with self._metrics.open("ab") as file:
+                file.write(json.dumps(clean).encode() + b"\n")
+        except OSError:
+            # A full disk may have taken part of the line; the next row must not follow that part.
+            if self._metrics.exists():
+                os.truncate(self._metrics, start)
+            raise
+        writer = self._tensorboard_writer()
+        for name, value in clean.items():
+            if name != "env_steps" and isinstance(value, int | float):
+                writer.add_scalar(name, value, env_steps)
+
+    def rows(self) -> list[Row]:
+        """All whole rows, oldest first. Raises `ValueError` for a damaged line before the last."""
+        return _read_metrics(self._metrics)[0]
+
+    def truncate_after(self, env_steps: int) -> None:
+        """Drops the rows beyond `env_steps`, the steps of the checkpoint that a run resumes from.
+
+        The run will write them again; TensorBoard drops them when the next row is appended.
+        """
+        kept = [row for row in self.rows() if int(row["env_steps"] or 0) <= env_steps]
+        write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        if (self.path / "metrics.parquet").exists():
+            self.compact()
+        self.close()
+        self._purge_step = env_steps + 1
+
+    def compact(self) -> Path:
+        """Writes `metrics.parquet`: a column for every key of any row, null where a row lacks it.
+
+        A column is int64 or float64 if its values are numbers, and text if any of them is text.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        rows = self.rows()
+        names = dict.fromkeys(["env_steps", *(name for row in rows for name in row)])
+        table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        write_atomically(self.path / "metrics.parquet", sink.getvalue().to_pybytes())
+        return self.path / "metrics.parquet"
+
+    def commit_checkpoint(
+        self,
+        env_steps: int,
+        write: Callable[[Path], None],
+        *,
+        best: bool,
+        prune: Sequence[str] = (),
+    ) -> Path:
+        """Saves checkpoint number `env_steps`, and points `last`, and `best` if `best`, to it.
+
+        `write` fills the empty directory that it is given; if it raises, nothing has changed. A
+        crash at any moment leaves the previous `last` and `best` whole. Checkpoints that neither
+        name points to are deleted, as are, from one that is `best` and no longer `last`, the files
+        in `prune`: paths relative to a checkpoint of what only `last` needs (the replay, say).
+        """
+        self._clean_checkpoints()
+        temporary = self._checkpoints / f".tmp-{env_steps}-{os.getpid()}"
+        temporary.mkdir()
+        try:
+            write(temporary)
+            if best:
+                (temporary / BEST_MARK).touch()
+            _sync_files(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        number = self._free_number(env_steps)
+        os.rename(temporary, self._checkpoints / number)
+        self._point("last", number)
+        if best:
+            self._point("best", number)
+        self._clean_checkpoints()
+        best_number = self._target("best")
+        if best_number not in (None, number):
+            for name in prune:
+                (self._checkpoints / str(best_number) / name).unlink(missing_ok=True)
+        return self._checkpoints / number
+
+    def checkpoint(self, name: str) -> Path:
+        """The numbered directory that `last` or `best` points to, or `ValueError`."""
+        if name not in ("last", "best"):
+            raise ValueError(f"There is no checkpoint {name!r}: it must be 'last' or 'best'.")
+        link = self._checkpoints / name
+        if not link.is_dir():
+            raise ValueError(
+                f"{str(self.path)!r} has no checkpoint {name!r}: {str(link)!r} is missing"
+                + (f", as it points to {os.readlink(link)!r}" if link.is_symlink() else "")
+                + ". If the run ended before it saved one, start anew in another --run-dir."
+            )
+        return link.resolve()
+
+    def close(self) -> None:
+        """Writes out what TensorBoard still holds in memory. May be called twice."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _record_start(self, command: Sequence[str]) -> None:
+        file = self.path / "run.json"
+        starts = json.loads(file.read_text())["starts"] if file.exists() else []
+        starts.append(_describe_start(command))
+        write_atomically(file, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
+
+    def _tensorboard_writer(self) -> "SummaryWriter":
+        if self._tensorboard is None:
+            # Imported when first needed: it takes seconds, which readers of a run are spared.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(self.path / "tensorboard"), purge_step=self._purge_step, flush_secs=10
+            )
+            self._purge_step = None
+        return self._tensorboard
+
+    def _target(self, name: str) -> str | None:
+        link = self._checkpoints / name
+        return os.readlink(link) if link.is_symlink() else None
+
+    def _point(self, name: str, number: str) -> None:
+        link, temporary = self._checkpoints / name, self._checkpoints / f".tmp-link-{name}"
+        if link.is_dir() and not link.is_symlink():
+            # The run was copied by a program that turns links into directories, such as scp.
+            os.rename(link, self._checkpoints / f".tmp-was-{name}")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(number)
+        os.replace(temporary, link)
+
+    def _free_number(self, env_steps: int) -> str:
+        number, copy = f"{env_steps:09d}", 1
+        while (self._checkpoints / number).exists():
+            copy += 1
+            number = f"{env_steps:09d}-{copy}"
+        return number
+
+    def _clean_checkpoints(self) -> None:
+        """Deletes what crashes left, and checkpoints that neither name points to."""
+        named = {self._target("last"), self._target("best")}
+        for entry in self._checkpoints.iterdir():
+            leftover = entry.name.startswith(".tmp-")
+            if leftover and entry.is_symlink():
+                entry.unlink()
+            elif leftover or (NUMBERED.fullmatch(entry.name) and entry.name not in named):
+                shutil.rmtree(entry)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces `path`: after a crash it holds the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _refuse_occupied(path: Path) -> None:
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
+        return
+    advice = "Give another --run-dir, which must not exist yet or be empty."
+    what = "is a directory with other files in it" if path.is_dir() else "is a file"
+    if any((path / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints")):
+        what = "already holds a run"
+        advice = f"Continue it with `--resume {path}`, or give another --run-dir."
+    raise ValueError(f"Cannot start a run in {str(path)!r}: it {what}. {advice}")
+
+
+def _read_metrics(path: Path) -> tuple[list[Row], int]:
+    """The whole rows of a `metrics.jsonl`, and how many bytes of the file they take."""
+    rows: list[Row] = []
+    whole_bytes = 0
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for index, line in enumerate(lines):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            if index < len(lines) - 1:
+                raise ValueError(
+                    f"Line {index + 1} of {str(path)!r} is damaged: {line[:60]!r} is not a JSON "
+                    "object, and is not the last line. Delete the line to go on without it."
+                )
+            break
+        rows.append(row)
+        whole_bytes += len(line)
+    return rows, whole_bytes
+
+
+def _plain_value(name: str, value: Any) -> Value:
+    """`value` as JSON knows it; numpy's numbers become Python's, and NaN and infinities null."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    raise ValueError(f"The metric {name}={value!r} is not allowed: it must be a number or a text.")
+
+
+def _column(values: Sequence[Value]) -> Any:
+    import pyarrow as pa
+
+    if any(isinstance(value, str) for value in values):
+        return pa.array([None if value is None else str(value) for value in values], pa.string())
+    if all(value is None or isinstance(value, int) for value in values) and any(
+        value is not None for value in values
+    ):
+        return pa.array(values, pa.int64())
+    return pa.array([None if value is None else float(value) for value in values], pa.float64())
+
+
+def _describe_start(command: Sequence[str]) -> dict[str, Any]:
+    import torch
+
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": list(command),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
+
+
+def _sync_files(directory: Path) -> None:
+    """Waits until the files are on disk, so that a power cut finds no renamed but empty ones."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

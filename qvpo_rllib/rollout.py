@@ -1,0 +1,74 @@
+"""Stepping many environments in one flat loop, with columns instead of objects."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from qvpo_rllib.core.action_scale import ActionScale
+from qvpo_rllib.core.errors import NonFiniteError
+
+Act = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # [B, O] → [B, A] in [-1, 1]
+
+
+class Episode(NamedTuple):
+    """A finished episode."""
+
+    episode_return: float  # undiscounted sum of rewards
+    length: int  # env steps
+
+
+def check_finite(value: Any, quantity: str, where: str, env_step: int) -> None:
+    """Raises `NonFiniteError` naming environment, step and quantity."""
+    if not np.isfinite(value).all():
+        raise NonFiniteError(
+            f"{where}: non-finite {quantity} at step {env_step} of the episode: {value}. Training "
+            "stops here; the last checkpoint is untouched. Check the environment's physics and "
+            "reward, or lower the learning rates if an action or a loss is not finite."
+        )
+
+
+def run_episodes(
+    envs: Sequence[gym.Env[Any, Any]],
+    act: Act,
+    scale: ActionScale,
+    seeds: Sequence[int],
+    name: str,
+) -> list[Episode]:
+    """Plays one whole episode per seed and returns them in the order of the seeds.
+
+    Environment i has a quota, episodes i, i + E, i + 2E, …: stopping at the first N that finish
+    would favour short episodes.
+    """
+    results: dict[int, Episode] = {}
+    current = {i: i for i in range(min(len(envs), len(seeds)))}  # environment → episode
+    obs = {i: _reset(envs[i], seeds[i], name) for i in current}
+    returns, lengths = dict.fromkeys(current, 0.0), dict.fromkeys(current, 0)
+    while current:
+        live = list(current)
+        actions = act(np.stack([obs[i] for i in live]))
+        for row, i in enumerate(live):
+            check_finite(actions[row], "action", name, lengths[i])
+            next_obs, reward, terminated, truncated, _ = envs[i].step(scale.to_env(actions[row]))
+            lengths[i] += 1
+            check_finite(next_obs, "observation", name, lengths[i])
+            check_finite(reward, "reward", name, lengths[i])
+            returns[i] += float(reward)
+            obs[i] = np.asarray(next_obs, dtype=np.float32)
+            if terminated or truncated:
+                results[current[i]] = Episode(returns[i], lengths[i])
+                current[i] += len(envs)
+                if current[i] >= len(seeds):
+                    del current[i]
+                    continue
+                obs[i] = _reset(envs[i], seeds[current[i]], name)
+                returns[i], lengths[i] = 0.0, 0
+    return [results[episode] for episode in range(len(seeds))]
+
+
+def _reset(env: gym.Env[Any, Any], seed: int, name: str) -> NDArray[np.float32]:
+    obs, _ = env.reset(seed=seed)
+    check_finite(obs, "observation", name, 0)
+    return np.asarray(obs, dtype=np.float32)

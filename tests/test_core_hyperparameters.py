@@ -1,0 +1,289 @@
+"""Hyperparameters: what is refused and how, what is read, and the presets."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+
+from qvpo_rllib.core import presets
+from qvpo_rllib.core.hyperparameters import (
+    CHOICES,
+    Hyperparameters,
+    check_name,
+    option_names,
+    parse_option,
+)
+
+INTEGER = "an integer"
+NUMBER = "a finite number"
+POSITIVE_INTEGERS = (
+    "k_behavior",
+    "k_target",
+    "k_eval",
+    "num_policy_samples",
+    "num_chosen_samples",
+    "diffusion_steps",
+    "batch_size",
+    "replay_capacity",
+    "entropy_decay_steps",
+)
+COUNTS = ("num_uniform_samples", "warmup_steps")
+POSITIVE_NUMBERS = ("actor_lr", "critic_lr", "adam_eps", "update_ratio", "q_cut", "grad_clip")
+WEIGHTS = ("entropy_weight", "entropy_weight_end", "entropy_weight_floor")
+FLAGS = ("vlo_coefficient", "target_actor", "truncation_as_terminal")
+INTEGERS = POSITIVE_INTEGERS + COUNTS
+NUMBERS = (*POSITIVE_NUMBERS, *WEIGHTS, "gamma", "tau")
+NOT_OPTIONAL = sorted(
+    set(option_names()) - {"k_target", "grad_clip", "entropy_weight_end"}
+)  # None is a value of these three alone
+
+BAD = [
+    *[(name, value, "1 or more") for name in POSITIVE_INTEGERS for value in (0, -3)],
+    *[(name, -1, "0 or more") for name in (*COUNTS, *WEIGHTS)],
+    *[(name, value, "above 0") for name in POSITIVE_NUMBERS for value in (0, 0.0, -1e-9)],
+    *[(name, value, INTEGER) for name in INTEGERS for value in (2.5, "4", True, math.nan, [4])],
+    *[
+        (name, value, NUMBER)
+        for name in NUMBERS
+        for value in (math.nan, math.inf, -math.inf, "1e-4", True, (1.0,))
+    ],
+    *[(name, value, "true or false") for name in FLAGS for value in (0, 1, "true", 1.0)],
+    *[
+        (name, value, ", ".join(CHOICES[name]))
+        for name in CHOICES
+        for value in ("best", "", "QADV")
+    ],
+    *[(name, 3, "a word") for name in CHOICES],
+    *[(name, None, "must be") for name in NOT_OPTIONAL],
+    *[("gamma", value, "[0, 1)") for value in (-0.01, 1, 1.0, 1.5)],
+    *[("tau", value, "(0, 1]") for value in (0, -0.1, 1.01)],
+    *[("hidden", value, "[256, 256]") for value in ((), (0,), [256, -1])],
+    *[("hidden", value, "integers") for value in (256, "256", (256.5,), ["256"], (True,))],
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), BAD)
+def test_a_bad_value_is_refused_by_name_with_what_is_allowed(name, value, allowed):
+    with pytest.raises(ValueError, match=f"^{name}=") as error:
+        Hyperparameters(**{name: value})
+    message = str(error.value)
+    shown = [repr(v) for v in (value, *((tuple(value),) if isinstance(value, list) else ()))]
+    if isinstance(value, int) and not isinstance(value, bool):
+        shown.append(repr(float(value)))
+    assert any(message.startswith(f"{name}={text} ") for text in shown), message
+    assert allowed in message
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "other"),
+    [
+        ({"num_policy_samples": 4, "num_chosen_samples": 5}, "num_chosen_samples", "samples=4"),
+        ({"replay_capacity": 100, "warmup_steps": 0}, "replay_capacity", "batch_size=256"),
+        ({"replay_capacity": 9_999}, "replay_capacity", "warmup_steps=10000"),
+    ],
+)
+def test_contradictions_are_refused_naming_both_sides(values, name, other):
+    with pytest.raises(ValueError, match=f"^{name}={values[name]} .*{other}"):
+        Hyperparameters(**values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "suggestion"),
+    [("q_weights", "qavd", "qadv"), ("noise_schedule", "cosin", "cosine"),
+     ("update_order", "policy_than_critic", "policy_then_critic")],
+)  # fmt: skip
+def test_a_misspelt_choice_gets_a_suggestion(name, value, suggestion):
+    with pytest.raises(ValueError, match=f"Did you mean '{suggestion}'"):
+        Hyperparameters(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [("k_behaviour", "k_behavior"), ("actor_learning_lr", "actor_lr"), ("gama", "gamma"),
+     ("num_uniform_sample", "num_uniform_samples"), ("zzz", None)],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "refuse",
+    [check_name, lambda name: Hyperparameters.from_dict({name: 1}), lambda n: parse_option(n, "1")],
+    ids=["check_name", "from_dict", "parse_option"],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_and_all_names(refuse, name, suggestion):
+    with pytest.raises(ValueError, match="no option") as error:
+        refuse(name)
+    message = str(error.value)
+    assert repr(name) in message
+    assert all(option in message for option in option_names())
+    found = re.search(r"Did you mean '(\w+)'", message)
+    assert (found and found[1]) == suggestion
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"k_target": None},
+        {"grad_clip": None},
+        {"entropy_weight_end": None},
+        {"num_uniform_samples": 0, "entropy_weight": 0},
+        {"gamma": 0, "tau": 1},
+        {"num_policy_samples": 4, "num_chosen_samples": 4},
+        {"replay_capacity": 10_000},
+        {"hidden": (1,)},
+        *[{name: value} for name, allowed in CHOICES.items() for value in allowed],
+    ],
+)
+def test_the_ends_of_what_is_allowed_are_allowed(values):
+    made = Hyperparameters(**values)
+    assert {name: getattr(made, name) for name in values} == values
+
+
+def test_values_are_brought_to_their_types():
+    made = Hyperparameters(hidden=[64, 32], batch_size=128.0, gamma=0, grad_clip=1)
+    assert made.hidden == (64, 32)
+    assert (type(made.batch_size), type(made.gamma), type(made.grad_clip)) == (int, float, float)
+    assert hash(made) == hash(Hyperparameters.from_dict(made.to_dict()))
+
+
+def test_immutable_and_checked_again_when_replaced():
+    made = Hyperparameters()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.gamma = 0.5
+    assert dataclasses.replace(made, gamma=0.5).gamma == 0.5
+    with pytest.raises(ValueError, match="gamma"):
+        dataclasses.replace(made, gamma=2.0)
+
+
+def test_a_dictionary_goes_round():
+    made = Hyperparameters(k_target=3, hidden=(7,), grad_clip=None, q_weights="qcut")
+    assert Hyperparameters.from_dict(made.to_dict()) == made
+    assert set(made.to_dict()) == set(option_names())
+
+
+def test_defaults_are_the_documented_ones():
+    """The table of the reference, typed out again: a changed default must be changed twice."""
+    assert Hyperparameters().to_dict() == {
+        "k_behavior": 4, "k_target": None, "k_eval": 32, "num_policy_samples": 64,
+        "num_chosen_samples": 1, "num_uniform_samples": 10, "entropy_weight": 0.01,
+        "entropy_weight_end": None, "entropy_weight_floor": 0.0,
+        "entropy_decay_steps": 1_000_000, "entropy_reduction": "sum", "q_weights": "qadv",
+        "q_cut": 1.0, "diffusion_steps": 20, "noise_schedule": "cosine",
+        "vlo_coefficient": False, "hidden": (256, 256, 256), "actor_lr": 1e-4,
+        "critic_lr": 3e-4, "adam_eps": 1e-5, "grad_clip": 2.0, "gamma": 0.99, "tau": 0.005,
+        "target_actor": True, "update_order": "critic_then_policy", "batch_size": 256,
+        "replay_capacity": 1_000_000, "warmup_steps": 10_000, "update_ratio": 1.0,
+        "truncation_as_terminal": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("option", dataclasses.fields(Hyperparameters), ids=lambda f: f.name)
+def test_every_option_has_a_meaning_and_its_default_can_be_typed(option):
+    assert option.metadata["meaning"]
+    value = option.default
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    parsed = parse_option(option.name, text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("k_behavior", " 8 ", 8),
+        ("replay_capacity", "1_000_000", 1_000_000),
+        ("actor_lr", "1e-4", 1e-4),
+        ("gamma", "1", 1.0),
+        ("k_target", "none", None),
+        ("k_target", "3", 3),
+        ("grad_clip", "None", None),
+        ("grad_clip", "null", None),
+        ("grad_clip", "0.5", 0.5),
+        ("target_actor", "false", False),
+        ("vlo_coefficient", "True", True),
+        ("q_weights", "qcut", "qcut"),
+        ("hidden", "256,128", (256, 128)),
+        ("hidden", "[256, 128]", (256, 128)),
+        ("hidden", "(64,)", (64,)),
+    ],
+)
+def test_text_is_read_as_the_options_type(name, text, value):
+    parsed = parse_option(name, text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("k_behavior", "four", "an integer"),
+        ("k_behavior", "2.5", "an integer"),
+        ("k_behavior", "none", "an integer"),
+        ("k_target", "", "an integer or none"),
+        ("gamma", "0,99", "a finite number"),
+        ("gamma", "none", "a finite number"),
+        ("grad_clip", "off", "a finite number or none"),
+        ("target_actor", "maybe", "true or false"),
+        ("target_actor", "1", "true or false"),
+        ("hidden", "256x256", "a list of integers"),
+        ("hidden", "2.5,3", "a list of integers"),
+    ],
+)
+def test_unreadable_text_is_refused_with_what_is_allowed(name, text, allowed):
+    with pytest.raises(ValueError, match="is not valid") as error:
+        parse_option(name, text)
+    assert str(error.value) == f"{name}={text!r} is not valid: it must be {allowed}" + (
+        ", such as [256, 256]." if name == "hidden" else "."
+    )
+
+
+# --- ω_ent over time -------------------------------------------------------------------------
+
+
+def test_the_entropy_weight_is_constant_by_default():
+    assert {Hyperparameters().entropy_weight_at(n) for n in (0, 1, 10**6, 10**9)} == {0.01}
+
+
+@pytest.mark.parametrize(
+    ("env_steps", "weight"),
+    [(0, 0.02), (100_000, 0.018), (500_000, 0.01), (850_000, 0.003), (900_000, 0.002),
+     (950_000, 0.002), (1_000_000, 0.002), (5_000_000, 0.002)],
+)  # fmt: skip
+def test_the_authors_entropy_weight_falls_linearly_to_its_floor(env_steps, weight):
+    authors = Hyperparameters(**presets.PRESETS["authors"])
+    assert authors.entropy_weight_at(env_steps) == pytest.approx(weight, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("env_steps", "weight"), [(0, 0.0), (50, 0.25), (100, 0.5), (101, 0.5), (10_000, 0.5)]
+)
+def test_the_entropy_weight_may_rise_and_stops_at_its_end(env_steps, weight):
+    made = Hyperparameters(entropy_weight=0, entropy_weight_end=0.5, entropy_decay_steps=100)
+    assert made.entropy_weight_at(env_steps) == pytest.approx(weight)
+
+
+# --- Presets ---------------------------------------------------------------------------------
+
+K_TARGET = {"Hopper": 1, "Walker2d": 2, "Ant": 2, "HalfCheetah": 4, "Humanoid": 2,
+            "Swimmer": 2, "Pendulum": 2, "some/Hopper": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["-v4", "-v5"])
+@pytest.mark.parametrize("task", K_TARGET)
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_every_preset_builds_for_every_task(preset, task, version):
+    made = Hyperparameters(**presets.PRESETS[preset])
+    values = presets.resolve_for_task(made, task + version)
+    resolved = dataclasses.replace(made, **values)
+    assert resolved.k_target == (4 if preset == "authors" else K_TARGET[task])
+    unchanged = set(option_names()) - {"k_target"}
+    assert all(getattr(resolved, name) == getattr(made, name) for name in unchanged)
+
+
+def test_a_given_k_target_is_kept():
+    assert presets.resolve_for_task(Hyperparameters(k_target=7), "Hopper-v5") == {}
+
+
+def test_the_paper_preset_follows_its_table_2():
+    paper = Hyperparameters(**presets.PRESETS["paper"])
+    assert (paper.actor_lr, paper.critic_lr, paper.hidden) == (3e-4, 3e-4, (256, 256))
+    assert (paper.grad_clip, paper.entropy_reduction) == (None, "mean")
+    assert paper.update_order == "policy_then_critic"

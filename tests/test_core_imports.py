@@ -1,0 +1,25 @@
+"""The mathematics needs torch and numpy alone."""
+
+import json
+import subprocess
+import sys
+
+PROGRAM = """
+import importlib, json, pkgutil, sys
+import qvpo_rllib.core
+names = [m.name for m in pkgutil.walk_packages(qvpo_rllib.core.__path__, "qvpo_rllib.core.")]
+for name in names:
+    importlib.import_module(name)
+print(json.dumps({"imported": names, "loaded": sorted({m.split(".")[0] for m in sys.modules})}))
+"""
+
+
+def test_core_imports_neither_ray_nor_gymnasium():
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+    )
+    report = json.loads(run.stdout)
+    modules = {name.rsplit(".", 1)[-1] for name in report["imported"]}
+    assert {"diffusion", "learner", "losses", "networks", "replay", "sampler"} <= modules
+    assert "torch" in report["loaded"]  # the report does list what was loaded
+    assert not {"ray", "gymnasium", "gym", "mujoco"} & set(report["loaded"])
