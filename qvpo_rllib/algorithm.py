@@ -84,12 +84,16 @@ class QVPO(Algorithm):  # type: ignore[misc]
             seed=spawn_seed(self.config.seed, Stream.REPLAY),
             device=self.policy.device,
         )
+        # Set it from a signal handler to end training between two steps, with a state to save.
+        self.stop_requested = False
         self._replay_missing = False
         self._metric_sums: dict[str, torch.Tensor] = {}
         self._num_summed = 0
 
     def training_step(self) -> dict[str, Any]:
         """Collect a fragment from every worker, take it in, do the updates owed."""
+        if self.stop_requested:
+            raise KeyboardInterrupt
         if self._replay_missing:
             self._replay_missing = False
             logger.warning(
@@ -186,7 +190,9 @@ class QVPO(Algorithm):  # type: ignore[misc]
         workers = self.eval_env_runner_group.healthy_worker_ids()
         # Worker w plays episodes w, w + W, …; each has its own stream of diffusion noise.
         calls = [
-            functools.partial(_evaluate_on, seeds=seeds[i :: len(workers)], action_seed=action_seed + i)
+            functools.partial(
+                _evaluate_on, seeds=seeds[i :: len(workers)], action_seed=action_seed + i
+            )
             for i in range(len(workers))
         ]
         results = self.eval_env_runner_group.foreach_env_runner(

@@ -39,12 +39,13 @@ def read_metadata(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(
             f"{str(directory)!r} is not a QVPO checkpoint: it has no {METADATA_FILE}. Give the "
-            "directory that `algo.save()` returned, or a run's checkpoints/last or checkpoints/best."
+            "directory of `algo.save()`, or a run's checkpoints/last or checkpoints/best."
         )
     try:
         metadata: dict[str, Any] = json.loads(file.read_text())
         found = metadata["format"]
-        metadata["env"], metadata["shapes"], metadata["hyperparameters"]  # noqa: B018
+        for name in ("env", "shapes", "hyperparameters", "ledger", "replay"):
+            metadata[name]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} is damaged ({error}); use another checkpoint.") from error
     if found != FORMAT:
@@ -57,7 +58,7 @@ def read_metadata(directory: Path) -> dict[str, Any]:
 
 
 def check_compatible(found: dict[str, Any], own: dict[str, Any], directory: Path) -> None:
-    """Raises `ValueError` if the checkpoint `found` does not fit an algorithm described by `own`."""
+    """Raises `ValueError` if checkpoint `found` does not fit the algorithm `own`."""
     fixed = ("hidden", "diffusion_steps", "noise_schedule")
     pairs = [("env", found["env"], own["env"]), ("shapes", found["shapes"], own["shapes"])]
     pairs += [(n, found["hyperparameters"][n], own["hyperparameters"][n]) for n in fixed]

@@ -12,4 +12,4 @@ def available_bytes(device: torch.device) -> int:
         return int(free)
     memory = psutil.virtual_memory()
     used = memory.total - memory.available
-    return max(0, min(memory.available, get_system_memory() - used))
+    return int(max(0, min(memory.available, get_system_memory() - used)))

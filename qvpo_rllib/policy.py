@@ -40,9 +40,7 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
     With `explore=True` K is `k_behavior`, with `explore=False` it is `k_eval`.
     """
 
-    def __init__(
-        self, observation_space: gym.Space, action_space: gym.Space, config: Any
-    ) -> None:
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, config: Any) -> None:
         check_spaces(observation_space, action_space)
         # Latched here: restoring a checkpoint replaces `self.config` by the checkpoint's.
         self.hp = resolved_hyperparameters(config)
@@ -58,9 +56,7 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
         self.networks: Networks = self.model.networks
         self.obs_dim, self.act_dim = obs_dim, act_dim
         self.generator = Generator(device=self.device)
-        self.generator.manual_seed(
-            spawn_seed(self.seed, Stream.ACTION, worker, int(in_evaluation))
-        )
+        self.generator.manual_seed(spawn_seed(self.seed, Stream.ACTION, worker, int(in_evaluation)))
         self.learner: Learner | None = None
         if self.is_learner:
             self.learner = Learner(
@@ -125,7 +121,7 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
     def learn_on_batch(self, samples: SampleBatch) -> dict[str, Any]:
         """One update on a batch of RLlib's: columns obs, actions in [-1, 1], rewards, …"""
         batch = to_transitions(samples, self.hp.truncation_as_terminal)
-        batch = Transitions(*(torch.as_tensor(c, device=self.device) for c in batch))
+        batch = Transitions(*(column.to(self.device) for column in batch))
         metrics = self.update(batch, batch)
         return {"learner_stats": {name: float(value) for name, value in metrics.items()}}
 
@@ -153,9 +149,7 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        config = self.config
-        super().set_state(state)
-        self.config = config
+        super().set_state({k: v for k, v in state.items() if k != "policy_spec"})
         if self.learner is not None and "qvpo_learner" in state:
             self.learner.load_state_dict(state["qvpo_learner"])
             self.generator.set_state(state["qvpo_action_generator"])
@@ -163,7 +157,7 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
 
 
 def to_transitions(samples: SampleBatch, truncation_as_terminal: bool) -> Transitions:
-    """RLlib's columns as `Transitions` of numpy arrays.
+    """RLlib's columns as `Transitions` on the CPU.
 
     A time limit ends an episode but not the return: its transition bootstraps from the final
     observation, unless `truncation_as_terminal`.
@@ -173,7 +167,8 @@ def to_transitions(samples: SampleBatch, truncation_as_terminal: bool) -> Transi
         truncated = np.asarray(samples[SampleBatch.TRUNCATEDS], dtype=np.float32)
         terminal = np.maximum(terminal, truncated)
     columns = (SampleBatch.OBS, SampleBatch.ACTIONS, SampleBatch.REWARDS, SampleBatch.NEXT_OBS)
-    return Transitions(*(np.asarray(samples[c], dtype=np.float32) for c in columns), terminal)
+    arrays = [np.asarray(samples[c], dtype=np.float32) for c in columns]
+    return Transitions(*(torch.from_numpy(a) for a in (*arrays, terminal)))
 
 
 def _to_cpu(value: Any) -> Any:

@@ -47,7 +47,8 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
 
     @property
     def policy(self) -> QVPOTorchPolicy:
-        return self.policy_map[DEFAULT_POLICY_ID]
+        policy: QVPOTorchPolicy = self.policy_map[DEFAULT_POLICY_ID]
+        return policy
 
     def sample(self, **kwargs: Any) -> SampleBatch:
         """A fragment collected by the behaviour policy (K_b of N)."""

@@ -343,7 +343,7 @@ class Update:
         q = min_q(self.critic, obs, samples)
         value = q.mean(axis=1)
         self.q_mean += 1e-3 * (q.mean() - self.q_mean)
-        self.q_std += 1e-3 * (q.std(ddof=1) - self.q_std)
+        self.q_std += 1e-3 * (q.std() - self.q_std)
         chosen_q, chosen = best_of(q, samples, hp.num_chosen_samples)
         weights = q_weights(
             hp.q_weights, chosen_q, value, q_cut=hp.q_cut, q_mean=self.q_mean, q_std=self.q_std

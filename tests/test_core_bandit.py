@@ -18,6 +18,7 @@ HP = Hyperparameters(
     actor_lr=1e-3,
     critic_lr=3e-3,
     batch_size=128,
+    entropy_weight=0.002,
 )
 
 
@@ -63,9 +64,9 @@ def trained():
 def test_the_best_of_eight_is_near_the_best_action(trained):
     subject, before, _ = trained
     after = distances(subject, 8)
-    assert before.mean() > 0.3
-    assert after.mean() < 0.1
-    assert after.quantile(0.9) < 0.15
+    assert before.mean() > 0.5
+    assert after.mean() < 0.15
+    assert after.quantile(0.9) < 0.25
 
 
 def test_the_policy_itself_has_moved_towards_the_best_action(trained):
@@ -82,7 +83,7 @@ def test_the_critics_have_learnt_the_reward(trained):
     with torch.no_grad():
         q = subject.networks.critic(torch.ones(500, 1), actions)
     reward = -(actions - BEST).square().sum(dim=1)
-    assert (q - reward).abs().mean() < 0.15
+    assert (q - reward).abs().mean() < 0.05
 
 
 def test_a_larger_entropy_weight_keeps_the_policy_wider():
@@ -91,12 +92,12 @@ def test_a_larger_entropy_weight_keeps_the_policy_wider():
         torch.manual_seed(0)
         hp = Hyperparameters.from_dict({**HP.to_dict(), "entropy_weight": weight})
         subject, held = Learner(Networks(1, 2, hp), hp, seed=0, device="cpu"), replay(0)
-        train(subject, held, UPDATES // 2)
+        train(subject, held, 150)
         nets, generator = subject.networks, torch.Generator().manual_seed(7)
         noise = draw_noise(HP.diffusion_steps, 1, 500, 2, generator, torch.device("cpu"))
         actions = sample_actions(nets.actor, nets.schedule, torch.ones(1, 1), noise)
         spread.append(actions.std(dim=1).mean().item())
-    assert spread[1] > 1.3 * spread[0]
+    assert spread[1] > 1.2 * spread[0]
 
 
 def test_the_same_seed_gives_the_same_parameters_and_another_seed_others():

@@ -75,6 +75,11 @@ def test_a_bad_value_is_refused_by_name_with_what_is_allowed(name, value, allowe
     assert allowed in message
 
 
+def test_an_integer_beyond_every_float_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^actor_lr="):
+        Hyperparameters(actor_lr=10**400)
+
+
 @pytest.mark.parametrize(
     ("values", "name", "other"),
     [

@@ -275,6 +275,14 @@ def test_the_entropy_weight_follows_the_env_steps_into_the_update():
     assert other["entropy_loss"].item() > 0
 
 
+def test_a_restored_learner_keeps_the_moved_entropy_weight():
+    hp = hyperparameters(entropy_weight_end=0.0, entropy_decay_steps=100)
+    original, restored = learner(hp), learner(hp)
+    original.set_env_steps(80)
+    restored.load_state_dict(original.state_dict())
+    assert restored.entropy_weight == original.entropy_weight
+
+
 def test_an_unresolved_k_target_is_refused():
     with pytest.raises(ValueError, match="k_target is not resolved"):
         learner(hyperparameters(k_target=None))

@@ -1,6 +1,7 @@
 """The run directory: nothing is overwritten, nothing repeats, and no crash loses a checkpoint."""
 
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -21,20 +22,6 @@ from qvpo_rllib.experiments.run_directory import RunDirectory, write_atomically
 COMMAND = ["qvpo", "train", "--env", "Hopper-v5"]
 REPLAY = "replay.arrow"
 
-# Commits checkpoints as fast as it can, until it is killed. Every third is the best.
-COMMITTING_PROCESS = """
-import sys
-from pathlib import Path
-from qvpo_rllib.experiments.run_directory import RunDirectory
-from tests.test_run_directory import commit
-run = RunDirectory(Path(sys.argv[1]), {})
-print("ready", flush=True)
-step = int(sys.argv[2])
-while True:
-    step += 1
-    commit(run, step)
-"""
-
 
 def commit(run: RunDirectory, step: int) -> Path:
     """A checkpoint that says which was the best when it was saved, with a checksum of its data."""
@@ -49,6 +36,24 @@ def commit(run: RunDirectory, step: int) -> Path:
         (directory / "state.json").write_text(json.dumps(state))
 
     return run.commit_checkpoint(step, write, best=step == best_step, prune=[REPLAY])
+
+
+# Commits checkpoints as fast as it can, until it is killed. It imports little, to start fast.
+COMMITTING_PROCESS = f"""
+import hashlib, json, sys
+from pathlib import Path
+from qvpo_rllib.experiments.run_directory import RunDirectory
+
+REPLAY = {REPLAY!r}
+
+{inspect.getsource(commit)}
+run = RunDirectory(Path(sys.argv[1]), {{}})
+print("ready", flush=True)
+step = int(sys.argv[2])
+while True:
+    step += 1
+    commit(run, step)
+"""
 
 
 def check_whole(run: RunDirectory) -> int:
@@ -331,7 +336,7 @@ def test_a_copy_whose_links_became_directories_can_go_on(run: RunDirectory) -> N
 
 
 def test_checkpoint_knows_two_names(run: RunDirectory) -> None:
-    with pytest.raises(ValueError, match="no checkpoint 'newest'.*'last' or 'best'"):
+    with pytest.raises(ValueError, match=r"no checkpoint 'newest'.*'last' or 'best'"):
         run.checkpoint("newest")
     with pytest.raises(ValueError, match="no checkpoint 'best'"):
         run.checkpoint("best")
@@ -384,7 +389,7 @@ def test_a_crash_before_any_single_file_operation_keeps_a_whole_checkpoint(
         if not crashed:
             break
         survivors.add(check_whole(reopen(run)))
-    assert crash_at > 12
+    assert crash_at >= 10  # as many operations, at least, were interrupted
     assert survivors == {4 if step == 6 else 6, step}
 
 

@@ -5,6 +5,7 @@ Index convention: step index t = 0 … T-1 here is the paper's t = 1 … T. A te
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,11 @@ def vp_betas(diffusion_steps: int, beta_min: float = 0.1, beta_max: float = 10.0
     return 1 - torch.exp(-beta_min / diffusion_steps - slope)
 
 
-BETAS = {"cosine": cosine_betas, "linear": linear_betas, "vp": vp_betas}
+BETAS: dict[str, Callable[[int], Tensor]] = {
+    "cosine": cosine_betas,
+    "linear": linear_betas,
+    "vp": vp_betas,
+}
 
 
 class NoiseSchedule(nn.Module):
@@ -54,6 +59,8 @@ class NoiseSchedule(nn.Module):
 
     def __init__(self, kind: str, diffusion_steps: int) -> None:
         super().__init__()
+        if kind not in BETAS:
+            raise ValueError(f"The schedule {kind!r} does not exist: use {', '.join(BETAS)}.")
         self.kind = kind
         self.diffusion_steps = diffusion_steps
         betas = BETAS[kind](diffusion_steps)
@@ -108,7 +115,9 @@ class NoiseSchedule(nn.Module):
         _, _, coef1, coef2, sigma = self.reverse_steps[t]
         return coef1 * x0 + coef2 * x_t, sigma
 
-    def p_sample(self, x_t: Tensor, t: int, predicted_noise: Tensor, noise: Tensor | None) -> Tensor:
+    def p_sample(
+        self, x_t: Tensor, t: int, predicted_noise: Tensor, noise: Tensor | None
+    ) -> Tensor:
         """One reverse step x_t → x_{t-1}; the last one (t = 0) takes no noise."""
         mean, sigma = self.q_posterior(self.predict_x0(x_t, t, predicted_noise), x_t, t)
         return mean if noise is None else mean + sigma * noise

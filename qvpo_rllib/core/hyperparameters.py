@@ -26,7 +26,7 @@ def _option(default: Any, meaning: str, symbol: str = "") -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """Immutable, checked when made: a wrong value raises `ValueError` naming it and what is allowed.
+    """Immutable and checked when made: `ValueError` names a wrong value and what is allowed.
 
     Values follow the paper where it speaks and the authors' released program elsewhere; departures
     are listed in the README.
@@ -112,6 +112,13 @@ class Hyperparameters:
             value = getattr(self, name)
             if value is not None:
                 _require(name, value, value >= 0, "a number of 0 or more")
+        if self.entropy_weight_end is None:
+            _require(
+                "entropy_weight_floor",
+                self.entropy_weight_floor,
+                self.entropy_weight_floor == 0,
+                "0 while entropy_weight is constant (entropy_weight_end is none)",
+            )
         if self.grad_clip is not None:
             _require("grad_clip", self.grad_clip, self.grad_clip > 0, "a number above 0, or none")
         _require("gamma", self.gamma, 0 <= self.gamma < 1, "a number in [0, 1)")
@@ -175,7 +182,7 @@ def check_name(name: str) -> None:
 
 
 def parse_option(name: str, text: str) -> Any:
-    """The value of option `name` written as `text` on a command line ("1e-4", "none", "256,256")."""
+    """The value of option `name` as written on a command line ("1e-4", "none", "256,256")."""
     check_name(name)
     kind = _types()[name]
     text = text.strip()
@@ -186,12 +193,15 @@ def parse_option(name: str, text: str) -> Any:
         if base is bool:
             return {"true": True, "false": False}[text.lower()]
         if base is int:
-            return int(text.replace("_", ""))
+            number = float(text)  # so that 1e6 and 1_000_000 are both understood
+            if not number.is_integer():
+                raise ValueError
+            return int(number)
         if base is float:
             return float(text)
         if base is tuple:
             return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ValueError(f"{name}={text!r} is not valid: it must be {_describe(kind)}.") from None
     return text
 
@@ -227,7 +237,10 @@ def _checked_type(name: str, value: Any, kind: Any) -> Any:
     if value is None and _optional(kind):
         return None
     if base is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if base is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     valid = isinstance(value, base) and (base is bool or not isinstance(value, bool))

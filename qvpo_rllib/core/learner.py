@@ -56,7 +56,9 @@ class Learner:
         self, networks: Networks, hp: Hyperparameters, *, seed: int, device: torch.device | str
     ) -> None:
         if hp.k_target is None:
-            raise ValueError("k_target is not resolved: give a number (see presets.resolve_for_task).")
+            raise ValueError(
+                "k_target is not resolved: give a number (see presets.resolve_for_task)."
+            )
         self.device = torch.device(device)
         self.networks = networks.to(self.device)
         self.generator = Generator(device=self.device)
@@ -64,6 +66,7 @@ class Learner:
         self.actor_optimizer = self._adam(networks.actor, hp.actor_lr, hp.adam_eps)
         self.critic_optimizer = self._adam(networks.critic, hp.critic_lr, hp.adam_eps)
         self.num_updates = 0
+        self.env_steps = 0
         self.q_mean = torch.zeros((), device=self.device)
         self.q_std = torch.ones((), device=self.device)
         self.configure(hp)
@@ -81,10 +84,11 @@ class Learner:
         ):
             for group in optimizer.param_groups:
                 group["lr"], group["eps"] = lr, hp.adam_eps
-        self.entropy_weight = hp.entropy_weight
+        self.set_env_steps(self.env_steps)
 
     def set_env_steps(self, env_steps: int) -> None:
         """Moves ω_ent to its value after `env_steps` environment steps."""
+        self.env_steps = env_steps
         self.entropy_weight = self.hp.entropy_weight_at(env_steps)
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
@@ -101,9 +105,9 @@ class Learner:
         return UpdateNoise(
             target=noise(hp.k_target),
             policy=noise(hp.num_policy_samples),
-            uniform=torch.empty(batch_size, hp.num_uniform_samples, act_dim, device=device).uniform_(
-                -1, 1, generator=generator
-            ),
+            uniform=torch.empty(
+                batch_size, hp.num_uniform_samples, act_dim, device=device
+            ).uniform_(-1, 1, generator=generator),
             step=torch.randint(hp.diffusion_steps, (rows,), generator=generator, device=device),
             forward=torch.randn(rows, act_dim, generator=generator, device=device),
         )
@@ -126,6 +130,11 @@ class Learner:
         """
         if policy_batch is None:
             policy_batch = critic_batch
+        if policy_batch.reward.shape != critic_batch.reward.shape:
+            raise ValueError(
+                f"The two batches must be of one size, not {critic_batch.reward.shape[0]} and "
+                f"{policy_batch.reward.shape[0]}."
+            )
         if noise is None:
             noise = self.draw_update_noise(critic_batch.reward.shape[0])
         if self.hp.update_order == "critic_then_policy":
@@ -163,7 +172,7 @@ class Learner:
         q = min_q(nets.critic, obs, samples)  # [B, N_d]
         value = q.mean(dim=1)
         self.q_mean.lerp_(q.mean(), Q_STATISTICS_RATE)
-        self.q_std.lerp_(q.std(), Q_STATISTICS_RATE)
+        self.q_std.lerp_(q.std(correction=0), Q_STATISTICS_RATE)
         chosen_q, chosen = losses.best_of(q, samples, hp.num_chosen_samples)  # [B, k], [B, k, A]
         weights = losses.q_weights(
             hp.q_weights, chosen_q, value, q_cut=hp.q_cut, q_mean=self.q_mean, q_std=self.q_std
@@ -222,9 +231,7 @@ class Learner:
             (nets.target_actor, nets.actor),
             (nets.target_critic, nets.critic),
         ):
-            torch._foreach_lerp_(
-                list(target.parameters()), list(online.parameters()), self.hp.tau
-            )
+            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), self.hp.tau)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an update reads or writes, except the hyperparameters."""
@@ -234,8 +241,9 @@ class Learner:
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "generator": self.generator.get_state().cpu(),
             "num_updates": self.num_updates,
-            "q_mean": self.q_mean.cpu(),
-            "q_std": self.q_std.cpu(),
+            "env_steps": self.env_steps,
+            "q_mean": self.q_mean.clone(),
+            "q_std": self.q_std.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -244,7 +252,7 @@ class Learner:
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.generator.set_state(state["generator"])
-        self.num_updates = state["num_updates"]
+        self.num_updates, self.env_steps = state["num_updates"], state["env_steps"]
         self.q_mean.copy_(state["q_mean"])
         self.q_std.copy_(state["q_std"])
         self.configure(self.hp)

@@ -17,8 +17,9 @@ def critic_loss(q: Tensor, target: Tensor) -> Tensor:
 
 
 def best_of(q: Tensor, actions: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """The k actions of highest q per state, best first: q [B, N], actions [B, N, A] → [B, k], [B, k, A].
+    """The k actions of highest q per state, best first.
 
+    q [B, N], actions [B, N, A] → their q [B, k] and the actions [B, k, A].
     With k = 1 this is the selection of the K-efficient policy (section 4.4).
     """
     if k == 1:
@@ -98,4 +99,6 @@ def policy_loss(
     if reduction == "sum":
         rows = best_error.numel() + uniform_error.numel()
         return best / rows, uniform / rows
-    return best / best_error.numel(), uniform / max(1, uniform_error.numel())
+    if reduction == "mean":
+        return best / best_error.numel(), uniform / max(1, uniform_error.numel())
+    raise ValueError(f"reduction={reduction!r} does not exist: use sum or mean.")

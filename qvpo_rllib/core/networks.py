@@ -4,8 +4,10 @@ Letters used throughout `core`: B states in a batch, N actions per state, A acti
 O observation dimensions, H width of a hidden layer, T diffusion steps. All tensors are float32.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +28,15 @@ class SplitMLP(nn.Module):
         super().__init__()
         self.part_dims = tuple(part_dims)
         dims = [sum(part_dims), *hidden, out_dim]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(dims, dims[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(dims))
         self.apply(init_weights)
+
+    def linears(self) -> list[nn.Linear]:
+        return cast(list[nn.Linear], list(self.layers))
 
     def first_weights(self) -> tuple[Tensor, ...]:
         """The first layer's weight [H, sum of parts], cut into its parts [H, part]."""
-        return self.layers[0].weight.split(self.part_dims, dim=1)  # type: ignore[operator,return-value]
+        return torch.split(self.linears()[0].weight, list(self.part_dims), dim=1)
 
     def first(self, index: int, part: Tensor) -> Tensor:
         """Part `index`'s share of the first layer (without bias): [..., part] → [..., H]."""
@@ -39,7 +44,7 @@ class SplitMLP(nn.Module):
 
     def tail(self, pre: Tensor) -> Tensor:
         """From the summed shares [..., H] (bias not yet added) to the output [..., out]."""
-        hidden = F.mish(pre + self.layers[0].bias)  # type: ignore[operator]
+        hidden = F.mish(pre + self.linears()[0].bias)
         for layer in self.layers[1:-1]:
             hidden = F.mish(layer(hidden))
         out: Tensor = self.layers[-1](hidden)

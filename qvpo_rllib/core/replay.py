@@ -1,8 +1,7 @@
 """The replay: a columnar ring of fixed size on the learner's device."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -15,13 +14,6 @@ class Transitions(NamedTuple):
     reward: Tensor  # [B]
     next_obs: Tensor  # [B, O]
     terminal: Tensor  # [B], 1 where the return ends, else 0
-
-
-def column_shapes(capacity: int, obs_dim: int, act_dim: int) -> Transitions:
-    """The shape of each column, as `Transitions` of tuples."""
-    return Transitions(  # type: ignore[arg-type]
-        (capacity, obs_dim), (capacity, act_dim), (capacity,), (capacity, obs_dim), (capacity,)
-    )
 
 
 def replay_bytes(capacity: int, obs_dim: int, act_dim: int) -> int:
@@ -40,8 +32,10 @@ class ReplayBuffer:
     ) -> None:
         self.capacity = capacity
         self.device = torch.device(device)
-        shapes = column_shapes(capacity, obs_dim, act_dim)
-        self.columns = Transitions(*(torch.zeros(s, device=self.device) for s in shapes))
+        shapes = ((obs_dim,), (act_dim,), (), (obs_dim,), ())
+        self.columns = Transitions(
+            *(torch.zeros(capacity, *shape, device=self.device) for shape in shapes)
+        )
         self.size = 0
         self.num_added = 0
         self.generator = Generator(device=self.device)
@@ -51,9 +45,8 @@ class ReplayBuffer:
         return self.size
 
     def add(self, transitions: Transitions) -> None:
-        """Appends a batch of transitions; tensors or numpy arrays, in order of time."""
-        columns = [torch.as_tensor(np.asarray(c) if not isinstance(c, Tensor) else c)
-                   for c in transitions]  # fmt: skip
+        """Appends a batch of transitions; in order of time, on any device."""
+        columns = [torch.as_tensor(column) for column in transitions]
         num_new = columns[0].shape[0]
         for name, new, own in zip(Transitions._fields, columns, self.columns, strict=True):
             if new.shape != (num_new, *own.shape[1:]):
@@ -89,13 +82,13 @@ class ReplayBuffer:
         oldest = self.num_added % self.capacity
         return Transitions(*(column.roll(-oldest, dims=0) for column in self.columns))
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Counters and the generator's state; the transitions themselves are `in_order()`."""
         return {"num_added": self.num_added, "generator": self.generator.get_state().cpu()}
 
-    def load(self, state: dict[str, object], transitions: Transitions) -> None:
+    def load(self, state: dict[str, Any], transitions: Transitions) -> None:
         """Restores what `state_dict()` and `in_order()` gave."""
-        num_added, held = int(state["num_added"]), transitions.reward.shape[0]  # type: ignore[call-overload]
+        num_added, held = int(state["num_added"]), transitions.reward.shape[0]
         if held != min(num_added, self.capacity):
             raise ValueError(
                 f"The snapshot holds {held} transitions, but {min(num_added, self.capacity)} were "

@@ -46,7 +46,7 @@ def sample_actions(
     steps, num_states, num_samples, act_dim = noise.shape
     if steps != schedule.diffusion_steps:
         raise ValueError(f"noise has {steps} steps, the schedule {schedule.diffusion_steps}.")
-    obs_part = actor.obs_part(obs) + actor.mlp.layers[0].bias  # [B, H]
+    obs_part = actor.obs_part(obs) + actor.mlp.linears()[0].bias  # [B, H]
     time_part = actor.time_part()  # [T, H]
     act_weight = actor.mlp.first_weights()[0].t()
     actions = torch.empty_like(noise[0])
@@ -69,8 +69,8 @@ def min_q(critic: TwinQ, obs: Tensor, actions: Tensor) -> Tensor:
     """The lower of the twins' estimates for N actions per state: [B, O], [B, N, A] → [B, N]."""
     num_states, num_samples, act_dim = actions.shape
     lowest = torch.empty_like(actions[..., 0])
-    twins = [
-        (q, q.first(0, obs) + q.layers[0].bias, q.first_weights()[1].t())
+    twins: list[tuple[SplitMLP, Tensor, Tensor]] = [
+        (q, q.first(0, obs) + q.linears()[0].bias, q.first_weights()[1].t())
         for q in (critic.q1, critic.q2)
     ]
     for states in _chunks(num_states, num_samples, obs.device):
@@ -116,11 +116,12 @@ class _Trunk:
     """The layers of a `SplitMLP` behind its first, run in place on buffers of their own."""
 
     def __init__(self, mlp: SplitMLP, rows: Tensor) -> None:
-        weights = [(layer.weight.t(), layer.bias) for layer in mlp.layers[1:]]
+        linears = mlp.linears()
+        weights = [(layer.weight.t(), layer.bias) for layer in linears[1:]]
         self.layers = weights[:-1]
         self.out_weight, self.out_bias = weights[-1]
         num_rows = rows.shape[0]
-        widths = [layer.out_features for layer in mlp.layers[:-1]]
+        widths = [layer.out_features for layer in linears[:-1]]
         self.buffers = [rows.new_empty(num_rows, width) for width in widths]
         self.scratch = [rows.new_empty(num_rows, width) for width in sorted(set(widths))]
         self.out = rows.new_empty(num_rows, self.out_bias.shape[0])

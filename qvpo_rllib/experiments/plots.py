@@ -75,6 +75,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
 
 def short_count(count: float) -> str:
     """`count` with a suffix for thousands or millions: 500, 10k, 2.5k, 1.5M."""
+    count = float(f"{count:.4g}")  # rounded first: 999999 is 1M, not 1000k
     for size, suffix in ((1e6, "M"), (1e3, "k")):
         if abs(count) >= size:
             return f"{count / size:.4g}{suffix}"

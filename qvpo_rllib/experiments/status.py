@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
@@ -17,9 +16,9 @@ WARMING_UP = "warming up (random actions)"
 class TrainingStatus:
     """Progress, rates, losses and evaluations of one run, as they are reported to it.
 
-    In a terminal: five lines, one of them a bar, that stay at the bottom, evaluations and notes scrolling
+    In a terminal: five lines, one of them a bar, stay at the bottom; evaluations and notes scroll
     above. Elsewhere (a file, a pipe): at most one line per `plain_interval_s`, and always one for
-    an evaluation, a note and the end.
+    the start, an evaluation, a note and the end.
     """
 
     def __init__(
@@ -51,7 +50,9 @@ class TrainingStatus:
         self._clock = clock
         self._plain_interval_s = plain_interval_s
         self._window_s = window_s
-        self._samples: deque[tuple[float, int, int]] = deque()  # (seconds, env_steps, updates)
+        # (seconds, env_steps, updates) of each report, oldest first. Replaced and never changed,
+        # as the terminal's refresh thread reads it at any time.
+        self._samples: tuple[tuple[float, int, int], ...] = ()
         self._env_steps = 0
         self._updates = 0
         self._episode_return: float | None = None
@@ -90,7 +91,7 @@ class TrainingStatus:
             self._best_evaluation = f"best {best_return:.5g}"
         if env_steps_done == 0:
             # A resumed run's number of updates is not known yet, so no rate can start here.
-            self._samples.append((self._started_s, 0, 0))
+            self._samples = ((self._started_s, 0, 0),)
         if self._live is not None:
             self._live.start()
         else:
@@ -112,16 +113,15 @@ class TrainingStatus:
             losses: the values to show, by name ("critic_loss", "actor_loss"), in this order.
         """
         now = self._clock()
-        if updates > 0 and self._updates == 0:
-            # Steps of the warm-up are many times faster: they would spoil rates and ETA.
-            self._samples.clear()
+        # Steps of the warm-up are many times faster: they would spoil rates and ETA.
+        samples = () if updates > 0 and self._updates == 0 else self._samples
+        # One report from before the window is kept, as reports may be rare.
+        within = [sample for sample in samples if sample[0] > now - self._window_s]
+        before = samples[: len(samples) - len(within)][-1:]
+        self._samples = (*before, *within, (now, env_steps, updates))
         self._env_steps, self._updates = env_steps, updates
         self._episode_return = episode_return
         self._losses = dict(losses)
-        self._samples.append((now, env_steps, updates))
-        # One sample at the window's far edge or beyond it is kept, as reports may be rare.
-        while len(self._samples) > 2 and self._samples[1][0] <= now - self._window_s:
-            self._samples.popleft()
         due = self._last_line_s is None or now - self._last_line_s >= self._plain_interval_s
         if self._live is None and due:
             self._last_line_s = now
@@ -160,14 +160,13 @@ class TrainingStatus:
 
     def _rates(self) -> tuple[float, float] | None:
         """(env steps, updates) per second over the window; none while it holds no time."""
-        if len(self._samples) < 2:
+        samples = self._samples
+        if len(samples) < 2 or samples[-1][0] <= samples[0][0]:
             return None
         (start, first_steps, first_updates), (end, last_steps, last_updates) = (
-            self._samples[0],
-            self._samples[-1],
+            samples[0],
+            samples[-1],
         )
-        if end <= start:
-            return None
         seconds = end - start
         return (last_steps - first_steps) / seconds, (last_updates - first_updates) / seconds
 

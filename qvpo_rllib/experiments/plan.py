@@ -1,0 +1,188 @@
+"""From the command line's words to a checked training plan, before anything starts."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import torch
+
+from qvpo_rllib.config import QVPOConfig, check_environment_id
+from qvpo_rllib.core.hyperparameters import Hyperparameters, parse_option
+from qvpo_rllib.core.presets import PRESETS, resolve_for_task
+from qvpo_rllib.spaces import check_spaces
+
+EVALUATION_EPISODES = 10
+
+
+@dataclass(frozen=True)
+class RunDefaults:
+    """What a preset says about the run around the algorithm."""
+
+    env: str
+    env_steps: int
+    eval_interval: int  # env steps
+    num_envs: int  # per worker
+
+
+RUN_DEFAULTS = {
+    "quick": RunDefaults("InvertedPendulum-v5", 10_000, 1_000, 4),
+    "light": RunDefaults("HalfCheetah-v5", 50_000, 5_000, 4),
+    "default": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
+    "paper": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
+    "authors": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Everything a training run is, resolved: what `config.json` in the run directory holds."""
+
+    env: str
+    preset: str
+    seed: int
+    env_steps: int
+    eval_interval: int
+    num_env_runners: int
+    num_envs_per_env_runner: int
+    num_gpus: float
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("env_steps", 1),
+            ("eval_interval", 1),
+            ("num_envs_per_env_runner", 1),
+            ("num_env_runners", 0),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{option} {getattr(self, name)} is not allowed: it must be {least} or more."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def iteration_steps(self) -> int:
+        """Env steps between two status updates: about a hundredth of an evaluation interval.
+
+        All environments step together, so it is a multiple of their number, and one that meets
+        the evaluation's env steps exactly where there is one.
+        """
+        num_envs = self.num_envs_per_env_runner * max(1, self.num_env_runners)
+        least = -(-self.eval_interval // 100 // num_envs) * num_envs
+        multiples = range(max(num_envs, least), self.eval_interval + 1, num_envs)
+        return next((m for m in multiples if self.eval_interval % m == 0), max(num_envs, least))
+
+    def build_config(self) -> QVPOConfig:
+        """The RLlib configuration. Evaluation is called for by env steps, not by iterations."""
+        config: QVPOConfig = QVPOConfig().environment(self.env).training(**self.hyperparameters)
+        config.env_runners(
+            num_env_runners=self.num_env_runners,
+            num_envs_per_env_runner=self.num_envs_per_env_runner,
+        )
+        config.resources(num_gpus=self.num_gpus)
+        config.debugging(seed=self.seed, log_level="ERROR")
+        config.reporting(min_sample_timesteps_per_iteration=self.iteration_steps())
+        config.evaluation(
+            evaluation_interval=10**9,
+            evaluation_duration=EVALUATION_EPISODES,
+            evaluation_config={
+                "explore": False,
+                "num_envs_per_env_runner": EVALUATION_EPISODES,
+            },
+        )
+        config.validate()
+        return config
+
+
+def make_plan(
+    *,
+    env: str | None,
+    preset: str | None,
+    seed: int,
+    env_steps: int | None,
+    eval_interval: int | None,
+    num_env_runners: int,
+    num_envs_per_env_runner: int | None,
+    num_gpus: float | None,
+    settings: Sequence[str],
+) -> TrainingPlan:
+    """Resolves presets, options and the task's own values.
+
+    Args:
+        settings: "key=value" strings, each an option of `Hyperparameters`.
+
+    Raises:
+        ValueError: anything that would not run, named with what is allowed.
+    """
+    if preset is None:
+        preset = "quick" if env in (None, RUN_DEFAULTS["quick"].env) else "default"
+    defaults = RUN_DEFAULTS[preset]
+    env = env or defaults.env
+    env_steps = defaults.env_steps if env_steps is None else env_steps
+    chosen = parse_settings(settings)
+    hp = Hyperparameters(**{**PRESETS[preset], **chosen})
+    values = {**hp.to_dict(), **resolve_for_task(hp, env)}
+    if hp.entropy_weight_end is not None and "entropy_decay_steps" not in chosen:
+        values["entropy_decay_steps"] = max(1, env_steps)  # the program decays over the whole run
+    values["hidden"] = list(values["hidden"])
+    check_environment(env)
+    plan = TrainingPlan(
+        env=env,
+        preset=preset,
+        seed=seed,
+        env_steps=env_steps,
+        eval_interval=defaults.eval_interval if eval_interval is None else eval_interval,
+        num_env_runners=num_env_runners,
+        num_envs_per_env_runner=(
+            defaults.num_envs if num_envs_per_env_runner is None else num_envs_per_env_runner
+        ),
+        num_gpus=resolve_gpus(num_gpus),
+        hyperparameters=values,
+    )
+    plan.build_config()
+    return plan
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """`["k_behavior=8", "hidden=256,256"]` as a dict of checked types."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--set {setting!r} is not of the form key=value.")
+        values[name.strip()] = parse_option(name.strip(), text)
+    return values
+
+
+def check_environment(env: str) -> None:
+    """Makes the environment once: it must exist, and its spaces must suit a diffusion policy."""
+    check_environment_id(env)
+    try:
+        made = gym.make(env)
+    except gym.error.Error as error:
+        raise ValueError(f"The environment {env!r} could not be made: {error}") from error
+    try:
+        check_spaces(made.observation_space, made.action_space)
+    except ValueError as error:
+        raise ValueError(f"{env}: {error}") from error
+    finally:
+        made.close()
+
+
+def resolve_gpus(num_gpus: float | None) -> float:
+    """The number of GPUs asked for; without a wish, one if there is one."""
+    available = torch.cuda.is_available()
+    if num_gpus is None:
+        return 1.0 if available else 0.0
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    if num_gpus > 0 and not available and not on_cluster:
+        raise ValueError(
+            f"--num-gpus {num_gpus:g} was asked for, but PyTorch {torch.__version__} finds no CUDA "
+            "device. Use --num-gpus 0, or a machine and a PyTorch build with CUDA."
+        )
+    return num_gpus

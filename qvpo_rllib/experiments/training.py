@@ -1,0 +1,153 @@
+"""A training run from a plan to a run directory: the loop behind `qvpo train`."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qvpo_rllib.algorithm import QVPO
+from qvpo_rllib.checkpoint import REPLAY_FILE
+from qvpo_rllib.experiments.plan import TrainingPlan
+from qvpo_rllib.experiments.plots import plot_learning_curve
+from qvpo_rllib.experiments.run_directory import RunDirectory
+from qvpo_rllib.experiments.status import TrainingStatus
+
+LEARNER_STATS = ("info", "learner", "default_policy", "learner_stats")
+
+
+class TrainingRun:
+    """Trains until the plan's env steps; evaluates, records and saves on the way.
+
+    Args:
+        plan: what to train.
+        directory: where everything goes; `close` it afterwards.
+        resume: go on from `checkpoints/last` of the directory.
+    """
+
+    def __init__(self, plan: TrainingPlan, directory: RunDirectory, *, resume: bool) -> None:
+        self.plan = plan
+        self.directory = directory
+        self.algorithm: QVPO = plan.build_config().build_algo()
+        self.best = float("-inf")
+        if resume:
+            self.algorithm.restore(str(directory.checkpoint("last")))
+            directory.truncate_after(self.env_steps)
+            returns = [r.get("evaluation/return_mean") for r in directory.rows()]
+            self.best = max([float(r) for r in returns if r is not None], default=self.best)
+        self.status = TrainingStatus(plan.env_steps, title=f"{plan.env} {plan.preset}")
+        self._saved_at = self.env_steps if resume else -1
+
+    @property
+    def env_steps(self) -> int:
+        return self.algorithm.ledger.ingested
+
+    def run(self) -> None:
+        """Raises `KeyboardInterrupt` after Ctrl-C or SIGTERM, with everything saved."""
+        interval = self.plan.eval_interval
+        next_evaluation = (self.env_steps // interval + 1) * interval
+        with _interrupts(self.algorithm), self._showing_status():
+            try:
+                while self.env_steps < self.plan.env_steps:
+                    row = self._train()
+                    if self.env_steps >= min(next_evaluation, self.plan.env_steps):
+                        row |= self._evaluate()
+                        next_evaluation = (self.env_steps // interval + 1) * interval
+                        self.directory.append(row)
+                        self._save(is_best=row["evaluation/return_mean"] >= self.best)
+                    else:
+                        self.directory.append(row)
+            except KeyboardInterrupt:
+                self.status.note("Interrupted: saving the run …")
+                self._save(is_best=False)
+                raise
+
+    def close(self) -> None:
+        self.algorithm.stop()
+
+    @contextlib.contextmanager
+    def _showing_status(self) -> Iterator[None]:
+        best = None if self.best == float("-inf") else self.best
+        self.status.start(env_steps_done=self.env_steps, best_return=best)
+        try:
+            yield
+        finally:
+            self.status.stop()
+
+    def _train(self) -> dict[str, Any]:
+        result = self.algorithm.train()
+        stats = result
+        for key in LEARNER_STATS:
+            stats = stats[key]
+        episode_return = result["env_runners"].get("episode_return_mean")
+        episode_length = result["env_runners"].get("episode_len_mean")
+        losses = {n: stats[n] for n in ("critic_loss", "actor_loss") if n in stats}
+        self.status.update(self.env_steps, self.algorithm.ledger.done, episode_return, losses)
+        return {
+            "env_steps": self.env_steps,
+            "updates": self.algorithm.ledger.done,
+            "time_total_s": result["time_total_s"],
+            "episode_return_mean": _number(episode_return),
+            "episode_length_mean": _number(episode_length),
+            **{f"learner/{name}": value for name, value in stats.items()},
+        }
+
+    def _evaluate(self) -> dict[str, Any]:
+        episodes = self.algorithm.evaluate()["env_runners"]
+        returns = episodes["hist_stats"]["episode_reward"]
+        mean, std = float(episodes["episode_return_mean"]), _std(returns)
+        is_best = mean >= self.best
+        self.best = max(self.best, mean)
+        self.status.evaluation(self.env_steps, mean, std, len(returns), is_best)
+        return {
+            "evaluation/return_mean": mean,
+            "evaluation/return_std": std,
+            "evaluation/return_min": float(min(returns)),
+            "evaluation/return_max": float(max(returns)),
+            "evaluation/length_mean": float(episodes["episode_len_mean"]),
+            "evaluation/episodes": len(returns),
+        }
+
+    def _save(self, *, is_best: bool) -> None:
+        if self.env_steps == self._saved_at:
+            return
+
+        def write(path: Path) -> None:
+            self.algorithm.save_checkpoint(str(path))
+
+        # Only `last` is trained on, so `best` needs no replay.
+        self.directory.commit_checkpoint(self.env_steps, write, best=is_best, prune=[REPLAY_FILE])
+        self._saved_at = self.env_steps
+        self.directory.compact()
+        plot_learning_curve(
+            self.directory.rows(),
+            self.directory.path / "learning_curve.png",
+            title=f"QVPO on {self.plan.env} ({self.plan.preset}, seed {self.plan.seed})",
+        )
+
+
+@contextlib.contextmanager
+def _interrupts(algorithm: QVPO) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end training between two training steps; a second Ctrl-C at once."""
+
+    def handle(signum: int, frame: Any) -> None:
+        if algorithm.stop_requested:
+            raise KeyboardInterrupt
+        algorithm.stop_requested = True
+
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _std(values: list[float]) -> float:
+    """Population standard deviation."""
+    mean = sum(values) / len(values)
+    return float((sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
