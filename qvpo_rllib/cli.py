@@ -206,8 +206,8 @@ def _run_plan(plan: Any, directory: Any, *, resume: bool) -> int:
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
-    if not address:
-        cores = os.cpu_count() or 1
+    if not address and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores - plan.num_env_runners))
     print(f"Run directory: {directory.path}")
     training = None

@@ -14,6 +14,7 @@ from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
 
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.seeding import Stream, sequence, spawn_seed
+from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.policy import QVPOTorchPolicy
 from qvpo_rllib.rollout import check_finite, run_episodes
 from qvpo_rllib.spaces import action_scale
@@ -29,6 +30,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        filter_warnings()
         super().__init__(**kwargs)
         self.envs = self.async_env.get_sub_environments() if self.async_env is not None else []
         self.fragment_length: int = self.config.get_rollout_fragment_length(self.worker_index)

@@ -172,6 +172,18 @@ def option_names() -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(Hyperparameters))
 
 
+def option_table() -> str:
+    """The options as a Markdown table, for the README."""
+    rows = ["| option | symbol | default | meaning |", "|---|---|---|---|"]
+    for f in dataclasses.fields(Hyperparameters):
+        default = list(f.default) if isinstance(f.default, tuple) else f.default
+        shown = "none" if default is None else str(default).lower()
+        meaning, symbol = f.metadata["meaning"], f.metadata["symbol"]
+        choices = f" ({', '.join(CHOICES[f.name])})" if f.name in CHOICES else ""
+        rows.append(f"| `{f.name}` | {symbol} | `{shown}` | {meaning}{choices} |")
+    return "\n".join(rows)
+
+
 def check_name(name: str) -> None:
     """Raises `ValueError` that suggests the nearest name if no option is called `name`."""
     if name not in option_names():

@@ -12,6 +12,7 @@ from ray.rllib.policy.policy import Policy
 from qvpo_rllib.checkpoint import read_metadata
 from qvpo_rllib.config import check_environment_id
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
+from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.policy import QVPOTorchPolicy
 from qvpo_rllib.rollout import Episode, run_episodes
 from qvpo_rllib.spaces import action_scale
@@ -81,6 +82,7 @@ def evaluate_checkpoint(
     metadata = read_metadata(directory)
     env_id = metadata["env"]
     check_environment_id(env_id)
+    filter_warnings()
     policy = Policy.from_checkpoint(str(directory / "policies" / "default_policy"))
     assert isinstance(policy, QVPOTorchPolicy)
     envs = [gym.make(env_id) for _ in range(min(episodes, MAX_ENVS))]

@@ -11,6 +11,7 @@ import torch
 from qvpo_rllib.config import QVPOConfig, check_environment_id
 from qvpo_rllib.core.hyperparameters import Hyperparameters, parse_option
 from qvpo_rllib.core.presets import PRESETS, resolve_for_task
+from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.spaces import check_spaces
 
 EVALUATION_EPISODES = 10
@@ -27,7 +28,7 @@ class RunDefaults:
 
 
 RUN_DEFAULTS = {
-    "quick": RunDefaults("InvertedPendulum-v5", 10_000, 1_000, 4),
+    "quick": RunDefaults("InvertedPendulum-v5", 15_000, 1_000, 4),
     "light": RunDefaults("HalfCheetah-v5", 50_000, 5_000, 4),
     "default": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
     "paper": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
@@ -162,6 +163,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 def check_environment(env: str) -> None:
     """Makes the environment once: it must exist, and its spaces must suit a diffusion policy."""
     check_environment_id(env)
+    filter_warnings()
     try:
         made = gym.make(env)
     except gym.error.Error as error:

@@ -1,0 +1,90 @@
+"""What the tests that need Ray share: one Ray for all of them, and configurations that are tiny."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+# Before Ray and PyTorch are imported, and inherited by every process that a test starts.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+TINY = {
+    "hidden": (16,),
+    "diffusion_steps": 3,
+    "num_policy_samples": 4,
+    "num_uniform_samples": 2,
+    "k_eval": 4,
+    "batch_size": 16,
+    "warmup_steps": 40,
+    "replay_capacity": 2000,
+}
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """The one Ray of a test session, on loopback."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Any]:
+    """`tiny_config(env, **training)`: a configuration whose iteration is 60 env steps.
+
+    It has no evaluation; `config.evaluation(evaluation_interval=1, …)` adds one.
+    """
+    from qvpo_rllib import QVPOConfig
+
+    def make(env: str = "InvertedPendulum-v5", **training: Any) -> QVPOConfig:
+        config = QVPOConfig().environment(env).training(**{**TINY, **training})
+        config.reporting(min_sample_timesteps_per_iteration=60)
+        config.debugging(seed=0, log_level="ERROR")
+        config.evaluation(evaluation_interval=None, evaluation_duration=2)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def build_shared(ray_session: None) -> Iterator[Callable[[Any], Any]]:
+    """`build_shared(config)`: an algorithm that lives until the module's tests have ended."""
+    yield from _build_and_stop()
+
+
+@pytest.fixture
+def build(ray_session: None) -> Iterator[Callable[[Any], Any]]:
+    """`build(config)`: an algorithm that is stopped at the test's end, however it ends."""
+    yield from _build_and_stop()
+
+
+def _build_and_stop() -> Iterator[Callable[[Any], Any]]:
+    algorithms = []
+
+    def make(config: Any) -> Any:
+        algorithms.append(config.build_algo())
+        return algorithms[-1]
+
+    yield make
+    for algorithm in algorithms:
+        algorithm.stop()

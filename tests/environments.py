@@ -1,0 +1,127 @@
+"""Small environments whose every number is known, for the tests.
+
+Importing this module registers them with Gymnasium; another process names one as
+"environments:Counting-v0".
+"""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+VECTOR = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+UNIT_ACTION = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+ASYMMETRIC_ACTION = gym.spaces.Box(
+    np.array([-2.0, 0.0, 10.0], np.float32), np.array([1.0, 5.0, 10.5], np.float32)
+)
+
+
+class Counting(gym.Env):
+    """Observes (episode, step), both counted from 0; the reward is 1 per step.
+
+    Args:
+        length: steps of each episode.
+        ends_by: "truncation", "termination", or "both": even episodes by truncation, odd ones by
+            termination.
+    """
+
+    observation_space, action_space = VECTOR, UNIT_ACTION
+
+    def __init__(self, length: int = 5, ends_by: str = "both") -> None:
+        self.length, self.ends_by = length, ends_by
+        self.episode, self.step_number = -1, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.episode, self.step_number = self.episode + 1, 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.step_number += 1
+        ended = self.step_number >= self.length
+        even = self.episode % 2 == 0
+        truncates = self.ends_by == "truncation" or (self.ends_by == "both" and even)
+        return self._observe(), self._reward(), ended and not truncates, ended and truncates, {}
+
+    def _observe(self) -> Any:
+        return np.array([self.episode, self.step_number], np.float32)
+
+    def _reward(self) -> float:
+        return 1.0
+
+
+class RecordingActions(Counting):
+    """Keeps every action that it receives in `received`; its box has different, lopsided sides."""
+
+    action_space = ASYMMETRIC_ACTION
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.received: list[Any] = []
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.received.append(np.array(action))
+        return super().step(action)
+
+
+class NonFinite(Counting):
+    """Returns a NaN observation, or an infinite reward, at step `at_step` of its life.
+
+    Args:
+        quantity: "observation" or "reward".
+    """
+
+    def __init__(self, quantity: str, at_step: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.quantity, self.at_step = quantity, at_step
+        self.total_steps = 0
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.total_steps += 1
+        return super().step(action)
+
+    def _is_bad(self) -> bool:
+        return self.total_steps == self.at_step
+
+    def _observe(self) -> Any:
+        bad = self.quantity == "observation" and self._is_bad()
+        return np.full(2, np.nan, np.float32) if bad else super()._observe()
+
+    def _reward(self) -> float:
+        return float("inf") if self.quantity == "reward" and self._is_bad() else 1.0
+
+
+class Spaces(gym.Env):
+    """Has the given spaces, and an episode of one step."""
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space) -> None:
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.observation_space.sample(), 0.0, True, False, {}
+
+
+UNSUITED_SPACES = {
+    "DiscreteActions": (VECTOR, gym.spaces.Discrete(3)),
+    "UnboundedActions": (VECTOR, gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)),
+    "MatrixActions": (VECTOR, gym.spaces.Box(-1, 1, (2, 2), np.float32)),
+    "DictObservations": (gym.spaces.Dict({"position": VECTOR}), UNIT_ACTION),
+    "ImageObservations": (gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), UNIT_ACTION),
+}
+
+
+def _register(name: str, entry_point: Any, **kwargs: Any) -> None:
+    gym.register(f"{name}-v0", entry_point, disable_env_checker=True, kwargs=kwargs)
+
+
+_register("Counting", Counting)
+_register("RecordingActions", RecordingActions)
+_register("NanObservation", NonFinite, quantity="observation", at_step=70, length=100)
+_register("LateNan", NonFinite, quantity="observation", at_step=70, length=6)
+_register("InfiniteReward", NonFinite, quantity="reward", at_step=70, length=100)
+for _name, (_observation_space, _action_space) in UNSUITED_SPACES.items():
+    _register(_name, Spaces, observation_space=_observation_space, action_space=_action_space)

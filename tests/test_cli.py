@@ -1,0 +1,289 @@
+"""`qvpo train` and `qvpo evaluate` as a newcomer runs them, in processes of their own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from qvpo_rllib import cli
+from qvpo_rllib.checkpoint import read_metadata
+
+TRAIN_OPTIONS = [
+    "--env", "--preset", "--seed", "--env-steps", "--num-env-runners", "--num-envs-per-env-runner",
+    "--num-gpus", "--run-dir", "--resume", "--eval-interval", "--set",
+]  # fmt: skip
+EVALUATE_OPTIONS = ["--episodes", "--k", "--seed", "--json"]
+TINY = ["--set", "warmup_steps=100", "--set", "batch_size=16", "--set", "hidden=16"]
+START_TIMEOUT_S = 120
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """`qvpo` as the leader of its process group, as in a terminal."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "qvpo_rllib", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "100"},
+        start_new_session=True,
+    )
+
+
+def press_ctrl_c(process: subprocess.Popen[str]) -> None:
+    """A terminal signals the whole group: Ray's processes too."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    try:
+        output, error = process.communicate(timeout=START_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, error = process.communicate()
+        pytest.fail(f"qvpo did not end within {START_TIMEOUT_S} s:\n{output}\n{error}")
+    return process.returncode, output, error
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def evaluated_at(rows: list[dict[str, Any]]) -> list[int]:
+    return [row["env_steps"] for row in rows if row.get("evaluation/return_mean") is not None]
+
+
+def assert_ledger_exact(metadata: dict[str, Any]) -> None:
+    """One update per env step after the warm-up of 100."""
+    ledger = metadata["ledger"]
+    assert ledger["done"] == max(0, ledger["ingested"] - 100)
+
+
+def assert_rows_go_on(rows: list[dict[str, Any]]) -> None:
+    steps = [row["env_steps"] for row in rows]
+    assert steps == sorted(set(steps))
+    for row in rows:
+        assert row["updates"] == max(0, row["env_steps"] - 100)
+
+
+def evaluate(capsys: Any, *arguments: str) -> dict[str, Any]:
+    """`qvpo evaluate … --json` in this process."""
+    assert cli.main(["evaluate", *arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert isinstance(result, dict)
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: Any) -> tuple[Path, tuple[int, str, str]]:
+    """A run of 400 env steps, and what the command returned."""
+    run = tmp_path_factory.mktemp("cli") / "run"
+    process = start(
+        "train", "--env", "InvertedPendulum-v5", "--preset", "quick", "--env-steps", "400",
+        "--eval-interval", "200", *TINY, "--run-dir", str(run),
+    )  # fmt: skip
+    return run, finish(process)
+
+
+# --- help --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["train", "evaluate", "QVPO"]),
+        (["train"], TRAIN_OPTIONS),
+        (["evaluate"], EVALUATE_OPTIONS),
+    ],
+)
+def test_help_names_every_option(capsys: Any, arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*arguments, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for word in words:
+        assert re.search(rf"{re.escape(word)}\b", text), word
+
+
+def test_parser_has_no_option_that_this_file_does_not_know() -> None:
+    for command, options in (("train", TRAIN_OPTIONS), ("evaluate", EVALUATE_OPTIONS)):
+        known = cli._subparser(command)._option_string_actions
+        assert set(known) - {"-h", "--help"} == set(options)
+
+
+# --- train -------------------------------------------------------------------------------------
+
+
+def test_train_ends_well_and_says_where_things_are(trained: Any) -> None:
+    run, (code, output, error) = trained
+    assert code == 0, error
+    assert str(run) in output
+    assert "400/400 env steps" in output
+    assert "evaluation at 400 env steps" in output
+    assert f"qvpo evaluate {run}" in output
+    assert re.search(r"[\d,]+ bytes", error)  # the replay's size
+    assert "Traceback" not in error
+
+
+def test_run_directory_explains_itself(trained: Any) -> None:
+    run, _ = trained
+    config = json.loads((run / "config.json").read_text())
+    assert (config["env"], config["env_steps"], config["seed"]) == ("InvertedPendulum-v5", 400, 0)
+    assert config["hyperparameters"]["hidden"] == [16]
+    (record,) = json.loads((run / "run.json").read_text())["starts"]
+    assert record["command"][:2] == ["qvpo", "train"]
+    assert record["versions"]["ray"]
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    rows = rows_of(run)
+    table = pq.read_table(run / "metrics.parquet")
+    assert table.column("env_steps").to_pylist() == [row["env_steps"] for row in rows]
+    for name in ("last", "best"):
+        metadata = read_metadata(run / "checkpoints" / name)
+        assert metadata["env"] == "InvertedPendulum-v5"
+        assert_ledger_exact(metadata)
+    assert (run / "checkpoints" / "last" / "replay.arrow").exists()
+
+
+def test_train_evaluates_at_the_interval(trained: Any) -> None:
+    rows = rows_of(trained[0])
+    assert evaluated_at(rows) == [200, 400]
+    assert rows[-1]["env_steps"] == 400
+    assert_rows_go_on(rows)
+    assert {"learner/critic_loss", "learner/actor_loss"} <= set(rows[-1])
+
+
+# --- evaluate ----------------------------------------------------------------------------------
+
+
+def test_evaluate_prints_json_alone(trained: Any) -> None:
+    run, _ = trained
+    code, output, error = finish(start("evaluate", str(run), "--episodes", "3", "--json"))
+    assert code == 0, error
+    result = json.loads(output)
+    assert result["env"] == "InvertedPendulum-v5"
+    assert len(result["returns"]) == len(result["lengths"]) == result["episodes"] == 3
+    assert result["return_mean"] == pytest.approx(sum(result["returns"]) / 3)
+    assert result["k"] == 32
+    assert result["checkpoint"] == str((run / "checkpoints" / "best").resolve())
+
+
+def test_evaluate_repeats_itself_for_one_seed(capsys: Any, trained: Any) -> None:
+    run = str(trained[0])
+    first, again, other = (
+        evaluate(capsys, run, "--episodes", "3", "--seed", seed) for seed in "440"
+    )
+    assert first == again
+    assert (first["seed"], other["seed"]) == (4, 0)
+
+
+def test_evaluate_takes_k_and_a_checkpoint(capsys: Any, trained: Any) -> None:
+    last = trained[0] / "checkpoints" / "last"
+    result = evaluate(capsys, str(last), "--episodes", "2", "--k", "1")
+    assert (result["k"], result["episodes"]) == (1, 2)
+    assert result["checkpoint"] == str(last.resolve())
+
+
+def test_evaluate_prints_a_table(capsys: Any, trained: Any) -> None:
+    assert cli.main(["evaluate", str(trained[0]), "--episodes", "2"]) == 0
+    text = capsys.readouterr().out
+    assert len(re.findall(r"episode +\d+ +return", text)) == 2
+    assert re.search(r"mean +[\d.]+ +std +[\d.]+ +\(2 episodes\)", text)
+
+
+# --- resume and interrupt ----------------------------------------------------------------------
+
+
+def wait_for_row(run: Path, env_steps: int, process: subprocess.Popen[str]) -> None:
+    """Until the run has written a row beyond `env_steps`."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not any(row["env_steps"] > env_steps for row in rows_of(run)):
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"no row beyond {env_steps}: {process.communicate()}")
+        time.sleep(0.05)
+
+
+def test_resume_interrupt_and_resume(trained: Any, capsys: Any) -> None:
+    run, _ = trained
+    before = rows_of(run)
+    process = start("train", "--resume", str(run), "--env-steps", "1000000")
+    wait_for_row(run, 420, process)
+    press_ctrl_c(process)
+    code, output, error = finish(process)
+    assert code == 130, error
+    assert f"qvpo train --resume {run}" in output
+    assert "Traceback" not in error
+
+    rows = rows_of(run)
+    assert rows[: len(before)] == before
+    assert_rows_go_on(rows)
+    stopped_at = rows[-1]["env_steps"]
+    metadata = read_metadata(run / "checkpoints" / "last")
+    assert metadata["ledger"]["ingested"] >= stopped_at > 400
+    assert_ledger_exact(metadata)
+    last = str(run / "checkpoints" / "last")
+    assert len(evaluate(capsys, last, "--episodes", "1")["returns"]) == 1
+
+    end = metadata["ledger"]["ingested"] // 200 * 200 + 200
+    code, output, error = finish(start("train", "--resume", str(run), "--env-steps", str(end)))
+    assert code == 0, error
+    rows = rows_of(run)
+    assert_rows_go_on(rows)
+    assert rows[-1]["env_steps"] == end
+    assert evaluated_at(rows) == list(range(200, end + 1, 200))
+    assert_ledger_exact(read_metadata(run / "checkpoints" / "last"))
+    assert len(json.loads((run / "run.json").read_text())["starts"]) == 3
+
+
+def test_interrupt_before_anything_is_saved_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("train", "--run-dir", str(run))
+    while not (run / "config.json").exists() and process.poll() is None:
+        time.sleep(0.02)
+    press_ctrl_c(process)
+    code, output, error = finish(process)
+    assert code == 130, error
+    assert "Traceback" not in error
+    assert not (run / "checkpoints" / "last").exists()
+    assert "Saved" not in output
+    assert "--resume" not in output
+
+
+# --- failures ----------------------------------------------------------------------------------
+
+
+def test_non_finite_observation_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    """The environment returns a NaN at its 70th step; the run saves every 20 steps."""
+    run = tmp_path / "run"
+    env = "environments:LateNan-v0"
+    process = start(
+        "train", "--env", env, "--preset", "quick", "--env-steps", "400", "--eval-interval", "20",
+        "--num-envs-per-env-runner", "1", *TINY, "--run-dir", str(run),
+    )  # fmt: skip
+    code, _, error = finish(process)
+    assert code == 1, error
+    message = " ".join(error.split())
+    assert f"{env} (worker 0, environment 0): non-finite observation at step 4 " in message
+    assert "Traceback" not in error
+    assert read_metadata(run / "checkpoints" / "last")["ledger"]["ingested"] == 60
+    assert rows_of(run)[-1]["env_steps"] < 70
+
+
+def test_bad_input_has_exit_code_2_and_no_traceback(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, output, error = finish(start("train", "--set", "k_target=0", "--run-dir", str(run)))
+    assert (code, output) == (2, "")
+    assert error.startswith("qvpo: error: k_target=0 is not allowed")
+    assert len(error.strip().splitlines()) <= 3
+    assert not run.exists()

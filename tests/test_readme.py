@@ -1,0 +1,25 @@
+"""The README's table of options is the code's, and its test command is what CI runs."""
+
+import re
+from pathlib import Path
+
+from qvpo_rllib.core.hyperparameters import Hyperparameters, option_table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_options_table_is_the_code():
+    assert option_table() in README
+
+
+def test_every_option_is_in_the_table():
+    for name in Hyperparameters().to_dict():
+        assert f"| `{name}` |" in README
+
+
+def test_ci_finds_the_test_command():
+    block = README.split("<!-- test command -->")[1]
+    command = re.search(r"```bash\n(.+)\n```", block).group(1)
+    assert command.endswith("&& pytest")
+    assert 'pip install -e ".[test]"' in command
