@@ -1,8 +1,8 @@
 """`QVPO`: the RLlib algorithm. Rollouts, replay, updates, evaluation, checkpoints."""
 
 import functools
+import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,15 @@ class QVPO(Algorithm):  # type: ignore[misc]
 
         RLlib's `Algorithm.from_checkpoint` works too, but cannot know of the replay.
         """
-        directory = Path(path.path if hasattr(path, "path") else path).resolve()
+        directory = _directory_of(path)
         checkpoint.read_metadata(directory)
         algorithm: QVPO = super().from_checkpoint(str(directory), *args, **kwargs)
         algorithm._load_run_state(directory)
         return algorithm
+
+    def restore(self, checkpoint_path: Any) -> None:
+        """Goes on from a checkpoint: a directory, or what `save()` returned."""
+        super().restore(str(_directory_of(checkpoint_path)))
 
     def setup(self, config: Any) -> None:
         if self.config.num_gpus and not torch.cuda.is_available():
@@ -129,7 +133,7 @@ class QVPO(Algorithm):  # type: ignore[misc]
             "collect_remotely", kwargs=kwargs, local_env_runner=False
         )
         for result in results:
-            if isinstance(result, NonFiniteError):
+            if isinstance(result, Exception):
                 raise result
         return list(results)
 
@@ -182,16 +186,21 @@ class QVPO(Algorithm):  # type: ignore[misc]
         return results
 
     def _evaluate_on_local_env_runner(self, env_runner: Any) -> tuple[Any, int, int, list[Any]]:
-        seeds, action_seed = self._evaluation_seeds()
+        if env_runner is self.env_runner:
+            raise ValueError(
+                "evaluate() needs environments of its own, lest it disturb those in training: set "
+                "config.evaluation(evaluation_interval=…), or evaluation_num_env_runners=1."
+            )
+        seeds, action_seed = self._evaluation_seeds(), self._action_seed(0)
         return self._summarize_evaluation([env_runner.evaluate_episodes(seeds, action_seed)])
 
     def _evaluate_with_fixed_duration(self) -> tuple[Any, int, int, list[Any]]:
-        seeds, action_seed = self._evaluation_seeds()
+        seeds = self._evaluation_seeds()
         workers = self.eval_env_runner_group.healthy_worker_ids()
         # Worker w plays episodes w, w + W, …; each has its own stream of diffusion noise.
         calls = [
             functools.partial(
-                _evaluate_on, seeds=seeds[i :: len(workers)], action_seed=action_seed + i
+                _evaluate_on, seeds=seeds[i :: len(workers)], action_seed=self._action_seed(i)
             )
             for i in range(len(workers))
         ]
@@ -203,19 +212,28 @@ class QVPO(Algorithm):  # type: ignore[misc]
         )
         return self._summarize_evaluation(results)
 
-    def _evaluation_seeds(self) -> tuple[list[int], int]:
+    def _evaluation_seeds(self) -> list[int]:
         """Seeds that depend on the run's seed and the env steps alone, so that evaluating more or
         less often, or resuming, changes no result."""
-        steps = self.ledger.ingested
-        seeds = episode_seeds(self.config.seed, steps, self.config.evaluation_duration)
-        return seeds, spawn_seed(self.config.seed, Stream.EVALUATION, steps, 1)
+        steps, episodes = self.ledger.ingested, self.config.evaluation_duration
+        return episode_seeds(self.config.seed, steps, episodes)
+
+    def _action_seed(self, worker: int) -> int:
+        return spawn_seed(self.config.seed, Stream.EVALUATION, self.ledger.ingested, worker)
 
     def _summarize_evaluation(self, results: list[Any]) -> tuple[Any, int, int, list[Any]]:
         episodes = []
-        for metrics, error in results:
-            if error is not None:
-                raise error
+        for metrics in results:
+            if isinstance(metrics, NonFiniteError):
+                raise metrics
             episodes += metrics
+        if len(episodes) != self.config.evaluation_duration:
+            raise RuntimeError(
+                f"Only {len(episodes)} of {self.config.evaluation_duration} evaluation episodes "
+                "came back: a worker died or took longer than evaluation_sample_timeout_s="
+                f"{self.config.evaluation_sample_timeout_s}. A mean over the others would favour "
+                "short episodes. Raise the time-out, or use fewer episodes or more workers."
+            )
         steps = sum(e.episode_length for e in episodes)
         summary = summarize_episodes(
             episodes, episodes, self.evaluation_config.keep_per_episode_custom_metrics
@@ -245,6 +263,7 @@ class QVPO(Algorithm):  # type: ignore[misc]
             "ray_version": ray.__version__,
             "torch_version": torch.__version__,
             "env": str(self.config.env),
+            "env_config": self._plain_env_config(),
             "shapes": [self.policy.obs_dim, self.policy.act_dim],
             "seed": self.config.seed,
             "hyperparameters": hp,
@@ -255,6 +274,9 @@ class QVPO(Algorithm):  # type: ignore[misc]
     def _load_run_state(self, directory: Path) -> None:
         found = checkpoint.read_metadata(directory)
         self.ledger.load_state_dict(found["ledger"])
+        theirs = [found["hyperparameters"][name] for name in ("update_ratio", "warmup_steps")]
+        if theirs != [self.hp.update_ratio, self.hp.warmup_steps]:
+            self.ledger.settle(refill=False)
         file = directory / checkpoint.REPLAY_FILE
         if file.exists():
             state = checkpoint.decode_replay_state(found["replay"])
@@ -269,10 +291,21 @@ class QVPO(Algorithm):  # type: ignore[misc]
         self.ledger.ingested = int(self._counters[NUM_ENV_STEPS_SAMPLED])
         self.ledger.done = self.learner.num_updates
         self._go_on_without_replay()
+        restart = functools.partial(_restart_streams, env_steps=self.ledger.ingested)
+        self.env_runner_group.foreach_env_runner(restart)
 
     def _go_on_without_replay(self) -> None:
-        self.ledger.refill()
-        self._replay_missing = self.ledger.done > 0
+        self.ledger.settle(refill=True)
+        self._replay_missing = True
+
+    def _plain_env_config(self) -> dict[str, Any] | None:
+        """The environment's arguments for `qvpo evaluate`, or None if JSON cannot hold them."""
+        env_config = dict(self.config.env_config)
+        try:
+            json.dumps(env_config)
+        except TypeError:
+            return None
+        return env_config
 
     def _announce_replay(self) -> None:
         """States the replay's size before it is allocated, and refuses one that does not fit."""
@@ -289,9 +322,18 @@ class QVPO(Algorithm):  # type: ignore[misc]
             )
 
 
+def _directory_of(saved: Any) -> Path:
+    """The directory of a path, a Tune checkpoint, or what `save()` returned."""
+    saved = getattr(saved, "checkpoint", saved)
+    return Path(getattr(saved, "path", saved)).expanduser().resolve()
+
+
+def _restart_streams(worker: Any, env_steps: int) -> None:
+    worker.restart_streams(env_steps)
+
+
 def _evaluate_on(worker: Any, seeds: list[int], action_seed: int) -> Any:
     return worker.evaluate_episodes(seeds, action_seed)
 
 
 register_trainable("QVPO", QVPO)
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -72,17 +72,14 @@ def check_compatible(found: dict[str, Any], own: dict[str, Any], directory: Path
 
 
 def save_replay(file: Path, replay: ReplayBuffer) -> None:
-    """Writes the held transitions as an Arrow IPC file."""
-    columns = {
-        name: np.ascontiguousarray(column.cpu().numpy())
-        for name, column in replay.in_order()._asdict().items()
-    }
-    schema = pa.schema([(n, _arrow_type(c)) for n, c in columns.items()])
+    """Writes the held transitions, oldest first, as an Arrow IPC file, a part at a time."""
+    widths = {n: c.shape[1:] for n, c in replay.columns._asdict().items()}
+    schema = pa.schema([(n, _arrow_type(tuple(w))) for n, w in widths.items()])
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for start in range(0, len(replay), ROWS_PER_BATCH):
-            part = slice(start, start + ROWS_PER_BATCH)
-            arrays = [_arrow_array(c[part]) for c in columns.values()]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
+        for segment in replay.segments():
+            for start in range(0, segment.reward.shape[0], ROWS_PER_BATCH):
+                part = [c[start : start + ROWS_PER_BATCH].cpu().numpy() for c in segment]
+                writer.write_batch(pa.record_batch([_arrow_array(c) for c in part], schema=schema))
 
 
 def load_replay(file: Path) -> Transitions:
@@ -99,8 +96,8 @@ def load_replay(file: Path) -> Transitions:
     return Transitions(*(torch.from_numpy(_numpy(c)) for c in columns))
 
 
-def _arrow_type(column: np.ndarray) -> pa.DataType:
-    return pa.float32() if column.ndim == 1 else pa.list_(pa.float32(), column.shape[1])
+def _arrow_type(width: tuple[int, ...]) -> pa.DataType:
+    return pa.list_(pa.float32(), width[0]) if width else pa.float32()
 
 
 def _arrow_array(column: np.ndarray) -> pa.Array:

@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, EXIT_BAD_INPUT)
     except NonFiniteError as error:
         return _report(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return code
 
 
@@ -150,8 +154,9 @@ def _report(error: Exception, code: int) -> int:
 
 def _quiet() -> None:
     """RLlib announces on every start that the old API stack will go; the version is capped."""
+    # Ray will stop hiding GPUs from actors that ask for none, and says so unless told which it is.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("ray").setLevel(logging.ERROR)
 
@@ -167,7 +172,13 @@ def _train(options: argparse.Namespace) -> int:
         values = dict(directory.config)
         if options.env_steps is not None:
             values["env_steps"] = options.env_steps
-        plan = TrainingPlan(**values)
+        try:
+            plan = TrainingPlan(**values)
+        except TypeError as error:
+            raise ValueError(
+                f"{directory.path}/config.json was written by another version of qvpo_rllib "
+                f"({error}). Resume with that version; run.json names it."
+            ) from error
     else:
         plan = make_plan(
             env=options.env,
@@ -198,37 +209,70 @@ def _check_resume(options: argparse.Namespace) -> None:
 
 
 def _run_plan(plan: Any, directory: Any, *, resume: bool) -> int:
+    training = None
+    try:
+        from qvpo_rllib.experiments.training import TrainingRun
+
+        _start_ray(plan.num_env_runners)
+        print(f"Run directory: {directory.path}")
+        training = TrainingRun(plan, directory, resume=resume)
+        return _run_training(training, directory.path)
+    except KeyboardInterrupt:
+        if directory.discard_if_empty():
+            print("Interrupted before training began: nothing was saved.")
+        else:
+            print(f"Saved. To go on: qvpo train --resume {directory.path}")
+        return EXIT_INTERRUPTED
+    except Exception:
+        directory.discard_if_empty()
+        raise
+    finally:
+        _stop(training)
+
+
+def _run_training(training: Any, path: Path) -> int:
+    try:
+        training.run()
+    except ValueError:  # not the user's input any more
+        traceback.print_exc()
+        return EXIT_FAILED
+    print(
+        f"Done: best evaluation return {training.best:.1f}, last {training.last or 0:.1f}.\n"
+        f"  {path}/learning_curve.png   the learning curve\n"
+        f"  {path}/metrics.parquet      every number\n"
+        f"  {path}/checkpoints/best     the best policy: qvpo evaluate {path}"
+    )
+    return 0
+
+
+def _start_ray(num_env_runners: int) -> None:
+    """The cluster of RAY_ADDRESS if that is set, else a Ray of its own on loopback."""
     import ray
     import torch
 
-    from qvpo_rllib.experiments.training import TrainingRun
-
-    address = os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
-    if not address and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores - plan.num_env_runners))
-    print(f"Run directory: {directory.path}")
-    training = None
-    try:
-        training = TrainingRun(plan, directory, resume=resume)
-        training.run()
-    except KeyboardInterrupt:
-        print(f"Saved. To go on: qvpo train --resume {directory.path}")
-        return EXIT_INTERRUPTED
-    finally:
-        if training is not None:
-            training.close()
-        ray.shutdown()
-    print(
-        f"Done: best evaluation return {training.best:.1f}.\n"
-        f"  {directory.path}/learning_curve.png   the learning curve\n"
-        f"  {directory.path}/metrics.parquet      every number\n"
-        f"  {directory.path}/checkpoints/best     the best policy: "
-        f"qvpo evaluate {directory.path}"
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        return
+    cores = len(os.sched_getaffinity(0))
+    # Enough slots for every worker: on fewer cores they share, instead of waiting for ever.
+    ray.init(
+        address="local",
+        num_cpus=max(cores, num_env_runners + 1),
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        **quiet,
     )
-    return 0
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores - num_env_runners))
+
+
+def _stop(training: Any) -> None:
+    import ray
+
+    if training is not None:
+        training.close()
+    ray.shutdown()
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -22,14 +22,8 @@ REPLACED_OPTIONS = {
     "model": "hidden",
     "optimizer": "actor_lr, critic_lr and adam_eps",
 }
-# Parts of a config's state that QVPO does not read and that RLlib's update would choke on or warn
-# about: its default model and optimiser, and the switch of the API stack, which is fixed.
-UNUSED_STATE = (
-    "model",
-    "optimizer",
-    "enable_rl_module_and_learner",
-    "enable_env_runner_and_connector_v2",
-)
+# The switches of the API stack, which is fixed: RLlib's update would warn about them.
+UNUSED_STATE = ("enable_rl_module_and_learner", "enable_env_runner_and_connector_v2")
 
 
 class QVPOConfig(AlgorithmConfig):  # type: ignore[misc]
@@ -68,6 +62,8 @@ class QVPOConfig(AlgorithmConfig):  # type: ignore[misc]
             evaluation_interval=10,
             evaluation_duration=10,
             evaluation_duration_unit="episodes",
+            # RLlib's 120 s would cut ten long episodes with the best of 32 actions short.
+            evaluation_sample_timeout_s=3600.0,
             evaluation_config={"explore": False, "num_envs_per_env_runner": 10},
         )
         # Whether checkpoints hold the replay; without it they are small but training that goes on
@@ -78,9 +74,7 @@ class QVPOConfig(AlgorithmConfig):  # type: ignore[misc]
         """Sets hyperparameters by name. Raises `ValueError` for an unknown or replaced name."""
         for name in options:
             if name in REPLACED_OPTIONS:
-                raise ValueError(
-                    f"QVPO does not read {name!r}: use {REPLACED_OPTIONS[name]} instead."
-                )
+                _refuse_unused(name)
             check_name(name)
         self._set_options(options)
         if replay_in_checkpoints is not NotProvided:
@@ -89,12 +83,18 @@ class QVPOConfig(AlgorithmConfig):  # type: ignore[misc]
 
     def update_from_dict(self, config_dict: dict[str, Any]) -> Self:
         """RLlib's, but a name that nothing reads is refused instead of silently kept."""
-        if "class" in config_dict:  # the full state of a config, from a checkpoint
-            config_dict = {k: v for k, v in config_dict.items() if k not in UNUSED_STATE}
-        else:
-            for name in config_dict:
+        full_state = "class" in config_dict  # as in a checkpoint, with internal names
+        kept = {}
+        for name, value in config_dict.items():
+            if name in REPLACED_OPTIONS or name in UNUSED_STATE:
+                # Tune hands over whole configs: a value that is there anyway says nothing.
+                if not full_state and value != getattr(self, name, value):
+                    _refuse_unused(name)
+                continue
+            if not full_state:
                 _check_setting(name, self)
-        super().update_from_dict(config_dict)
+            kept[name] = value
+        super().update_from_dict(kept)
         return self
 
     def hyperparameters(self) -> Hyperparameters:
@@ -104,7 +104,7 @@ class QVPOConfig(AlgorithmConfig):  # type: ignore[misc]
     def validate(self) -> None:
         super().validate()
         self.hyperparameters()
-        if not isinstance(self.num_gpus, int | float) or self.num_gpus > 1 or self.num_gpus < 0:
+        if not isinstance(self.num_gpus, int | float) or not 0 <= self.num_gpus <= 1:
             raise ValueError(
                 f"num_gpus={self.num_gpus!r} is not allowed: QVPO's learner uses one GPU at most "
                 "(0, a fraction, or 1). To use more GPUs, run several trials side by side with "
@@ -125,13 +125,27 @@ class QVPOConfig(AlgorithmConfig):  # type: ignore[misc]
                 "with a quota for each environment, so that short ones are not favoured. Give a "
                 "number of episodes."
             )
-        if self.remote_worker_envs:
-            raise ValueError(
-                "remote_worker_envs=True is not supported: raise num_envs_per_env_runner or "
-                "num_env_runners instead, which is faster."
-            )
+        self._refuse_unread_settings()
         if isinstance(self.env, str):
             check_environment_id(self.env)
+
+    def _refuse_unread_settings(self) -> None:
+        """Settings of RLlib's that mean something for other algorithms and nothing here."""
+        unread = {
+            "remote_worker_envs": (False, "raise num_envs_per_env_runner or num_env_runners"),
+            "observation_filter": ("NoFilter", "normalise observations in an environment wrapper"),
+            "batch_mode": ("truncate_episodes", "a fragment is rollout_fragment_length env steps"),
+            "normalize_actions": (True, "the policy's actions are in [-1, 1]"),
+            "num_learners": (0, "the learner runs in the algorithm's own process"),
+        }
+        for name, (only, reason) in unread.items():
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not supported: QVPO allows {only!r} alone; "
+                    f"{reason}."
+                )
+        if self.is_multi_agent:
+            raise ValueError("Several policies (multi_agent) are not supported: QVPO trains one.")
 
     def _set_options(self, options: dict[str, Any]) -> None:
         for name, value in options.items():
@@ -164,12 +178,19 @@ def check_environment_id(env_id: str) -> None:
         return
     if ":" in env_id or "." in env_id:  # "module:Env-v0", or a class path that RLlib imports
         return
-    close = difflib.get_close_matches(env_id, list(gym.registry), n=3, cutoff=0.5)
+    latest = {(spec.namespace, spec.name): spec.id for spec in gym.registry.values()}
+    close = difflib.get_close_matches(env_id, latest.values(), n=3, cutoff=0.5)
     suggestion = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(
         f"There is no environment {env_id!r}.{suggestion} Allowed are Gymnasium's ids (such as "
         "'Ant-v5'), 'module:Id-v0', and names registered with ray.tune.register_env."
     )
+
+
+def _refuse_unused(name: str) -> None:
+    if name in UNUSED_STATE:
+        raise ValueError(f"{name} cannot be changed: QVPO runs on RLlib's old API stack.")
+    raise ValueError(f"QVPO does not read {name!r}: use {REPLACED_OPTIONS[name]} instead.")
 
 
 def _check_setting(name: str, config: AlgorithmConfig) -> None:

@@ -3,6 +3,7 @@
 import psutil
 import torch
 from ray._common.utils import get_system_memory
+from ray._private.utils import get_used_memory
 
 
 def available_bytes(device: torch.device) -> int:
@@ -10,6 +11,5 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    memory = psutil.virtual_memory()
-    used = memory.total - memory.available
-    return int(max(0, min(memory.available, get_system_memory() - used)))
+    in_container = get_system_memory() - get_used_memory()  # Ray reads the cgroup's figures
+    return int(max(0, min(psutil.virtual_memory().available, in_container)))

@@ -15,7 +15,7 @@ from qvpo_rllib.config import resolved_hyperparameters
 from qvpo_rllib.core.learner import Learner, Networks
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.core.sampler import draw_noise, select_actions
-from qvpo_rllib.core.seeding import Stream, spawn_seed
+from qvpo_rllib.core.seeding import Stream, restore_generator, spawn_seed
 from qvpo_rllib.spaces import check_spaces
 
 # What a rollout worker needs in order to act: nothing else travels.
@@ -42,11 +42,12 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, config: Any) -> None:
         check_spaces(observation_space, action_space)
-        # Latched here: restoring a checkpoint replaces `self.config` by the checkpoint's.
+        # Latched: whatever becomes of `self.config`, this policy keeps its part.
         self.hp = resolved_hyperparameters(config)
         self.seed: int | None = config["seed"]
-        worker, in_evaluation = config["worker_index"] or 0, bool(config["in_evaluation"])
-        self.is_learner = worker == 0 and not in_evaluation
+        self.worker_index: int = config["worker_index"] or 0
+        self.in_evaluation = bool(config["in_evaluation"])
+        self.is_learner = self.worker_index == 0 and not self.in_evaluation
         obs_dim, act_dim = observation_space.shape[0], action_space.shape[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spawn_seed(self.seed, Stream.NETWORKS))
@@ -56,7 +57,7 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
         self.networks: Networks = self.model.networks
         self.obs_dim, self.act_dim = obs_dim, act_dim
         self.generator = Generator(device=self.device)
-        self.generator.manual_seed(spawn_seed(self.seed, Stream.ACTION, worker, int(in_evaluation)))
+        self.seed_actions(0)
         self.learner: Learner | None = None
         if self.is_learner:
             self.learner = Learner(
@@ -69,6 +70,11 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
     def optimizer(self) -> list[torch.optim.Optimizer]:
         """None for RLlib: the learner owns its optimisers."""
         return []
+
+    def seed_actions(self, env_steps: int) -> None:
+        """Starts this policy's stream of diffusion noise, for a run that is at `env_steps`."""
+        indices = (env_steps, self.worker_index, int(self.in_evaluation))
+        self.generator.manual_seed(spawn_seed(self.seed, Stream.ACTION, *indices))
 
     def act(
         self, obs: NDArray[Any], k: int, generator: Generator | None = None
@@ -112,17 +118,13 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
     ) -> tuple[NDArray[np.float32], list[Any], dict[str, Any]]:
         return self.compute_actions(input_dict[SampleBatch.OBS], explore=explore)
 
-    def update(self, critic_batch: Transitions, policy_batch: Transitions) -> dict[str, Tensor]:
-        """One update; see `Learner.update`."""
-        if self.learner is None:
-            raise RuntimeError("Only the policy on the local training worker learns.")
-        return self.learner.update(critic_batch, policy_batch)
-
     def learn_on_batch(self, samples: SampleBatch) -> dict[str, Any]:
         """One update on a batch of RLlib's: columns obs, actions in [-1, 1], rewards, …"""
+        if self.learner is None:
+            raise RuntimeError("Only the policy on the local training worker learns.")
         batch = to_transitions(samples, self.hp.truncation_as_terminal)
         batch = Transitions(*(column.to(self.device) for column in batch))
-        metrics = self.update(batch, batch)
+        metrics = self.learner.update(batch)
         return {"learner_stats": {name: float(value) for name, value in metrics.items()}}
 
     def get_weights(self) -> dict[str, NDArray[np.float32]]:
@@ -152,7 +154,7 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
         super().set_state({k: v for k, v in state.items() if k != "policy_spec"})
         if self.learner is not None and "qvpo_learner" in state:
             self.learner.load_state_dict(state["qvpo_learner"])
-            self.generator.set_state(state["qvpo_action_generator"])
+            restore_generator(self.generator, state["qvpo_action_generator"])
             self.num_grad_updates = self.learner.num_updates
 
 
@@ -168,7 +170,9 @@ def to_transitions(samples: SampleBatch, truncation_as_terminal: bool) -> Transi
         terminal = np.maximum(terminal, truncated)
     columns = (SampleBatch.OBS, SampleBatch.ACTIONS, SampleBatch.REWARDS, SampleBatch.NEXT_OBS)
     arrays = [np.asarray(samples[c], dtype=np.float32) for c in columns]
-    return Transitions(*(torch.from_numpy(a) for a in (*arrays, terminal)))
+    # Arrays from Ray's object store are read-only, which `from_numpy` would warn about.
+    owned = (a if a.flags.writeable else a.copy() for a in (*arrays, terminal))
+    return Transitions(*(torch.from_numpy(a) for a in owned))
 
 
 def _to_cpu(value: Any) -> Any:

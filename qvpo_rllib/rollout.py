@@ -1,7 +1,7 @@
 """Stepping many environments in one flat loop, with columns instead of objects."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -13,11 +13,33 @@ from qvpo_rllib.core.errors import NonFiniteError
 Act = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # [B, O] → [B, A] in [-1, 1]
 
 
+class Hooks(Protocol):
+    """What wants to know of episodes as they go, by environment."""
+
+    def start(self, i: int, reset: Callable[[], Any]) -> Any: ...
+    def step(self, i: int, reward: float) -> None: ...
+    def end(self, i: int) -> dict[str, Any]: ...
+
+
+class NoHooks:
+    """The default: nobody does."""
+
+    def start(self, i: int, reset: Callable[[], Any]) -> Any:
+        return reset()
+
+    def step(self, i: int, reward: float) -> None:
+        pass
+
+    def end(self, i: int) -> dict[str, Any]:
+        return {}
+
+
 class Episode(NamedTuple):
     """A finished episode."""
 
     episode_return: float  # undiscounted sum of rewards
     length: int  # env steps
+    extras: dict[str, Any]  # what the hooks collected
 
 
 def check_finite(value: Any, quantity: str, where: str, env_step: int) -> None:
@@ -36,15 +58,17 @@ def run_episodes(
     scale: ActionScale,
     seeds: Sequence[int],
     name: str,
+    hooks: Hooks | None = None,
 ) -> list[Episode]:
     """Plays one whole episode per seed and returns them in the order of the seeds.
 
     Environment i has a quota, episodes i, i + E, i + 2E, …: stopping at the first N that finish
     would favour short episodes.
     """
+    hooks = hooks or NoHooks()
     results: dict[int, Episode] = {}
     current = {i: i for i in range(min(len(envs), len(seeds)))}  # environment → episode
-    obs = {i: _reset(envs[i], seeds[i], name) for i in current}
+    obs = {i: _reset(envs, i, seeds[i], name, hooks) for i in current}
     returns, lengths = dict.fromkeys(current, 0.0), dict.fromkeys(current, 0)
     while current:
         live = list(current)
@@ -56,19 +80,22 @@ def run_episodes(
             check_finite(next_obs, "observation", name, lengths[i])
             check_finite(reward, "reward", name, lengths[i])
             returns[i] += float(reward)
+            hooks.step(i, float(reward))
             obs[i] = np.asarray(next_obs, dtype=np.float32)
             if terminated or truncated:
-                results[current[i]] = Episode(returns[i], lengths[i])
+                results[current[i]] = Episode(returns[i], lengths[i], hooks.end(i))
                 current[i] += len(envs)
                 if current[i] >= len(seeds):
                     del current[i]
                     continue
-                obs[i] = _reset(envs[i], seeds[current[i]], name)
+                obs[i] = _reset(envs, i, seeds[current[i]], name, hooks)
                 returns[i], lengths[i] = 0.0, 0
     return [results[episode] for episode in range(len(seeds))]
 
 
-def _reset(env: gym.Env[Any, Any], seed: int, name: str) -> NDArray[np.float32]:
-    obs, _ = env.reset(seed=seed)
+def _reset(
+    envs: Sequence[gym.Env[Any, Any]], i: int, seed: int, name: str, hooks: Hooks
+) -> NDArray[np.float32]:
+    obs, _ = hooks.start(i, lambda: envs[i].reset(seed=seed))
     check_finite(obs, "observation", name, 0)
     return np.asarray(obs, dtype=np.float32)

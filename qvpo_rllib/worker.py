@@ -1,6 +1,7 @@
 """The rollout worker: many environments, one batch of columns."""
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from qvpo_rllib.core.seeding import Stream, sequence, spawn_seed
 from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.policy import QVPOTorchPolicy
 from qvpo_rllib.rollout import check_finite, run_episodes
-from qvpo_rllib.spaces import action_scale
+from qvpo_rllib.spaces import action_scale, check_spaces
 
 EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
 
@@ -38,19 +39,31 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         self._returns = np.zeros(len(self.envs))
         self._lengths = np.zeros(len(self.envs), dtype=np.int64)
         self._finished: list[RolloutMetrics] = []
-        self._warmup = np.random.default_rng(
-            sequence(self.config.seed, Stream.WARMUP, self.worker_index)
-        )
-        hooks = [h for h in EPISODE_CALLBACKS if _overrides(self.callbacks, h)]
-        self._hooks = frozenset(hooks)
-        self._episodes: list[EpisodeV2] = []
+        self._hooks = EpisodeCallbacks(self)
+        self.restart_streams(0)
         if self.envs:
+            # The environment's own spaces: RLlib would flatten dict observations for the policy.
+            check_spaces(self.envs[0].observation_space, self.envs[0].action_space)
             self.scale = action_scale(self.envs[0].action_space)
 
     @property
     def policy(self) -> QVPOTorchPolicy:
         policy: QVPOTorchPolicy = self.policy_map[DEFAULT_POLICY_ID]
         return policy
+
+    def restart_streams(self, env_steps: int) -> None:
+        """New streams for environments, warm-up and (on remote workers) diffusion noise.
+
+        Called with 0 when a run starts and with its env steps when it goes on from a checkpoint:
+        the same seeds again would collect the same episodes again.
+        """
+        self._started_at = env_steps
+        self._obs = None
+        self._warmup = np.random.default_rng(
+            sequence(self.config.seed, Stream.WARMUP, env_steps, self.worker_index)
+        )
+        if not self.policy.is_learner:  # the learner's policy restores its own
+            self.policy.seed_actions(env_steps)
 
     def sample(self, **kwargs: Any) -> SampleBatch:
         """A fragment collected by the behaviour policy (K_b of N)."""
@@ -97,16 +110,20 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         self.callbacks.on_sample_end(worker=self, samples=batch)
         return batch
 
-    def collect_remotely(self, **kwargs: Any) -> SampleBatch | NonFiniteError:
-        """`collect`, but a `NonFiniteError` is returned: raised, it would restart the worker."""
+    def collect_remotely(self, **kwargs: Any) -> SampleBatch | Exception:
+        """`collect`, but an error is returned: raised, it would restart the worker, silently."""
         try:
             return self.collect(**kwargs)
         except NonFiniteError as error:
             return error
+        except Exception:
+            return RuntimeError(
+                f"Rollout worker {self.worker_index} failed:\n{traceback.format_exc()}"
+            )
 
     def evaluate_episodes(
         self, seeds: Sequence[int], action_seed: int
-    ) -> tuple[list[RolloutMetrics], NonFiniteError | None]:
+    ) -> list[RolloutMetrics] | NonFiniteError:
         """One whole episode per seed with the best of `k_eval` actions.
 
         Args:
@@ -122,10 +139,11 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
                 self.scale,
                 seeds,
                 f"{self.config.env} (evaluation)",
+                self._hooks,
             )
         except NonFiniteError as error:
-            return [], error
-        return [RolloutMetrics(e.length, e.episode_return) for e in episodes], None
+            return error
+        return [RolloutMetrics(e.length, e.episode_return, **e.extras) for e in episodes]
 
     def get_metrics(self) -> list[RolloutMetrics]:
         """Episodes finished since the last call."""
@@ -154,11 +172,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             check_finite(next_obs, "observation", self._where(i), step)
             check_finite(reward, "reward", self._where(i), step)
         self._returns[i] += reward
-        if self._hooks:
-            episode = self._episodes[i]
-            episode.step()
-            episode.total_reward += float(reward)
-            self._call("on_episode_step", i)
+        self._hooks.step(i, float(reward))
         assert self._obs is not None
         if terminated or truncated:
             self._finish(i)
@@ -168,46 +182,21 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         return next_obs, float(reward), bool(terminated), bool(truncated)
 
     def _finish(self, i: int) -> None:
-        custom: dict[str, Any] = {}
-        media: dict[str, Any] = {}
-        if self._hooks:
-            self._call("on_episode_end", i)
-            custom, media = self._episodes[i].custom_metrics, self._episodes[i].media
+        extras = self._hooks.end(i)
         self._finished.append(
-            RolloutMetrics(
-                int(self._lengths[i]), float(self._returns[i]), custom_metrics=custom, media=media
-            )
+            RolloutMetrics(int(self._lengths[i]), float(self._returns[i]), **extras)
         )
 
     def _reset(self, i: int, seed: int | None) -> NDArray[np.float32]:
         self._returns[i], self._lengths[i] = 0.0, 0
-        if self._hooks:
-            episode = EpisodeV2(
-                i, self.policy_map, self.policy_mapping_fn, worker=self, callbacks=self.callbacks
-            )
-            self._episodes[i : i + 1] = [episode]
-            self._call("on_episode_created", i)
-        obs, _ = self.envs[i].reset(seed=seed)
+        obs, _ = self._hooks.start(i, lambda: self.envs[i].reset(seed=seed))
         check_finite(obs, "observation", self._where(i), 0)
-        if self._hooks:
-            self._call("on_episode_start", i)
         return np.asarray(obs, dtype=np.float32)
 
-    def _call(self, hook: str, i: int) -> None:
-        if hook not in self._hooks:
-            return
-        getattr(self.callbacks, hook)(
-            worker=self,
-            env_runner=self,
-            base_env=self.async_env,
-            env=self.envs[i],
-            policies=self.policy_map,
-            episode=self._episodes[i],
-            env_index=i,
-        )
-
     def _env_seed(self, i: int) -> int:
-        return spawn_seed(self.config.seed, Stream.ENVIRONMENT, self.worker_index, i)
+        return spawn_seed(
+            self.config.seed, Stream.ENVIRONMENT, self._started_at, self.worker_index, i
+        )
 
     def _where(self, i: int) -> str:
         return f"{self.config.env} (worker {self.worker_index}, environment {i})"
@@ -218,5 +207,62 @@ def _flat(columns: NDArray[Any]) -> NDArray[Any]:
     return columns.reshape(-1, *columns.shape[2:])
 
 
-def _overrides(callbacks: RLlibCallback, hook: str) -> bool:
-    return getattr(type(callbacks), hook) is not getattr(RLlibCallback, hook)
+class EpisodeCallbacks:
+    """RLlib's `on_episode_…` callbacks, called only where the user overrides them."""
+
+    def __init__(self, worker: QVPORolloutWorker) -> None:
+        self.worker = worker
+        self.wanted = {
+            name
+            for name in EPISODE_CALLBACKS
+            if getattr(type(worker.callbacks), name) is not getattr(RLlibCallback, name)
+        }
+        self.episodes: dict[int, EpisodeV2] = {}
+
+    def start(self, i: int, reset: Callable[[], Any]) -> Any:
+        """Calls `reset` between `on_episode_created` and `on_episode_start`."""
+        if not self.wanted:
+            return reset()
+        worker = self.worker
+        self.episodes[i] = EpisodeV2(
+            i,
+            worker.policy_map,
+            worker.policy_mapping_fn,
+            worker=worker,
+            callbacks=worker.callbacks,
+        )
+        self._call("on_episode_created", i)
+        first = reset()
+        self._call("on_episode_start", i)
+        return first
+
+    def step(self, i: int, reward: float) -> None:
+        if self.wanted:
+            self.episodes[i].step()
+            self.episodes[i].total_reward += reward
+            self._call("on_episode_step", i)
+
+    def end(self, i: int) -> dict[str, Any]:
+        """What the callbacks put on the episode, as fields of `RolloutMetrics`."""
+        if not self.wanted:
+            return {}
+        self._call("on_episode_end", i)
+        episode = self.episodes[i]
+        return {
+            "custom_metrics": episode.custom_metrics,
+            "hist_data": episode.hist_data,
+            "media": episode.media,
+        }
+
+    def _call(self, name: str, i: int) -> None:
+        if name in self.wanted:
+            worker = self.worker
+            getattr(worker.callbacks, name)(
+                worker=worker,
+                env_runner=worker,
+                base_env=worker.async_env,
+                env=worker.envs[i],
+                policies=worker.policy_map,
+                episode=self.episodes[i],
+                env_index=i,
+            )

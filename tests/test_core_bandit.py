@@ -90,7 +90,7 @@ def test_a_larger_entropy_weight_keeps_the_policy_wider():
     spread = []
     for weight in (0.0, 0.3):
         torch.manual_seed(0)
-        hp = Hyperparameters.from_dict({**HP.to_dict(), "entropy_weight": weight})
+        hp = Hyperparameters(**{**HP.to_dict(), "entropy_weight": weight})
         subject, held = Learner(Networks(1, 2, hp), hp, seed=0, device="cpu"), replay(0)
         train(subject, held, 150)
         nets, generator = subject.networks, torch.Generator().manual_seed(7)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 from scipy import stats
 
@@ -25,7 +26,9 @@ def two_workers_config(tiny_config: Any, seed: int) -> Any:
 
 
 def columns_of(algorithm: Any) -> dict[str, np.ndarray]:
-    return {name: c.numpy().copy() for name, c in algorithm.replay.in_order()._asdict().items()}
+    return {
+        name: c.numpy().copy() for name, c in reference.in_order(algorithm.replay)._asdict().items()
+    }
 
 
 def episode_returns(result: dict[str, Any]) -> list[float]:

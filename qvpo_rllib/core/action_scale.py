@@ -21,7 +21,3 @@ class ActionScale:
         """[..., A] in [-1, 1] → [..., A] in [low, high], in the box's dtype."""
         scaled = self._middle + self._half * action
         return np.clip(scaled, self.low, self.high).astype(self.dtype)
-
-    def from_env(self, action: NDArray[np.floating]) -> NDArray[np.float32]:
-        """[..., A] in [low, high] → [..., A] float32 in [-1, 1]."""
-        return ((action - self._middle) / self._half).astype(np.float32)

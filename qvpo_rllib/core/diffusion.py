@@ -61,7 +61,6 @@ class NoiseSchedule(nn.Module):
         super().__init__()
         if kind not in BETAS:
             raise ValueError(f"The schedule {kind!r} does not exist: use {', '.join(BETAS)}.")
-        self.kind = kind
         self.diffusion_steps = diffusion_steps
         betas = BETAS[kind](diffusion_steps)
         alphas = 1 - betas

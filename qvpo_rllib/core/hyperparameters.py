@@ -7,8 +7,8 @@ and `--set key=value` all read their names, types and values from here.
 import dataclasses
 import difflib
 import math
+import numbers
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class Hyperparameters:
         "the authors' program; mean: the sum of the two expectations, Eq. 6 + Eq. 10",
     )
     q_weights: str = _option("qadv", "transformation of Q to the weights of Eq. 6", "ω_eq")
-    q_cut: float = _option(1.0, "qcut: the weight of an action whose Q is negative", "ε")
+    q_cut: float = _option(0.01, "qcut: the weight of an action whose Q is negative", "ε")
     diffusion_steps: int = _option(20, "steps of the diffusion chain", "T")
     noise_schedule: str = _option("cosine", "variance schedule of the diffusion chain", "β_t")
     vlo_coefficient: bool = _option(False, "keep Eq. 4's coefficient, which Eq. 5 drops")
@@ -148,13 +148,6 @@ class Hyperparameters:
             self.replay_capacity >= max(self.batch_size, self.warmup_steps),
             f"at least batch_size={self.batch_size} and warmup_steps={self.warmup_steps}",
         )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Hyperparameters":
-        """Defaults overridden by `values`. Raises `ValueError` for an unknown name."""
-        for name in values:
-            check_name(name)
-        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -248,18 +241,22 @@ def _checked_type(name: str, value: Any, kind: Any) -> Any:
     base = _base(kind)
     if value is None and _optional(kind):
         return None
-    if base is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except OverflowError:
-            value = math.inf
-    if base is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
+    if not isinstance(value, bool):  # NumPy's numbers are as good as Python's
+        if base is float and isinstance(value, numbers.Real):
+            try:
+                value = float(value)
+            except OverflowError:
+                value = math.inf
+        if base is int and (
+            isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer())
+        ):
+            value = int(value)
     valid = isinstance(value, base) and (base is bool or not isinstance(value, bool))
     if valid and base is float:
         valid = math.isfinite(value)
     if valid and base is tuple:
-        valid = all(isinstance(part, int) and not isinstance(part, bool) for part in value)
+        valid = all(isinstance(p, numbers.Integral) and not isinstance(p, bool) for p in value)
+        value = tuple(int(part) for part in value) if valid else value
     if not valid:
         raise ValueError(f"{name}={value!r} is not valid: it must be {_describe(kind)}.")
     return value

@@ -15,6 +15,7 @@ from qvpo_rllib.core.hyperparameters import Hyperparameters
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions, select_actions
+from qvpo_rllib.core.seeding import restore_generator
 
 # Rate of the running mean and standard deviation of Q that `qexp` normalises with (the authors'
 # program's alpha_mean and alpha_std).
@@ -251,7 +252,7 @@ class Learner:
         self.networks.load_state_dict(state["networks"])
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.generator.set_state(state["generator"])
+        restore_generator(self.generator, state["generator"])
         self.num_updates, self.env_steps = state["num_updates"], state["env_steps"]
         self.q_mean.copy_(state["q_mean"])
         self.q_std.copy_(state["q_std"])

@@ -16,7 +16,7 @@ class UpdateLedger:
     warmup_steps: int
     ingested: int = 0  # env steps taken into the replay
     done: int = 0  # updates done
-    free_steps: int = 0  # env steps after the warm-up that owe nothing (see `refill`)
+    free_steps: int = 0  # env steps after the warm-up that owe nothing (see `settle`)
 
     @property
     def owed(self) -> int:
@@ -25,12 +25,16 @@ class UpdateLedger:
 
     @property
     def warming_up(self) -> bool:
-        return self.ingested < self.warmup_steps
+        lost = self.free_steps if self.done == 0 else 0
+        return self.ingested - lost < self.warmup_steps
 
-    def refill(self) -> None:
-        """The replay was lost: let it fill by one warm-up again before updates are owed."""
-        owed_for = Fraction(self.done) / Fraction(repr(self.update_ratio))
-        self.free_steps = self.ingested - math.ceil(owed_for)
+    def settle(self, *, refill: bool) -> None:
+        """From here on as if nothing were owed: the ratio or the warm-up was changed.
+
+        With `refill` the replay was lost too: one warm-up fills it again before updates are owed.
+        """
+        paid_for = math.ceil(Fraction(self.done) / Fraction(repr(self.update_ratio)))
+        self.free_steps = self.ingested - paid_for - (0 if refill else self.warmup_steps)
 
     def state_dict(self) -> dict[str, int]:
         return {"ingested": self.ingested, "done": self.done, "free_steps": self.free_steps}

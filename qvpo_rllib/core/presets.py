@@ -25,6 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "grad_clip": None,
         "entropy_reduction": "mean",
         "update_order": "policy_then_critic",
+        "target_actor": False,
     },
     # The values of the authors' released program, its treatment of time limits included.
     "authors": {
@@ -33,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "entropy_weight_end": 0.0,
         "entropy_weight_floor": 0.002,
         "truncation_as_terminal": True,
+        "q_cut": 1.0,
     },
     # Locomotion on a laptop's CPU: about a hundredth of the default's arithmetic per update. The
     # critics and their targets move faster, since they are what limits so short a run.

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from qvpo_rllib.core.seeding import restore_generator
+
 
 class Transitions(NamedTuple):
     """Columns of B transitions, float32. Actions are scaled to [-1, 1]."""
@@ -75,26 +77,36 @@ class ReplayBuffer:
         )
         return Transitions(*(column.index_select(0, index) for column in self.columns))
 
-    def in_order(self) -> Transitions:
-        """Everything held, oldest first."""
+    def segments(self) -> list[Transitions]:
+        """Everything held, oldest first, as one or two views of the ring."""
         if self.num_added <= self.capacity:
-            return Transitions(*(column[: self.size] for column in self.columns))
+            return [Transitions(*(column[: self.size] for column in self.columns))]
         oldest = self.num_added % self.capacity
-        return Transitions(*(column.roll(-oldest, dims=0) for column in self.columns))
+        parts = (slice(oldest, None), slice(0, oldest))
+        return [Transitions(*(column[part] for column in self.columns)) for part in parts]
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the generator's state; the transitions themselves are `in_order()`."""
-        return {"num_added": self.num_added, "generator": self.generator.get_state().cpu()}
+        """Counters and the generator's state; the transitions themselves are `segments()`."""
+        return {
+            "capacity": self.capacity,
+            "num_added": self.num_added,
+            "generator": self.generator.get_state().cpu(),
+        }
 
     def load(self, state: dict[str, Any], transitions: Transitions) -> None:
-        """Restores what `state_dict()` and `in_order()` gave."""
+        """Restores what `state_dict()` and `segments()` gave, oldest first.
+
+        Into a ring of another capacity go the newest transitions that it can hold.
+        """
         num_added, held = int(state["num_added"]), transitions.reward.shape[0]
-        if held != min(num_added, self.capacity):
+        expected = min(num_added, int(state["capacity"]))
+        if held != expected:
             raise ValueError(
-                f"The snapshot holds {held} transitions, but {min(num_added, self.capacity)} were "
-                f"expected ({num_added} added, capacity {self.capacity})."
+                f"The snapshot holds {held} transitions, but {expected} were expected "
+                f"({num_added} added, capacity {state['capacity']})."
             )
-        self.num_added = num_added - held
+        # With the same capacity every transition returns to its old place in the ring.
+        self.num_added = num_added - held if state["capacity"] == self.capacity else 0
         self.size = min(self.num_added, self.capacity)
         self.add(transitions)
-        self.generator.set_state(state["generator"])
+        restore_generator(self.generator, state["generator"])

@@ -8,6 +8,7 @@ for, so any two (seed, purpose, indices) are independent.
 import enum
 
 import numpy as np
+import torch
 
 
 class Stream(enum.IntEnum):
@@ -16,10 +17,10 @@ class Stream(enum.IntEnum):
     NETWORKS = 0
     LEARNER = 1
     REPLAY = 2
-    ENVIRONMENT = 3  # indices: worker, environment
-    ACTION = 4  # indices: worker, 1 for evaluation workers
-    WARMUP = 5  # indices: worker
-    EVALUATION = 6  # indices: env steps at the time
+    ENVIRONMENT = 3  # indices: env steps at the last start, worker, environment
+    ACTION = 4  # indices: env steps at the last start, worker, 1 for evaluation workers
+    WARMUP = 5  # indices: env steps at the last start, worker
+    EVALUATION = 6  # indices: env steps at the time, then the worker for the diffusion noise
 
 
 def sequence(seed: int | None, stream: Stream, *indices: int) -> np.random.SeedSequence:
@@ -31,11 +32,29 @@ def sequence(seed: int | None, stream: Stream, *indices: int) -> np.random.SeedS
 
 def spawn_seed(seed: int | None, stream: Stream, *indices: int) -> int:
     """A 63-bit seed for torch or Gymnasium."""
-    low, high = sequence(seed, stream, *indices).generate_state(2, np.uint32)
-    return int(low) | (int(high) & 0x7FFFFFFF) << 32
+    return _seed_of(sequence(seed, stream, *indices))
 
 
 def episode_seeds(seed: int | None, env_steps: int, num_episodes: int) -> list[int]:
     """One environment seed per evaluation episode: the same whoever runs the episode."""
     parent = sequence(seed, Stream.EVALUATION, env_steps)
     return [int(s) for s in parent.generate_state(num_episodes, np.uint32)]
+
+
+def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
+    """Puts a saved state back; one saved on another kind of device seeds the generator instead.
+
+    A CUDA generator's state does not fit a CPU's. The streams then differ from the saved run's, but
+    still follow from it.
+    """
+    state = state.cpu()
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state)
+        return
+    words = np.frombuffer(state.numpy().tobytes(), dtype=np.uint32)
+    generator.manual_seed(_seed_of(np.random.SeedSequence(words.tolist())))
+
+
+def _seed_of(source: np.random.SeedSequence) -> int:
+    low, high = source.generate_state(2, np.uint32)
+    return int(low) | (int(high) & 0x7FFFFFFF) << 32

@@ -1,5 +1,6 @@
 """Evaluating a checkpoint, without a cluster: the code behind `qvpo evaluate`."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,8 @@ import torch
 from ray.rllib.policy.policy import Policy
 
 from qvpo_rllib.checkpoint import read_metadata
-from qvpo_rllib.config import check_environment_id
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
-from qvpo_rllib.mujoco_warnings import filter_warnings
+from qvpo_rllib.experiments.plan import check_environment
 from qvpo_rllib.policy import QVPOTorchPolicy
 from qvpo_rllib.rollout import Episode, run_episodes
 from qvpo_rllib.spaces import action_scale
@@ -54,10 +54,12 @@ class Evaluation:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint directory meant by `path`: itself, or a run directory's best."""
+    """The checkpoint meant by `path`: itself, or a run directory's best (else its last)."""
     path = path.expanduser().resolve()
-    best = path / "checkpoints" / "best"
-    return best.resolve() if best.is_dir() else path
+    for name in ("best", "last"):
+        if (path / "checkpoints" / name).is_dir():
+            return (path / "checkpoints" / name).resolve()
+    return path
 
 
 def evaluate_checkpoint(
@@ -81,11 +83,11 @@ def evaluate_checkpoint(
     directory = find_checkpoint(path)
     metadata = read_metadata(directory)
     env_id = metadata["env"]
-    check_environment_id(env_id)
-    filter_warnings()
+    check_environment(env_id, metadata["env_config"])
     policy = Policy.from_checkpoint(str(directory / "policies" / "default_policy"))
     assert isinstance(policy, QVPOTorchPolicy)
-    envs = [gym.make(env_id) for _ in range(min(episodes, MAX_ENVS))]
+    make = functools.partial(gym.make, env_id, **(metadata["env_config"] or {}))
+    envs = [make() for _ in range(min(episodes, MAX_ENVS))]
     shapes = [envs[0].observation_space.shape[0], envs[0].action_space.shape[0]]
     if shapes != metadata["shapes"]:
         raise ValueError(
@@ -95,13 +97,15 @@ def evaluate_checkpoint(
     k = policy.hp.k_eval if k is None else k
     generator = torch.Generator(device=policy.device)
     generator.manual_seed(spawn_seed(seed, Stream.EVALUATION, 0, 1))
-    finished = run_episodes(
-        envs,
-        lambda obs: policy.act(obs, k, generator),
-        action_scale(envs[0].action_space),
-        episode_seeds(seed, 0, episodes),
-        env_id,
-    )
-    for env in envs:
-        env.close()
+    try:
+        finished = run_episodes(
+            envs,
+            lambda obs: policy.act(obs, k, generator),
+            action_scale(envs[0].action_space),
+            episode_seeds(seed, 0, episodes),
+            env_id,
+        )
+    finally:
+        for env in envs:
+            env.close()
     return Evaluation(env_id, k, seed, str(directory), finished)

@@ -160,14 +160,16 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def check_environment(env: str) -> None:
+def check_environment(env: str, env_config: dict[str, Any] | None = None) -> None:
     """Makes the environment once: it must exist, and its spaces must suit a diffusion policy."""
     check_environment_id(env)
     filter_warnings()
     try:
-        made = gym.make(env)
-    except gym.error.Error as error:
-        raise ValueError(f"The environment {env!r} could not be made: {error}") from error
+        made = gym.make(env, **(env_config or {}))
+    except Exception as error:  # an environment's own code may raise anything
+        raise ValueError(
+            f"The environment {env!r} could not be made: {type(error).__name__}: {error}"
+        ) from error
     try:
         check_spaces(made.observation_space, made.action_space)
     except ValueError as error:
@@ -178,6 +180,11 @@ def check_environment(env: str) -> None:
 
 def resolve_gpus(num_gpus: float | None) -> float:
     """The number of GPUs asked for; without a wish, one if there is one."""
+    if num_gpus is not None and not 0 <= num_gpus <= 1:
+        raise ValueError(
+            f"--num-gpus {num_gpus:g} is not allowed: the learner uses one GPU at most (0, a "
+            "fraction, or 1). To use more, run several trials side by side with Ray Tune."
+        )
     available = torch.cuda.is_available()
     if num_gpus is None:
         return 1.0 if available else 0.0

@@ -48,6 +48,7 @@ class RunDirectory:
         self._checkpoints = path / "checkpoints"
         self._tensorboard: SummaryWriter | None = None
         self._purge_step: int | None = None
+        self._made_path = False
 
     @classmethod
     def create(
@@ -57,10 +58,17 @@ class RunDirectory:
         path = Path(path)
         _refuse_occupied(path)
         text = json.dumps(dict(config), indent=2, allow_nan=False)
-        (path / "checkpoints").mkdir(parents=True)
+        made = not path.exists()
+        try:
+            (path / "checkpoints").mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(
+                f"The run directory {str(path)!r} cannot be made: {error}. Give another --run-dir."
+            ) from error
         write_atomically(path / "config.json", text.encode() + b"\n")
         # Back from JSON, so that a new run and a resumed one see the same configuration.
         run = cls(path, json.loads(text))
+        run._made_path = made
         run._record_start(command)
         return run
 
@@ -204,6 +212,22 @@ class RunDirectory:
                 + ". If the run ended before it saved one, start anew in another --run-dir."
             )
         return link.resolve()
+
+    def change_config(self, config: Mapping[str, Any]) -> None:
+        """Replaces `config.json`, atomically."""
+        write_atomically(self.path / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+        self.config = dict(config)
+
+    def discard_if_empty(self) -> bool:
+        """Removes a directory in which nothing has been recorded yet; says whether it did."""
+        if any(self._checkpoints.iterdir()) or self.rows():
+            return False
+        self.close()
+        for entry in self.path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if self._made_path:
+            self.path.rmdir()
+        return True
 
     def close(self) -> None:
         """Writes out what TensorBoard still holds in memory. May be called twice."""

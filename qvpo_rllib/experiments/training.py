@@ -2,9 +2,12 @@
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qvpo_rllib.algorithm import QVPO
 from qvpo_rllib.checkpoint import REPLAY_FILE
@@ -30,11 +33,13 @@ class TrainingRun:
         self.directory = directory
         self.algorithm: QVPO = plan.build_config().build_algo()
         self.best = float("-inf")
+        self.last: float | None = None
+        self._time_before_s = 0.0
         if resume:
             self.algorithm.restore(str(directory.checkpoint("last")))
             directory.truncate_after(self.env_steps)
-            returns = [r.get("evaluation/return_mean") for r in directory.rows()]
-            self.best = max([float(r) for r in returns if r is not None], default=self.best)
+            self._read_history()
+            directory.change_config(plan.to_dict())
         self.status = TrainingStatus(plan.env_steps, title=f"{plan.env} {plan.preset}")
         self._saved_at = self.env_steps if resume else -1
 
@@ -46,15 +51,20 @@ class TrainingRun:
         """Raises `KeyboardInterrupt` after Ctrl-C or SIGTERM, with everything saved."""
         interval = self.plan.eval_interval
         next_evaluation = (self.env_steps // interval + 1) * interval
+        iteration_steps = self.plan.iteration_steps()
         with _interrupts(self.algorithm), self._showing_status():
             try:
+                # A run interrupted between two iterations meets the evaluations' env steps again.
+                aligned = -(-self.env_steps // iteration_steps) * iteration_steps
+                while self.env_steps < min(aligned, self.plan.env_steps):
+                    self.algorithm.training_step()
                 while self.env_steps < self.plan.env_steps:
                     row = self._train()
                     if self.env_steps >= min(next_evaluation, self.plan.env_steps):
-                        row |= self._evaluate()
+                        is_best = self._evaluate(row)
                         next_evaluation = (self.env_steps // interval + 1) * interval
                         self.directory.append(row)
-                        self._save(is_best=row["evaluation/return_mean"] >= self.best)
+                        self._save(is_best=is_best)
                     else:
                         self.directory.append(row)
             except KeyboardInterrupt:
@@ -86,27 +96,40 @@ class TrainingRun:
         return {
             "env_steps": self.env_steps,
             "updates": self.algorithm.ledger.done,
-            "time_total_s": result["time_total_s"],
+            "time_total_s": self._time_before_s + result["time_total_s"],
             "episode_return_mean": _number(episode_return),
             "episode_length_mean": _number(episode_length),
             **{f"learner/{name}": value for name, value in stats.items()},
         }
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self, row: dict[str, Any]) -> bool:
+        """Adds an evaluation to `row` and says whether it is the best so far."""
         episodes = self.algorithm.evaluate()["env_runners"]
-        returns = episodes["hist_stats"]["episode_reward"]
-        mean, std = float(episodes["episode_return_mean"]), _std(returns)
-        is_best = mean >= self.best
-        self.best = max(self.best, mean)
-        self.status.evaluation(self.env_steps, mean, std, len(returns), is_best)
-        return {
-            "evaluation/return_mean": mean,
-            "evaluation/return_std": std,
-            "evaluation/return_min": float(min(returns)),
-            "evaluation/return_max": float(max(returns)),
+        returns = np.asarray(episodes["hist_stats"]["episode_reward"])
+        row |= {
+            "evaluation/return_mean": float(returns.mean()),
+            "evaluation/return_std": float(returns.std()),
+            "evaluation/return_min": float(returns.min()),
+            "evaluation/return_max": float(returns.max()),
             "evaluation/length_mean": float(episodes["episode_len_mean"]),
             "evaluation/episodes": len(returns),
         }
+        self.last = float(returns.mean())
+        is_best = self.last >= self.best
+        self.best = max(self.best, self.last)
+        self.status.evaluation(
+            self.env_steps, self.last, float(returns.std()), len(returns), is_best
+        )
+        return is_best
+
+    def _read_history(self) -> None:
+        """The best and last evaluation and the time of a run that is resumed."""
+        rows: list[dict[str, Any]] = [dict(row) for row in self.directory.rows()]
+        returns = [r["evaluation/return_mean"] for r in rows if "evaluation/return_mean" in r]
+        if returns:
+            self.best, self.last = max(returns), returns[-1]
+        if rows:
+            self._time_before_s = float(rows[-1]["time_total_s"])
 
     def _save(self, *, is_best: bool) -> None:
         if self.env_steps == self._saved_at:
@@ -128,11 +151,15 @@ class TrainingRun:
 
 @contextlib.contextmanager
 def _interrupts(algorithm: QVPO) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end training between two training steps; a second Ctrl-C at once."""
+    """Ctrl-C and SIGTERM end training between two training steps, with everything saved.
+
+    A second one ends the process at once, saving nothing: its state may be half updated.
+    """
 
     def handle(signum: int, frame: Any) -> None:
         if algorithm.stop_requested:
-            raise KeyboardInterrupt
+            print("Stopped at once: checkpoints/last is as it was.", file=sys.stderr)
+            raise SystemExit(130)
         algorithm.stop_requested = True
 
     previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -141,12 +168,6 @@ def _interrupts(algorithm: QVPO) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _std(values: list[float]) -> float:
-    """Population standard deviation."""
-    mean = sum(values) / len(values)
-    return float((sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5)
 
 
 def _number(value: Any) -> float | None:
