@@ -138,6 +138,8 @@ class QVPOConfig(AlgorithmConfig):  # type: ignore[misc]
             "normalize_actions": (True, "the policy's actions are in [-1, 1]"),
             "num_learners": (0, "the learner runs in the algorithm's own process"),
         }
+        if self.in_evaluation:
+            del unread["batch_mode"]  # RLlib sets it in the evaluation's copy
         for name, (only, reason) in unread.items():
             if getattr(self, name) != only:
                 raise ValueError(

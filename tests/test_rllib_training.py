@@ -161,7 +161,9 @@ def test_stored_actions_are_scaled_to_a_lopsided_box(build: Any, tiny_config: An
     low, high = np.array([-2.0, 0.0, 10.0]), np.array([1.0, 5.0, 10.5])
     stored = columns_of(algorithm)["action"]
     assert algorithm.ledger.done == 80  # both random and learnt actions
-    np.testing.assert_allclose(received, low + (stored + 1) / 2 * (high - low), rtol=1e-5)
+    np.testing.assert_allclose(
+        received, low + (stored + 1) / 2 * (high - low), rtol=1e-5, atol=1e-6
+    )
     assert env.action_space.contains(received.min(axis=0))
     assert env.action_space.contains(received.max(axis=0))
     # The whole box is used: the random actions alone come near each of its sides.

@@ -87,7 +87,10 @@ class TrainingPlan:
         )
         config.resources(num_gpus=self.num_gpus)
         config.debugging(seed=self.seed, log_level="ERROR")
-        config.reporting(min_sample_timesteps_per_iteration=self.iteration_steps())
+        config.reporting(
+            min_sample_timesteps_per_iteration=self.iteration_steps(),
+            metrics_num_episodes_for_smoothing=10,
+        )
         config.evaluation(
             evaluation_interval=10**9,
             evaluation_duration=EVALUATION_EPISODES,
