@@ -91,6 +91,20 @@ class NonFinite(Counting):
         return float("inf") if self.quantity == "reward" and self._is_bad() else 1.0
 
 
+class Raising(Counting):
+    """Its 30th step raises."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.total_steps = 0
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.total_steps += 1
+        if self.total_steps == 30:
+            raise RuntimeError("the motor is on fire")
+        return super().step(action)
+
+
 class Spaces(gym.Env):
     """Has the given spaces, and an episode of one step."""
 
@@ -122,6 +136,7 @@ _register("Counting", Counting)
 _register("RecordingActions", RecordingActions)
 _register("NanObservation", NonFinite, quantity="observation", at_step=70, length=100)
 _register("LateNan", NonFinite, quantity="observation", at_step=70, length=6)
+_register("Raising", Raising, length=100)
 _register("InfiniteReward", NonFinite, quantity="reward", at_step=70, length=100)
 for _name, (_observation_space, _action_space) in UNSUITED_SPACES.items():
     _register(_name, Spaces, observation_space=_observation_space, action_space=_action_space)

@@ -23,3 +23,10 @@ def test_ci_finds_the_test_command():
     command = re.search(r"```bash\n(.+)\n```", block).group(1)
     assert command.endswith("&& pytest")
     assert 'pip install -e ".[test]"' in command
+
+
+def test_nothing_is_left_to_fill_in_and_every_picture_exists():
+    assert not re.search(r"@[A-Z]+@", README)
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    assert pictures
+    assert all((ROOT / picture).is_file() for picture in pictures)

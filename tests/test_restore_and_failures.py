@@ -1,0 +1,205 @@
+"""Going on from a checkpoint with other streams, devices and settings; failures that say why."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from ray.rllib.callbacks.callbacks import RLlibCallback
+
+from qvpo_rllib.core.ledger import UpdateLedger
+from qvpo_rllib.core.seeding import restore_generator
+from qvpo_rllib.experiments.training import _interrupts
+
+ENV = "InvertedPendulum-v5"
+
+
+def evaluating(config: Any) -> Any:
+    return config.evaluation(evaluation_interval=10**9, evaluation_duration=3)
+
+
+def test_a_restored_run_does_not_collect_the_same_episodes_again(
+    build: Any, tiny_config: Any, tmp_path: Path
+) -> None:
+    config = tiny_config(ENV, warmup_steps=500).debugging(seed=0)
+    original = build(config)
+    original.train()
+    original.save(str(tmp_path))
+    restored = build(config.copy(copy_frozen=False))
+    restored.restore(str(tmp_path))
+    restored.train()
+    columns = reference.in_order(restored.replay)
+    first, second = columns.obs[:60], columns.obs[60:120]
+    assert not torch.equal(first[0], second[0])  # the first state after a reset
+    assert not torch.equal(columns.action[:60], columns.action[60:120])
+
+
+def test_restore_takes_what_save_returned_and_a_relative_path(
+    build: Any, tiny_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    algorithm = build(tiny_config(ENV).debugging(seed=0))
+    algorithm.train()
+    saved = algorithm.save("here")
+    for source in (saved, saved.checkpoint, "here"):
+        restored = build(tiny_config(ENV).debugging(seed=0))
+        restored.restore(source)
+        assert restored.ledger == algorithm.ledger
+
+
+@pytest.mark.parametrize(("capacity", "kept"), [(50, 50), (100, 60), (2000, 60)])
+def test_another_replay_capacity_keeps_the_newest(
+    build: Any, tiny_config: Any, tmp_path: Path, capacity: int, kept: int
+) -> None:
+    algorithm = build(tiny_config(ENV, replay_capacity=2000))
+    algorithm.train()
+    algorithm.save(str(tmp_path))
+    expected = reference.in_order(algorithm.replay).reward[-kept:]
+    restored = build(tiny_config(ENV, replay_capacity=capacity, warmup_steps=40))
+    restored.restore(str(tmp_path))
+    assert torch.equal(reference.in_order(restored.replay).reward, expected)
+    restored.train()
+    assert len(restored.replay) == min(capacity, 120)
+
+
+def test_a_higher_update_ratio_owes_nothing_for_the_past(
+    build: Any, tiny_config: Any, tmp_path: Path
+) -> None:
+    algorithm = build(tiny_config(ENV))
+    algorithm.train()
+    done = algorithm.ledger.done
+    algorithm.save(str(tmp_path))
+    restored = build(tiny_config(ENV, update_ratio=4.0))
+    restored.restore(str(tmp_path))
+    assert restored.ledger.owed == 0
+    restored.train()
+    assert restored.ledger.done == done + 4 * 60
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("done", [0, 7, 100])
+def test_settling_a_ledger(ratio: float, done: int) -> None:
+    for refill in (False, True):
+        ledger = UpdateLedger(ratio, 50, ingested=400, done=done)
+        ledger.settle(refill=refill)
+        assert ledger.owed == 0
+        ledger.ingested += 50 * refill
+        assert ledger.owed == 0
+        ledger.ingested += 20
+        assert abs(ledger.owed - 20 * ratio) <= 1 + ratio
+
+
+def test_a_generator_state_of_another_device_seeds_instead() -> None:
+    cuda_like = torch.arange(16, dtype=torch.uint8)
+    first, second = torch.Generator(), torch.Generator()
+    restore_generator(first, cuda_like)
+    restore_generator(second, cuda_like)
+    assert torch.equal(torch.rand(4, generator=first), torch.rand(4, generator=second))
+    restore_generator(second, cuda_like + 1)
+    assert not torch.equal(torch.rand(4, generator=first), torch.rand(4, generator=second))
+
+
+def test_evaluating_without_environments_of_its_own_is_refused(
+    build: Any, tiny_config: Any
+) -> None:
+    algorithm = build(tiny_config(ENV).evaluation(evaluation_interval=None))
+    with pytest.raises(ValueError, match="evaluation_interval"):
+        algorithm.evaluate()
+
+
+def test_evaluation_leaves_training_as_it_was(build: Any, tiny_config: Any) -> None:
+    def weights(evaluations: int) -> dict[str, np.ndarray]:
+        algorithm = build(evaluating(tiny_config(ENV).debugging(seed=3)))
+        algorithm.train()
+        for _ in range(evaluations):
+            algorithm.evaluate()
+        algorithm.train()
+        return algorithm.policy.get_weights()
+
+    with_it, without = weights(2), weights(0)
+    assert all(np.array_equal(with_it[name], without[name]) for name in without)
+
+
+def test_missing_evaluation_episodes_are_an_error(
+    build: Any, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = build(evaluating(tiny_config(ENV)))
+    worker = algorithm.eval_env_runner
+    monkeypatch.setattr(worker, "evaluate_episodes", lambda seeds, action_seed: [])
+    with pytest.raises(RuntimeError, match="Only 0 of 3 evaluation episodes"):
+        algorithm.evaluate()
+
+
+class CountSteps(RLlibCallback):
+    """Puts the number of steps on every episode."""
+
+    def on_episode_start(self, *, episode: Any, **kwargs: Any) -> None:
+        episode.hist_data["steps"] = []
+
+    def on_episode_step(self, *, episode: Any, **kwargs: Any) -> None:
+        episode.hist_data["steps"].append(1)
+
+    def on_episode_end(self, *, episode: Any, **kwargs: Any) -> None:
+        episode.custom_metrics["steps"] = len(episode.hist_data["steps"])
+
+
+def test_episode_callbacks_are_called_in_evaluation_too(build: Any, tiny_config: Any) -> None:
+    algorithm = build(evaluating(tiny_config(ENV).callbacks(CountSteps)))
+    results = algorithm.evaluate()["env_runners"]
+    assert results["custom_metrics"]["steps_mean"] == pytest.approx(results["episode_len_mean"])
+    assert len(results["hist_stats"]["steps"]) == sum(results["hist_stats"]["episode_lengths"])
+
+
+@pytest.mark.parametrize("num_env_runners", [0, 1])
+def test_an_environments_own_error_reaches_the_user(
+    ray_session: None, build: Any, tiny_config: Any, num_env_runners: int
+) -> None:
+    config = tiny_config("environments:Raising-v0").env_runners(num_env_runners=num_env_runners)
+    algorithm = build(config)
+    with pytest.raises(RuntimeError, match="the motor is on fire"):
+        algorithm.train()
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        ("env_runners", {"observation_filter": "MeanStdFilter"}),
+        ("env_runners", {"batch_mode": "complete_episodes"}),
+        ("environment", {"normalize_actions": False}),
+        ("learners", {"num_learners": 1}),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(
+    tiny_config: Any, method: str, setting: dict[str, Any]
+) -> None:
+    config = getattr(tiny_config(ENV), method)(**setting)
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        config.validate()
+
+
+def test_a_second_signal_ends_at_once_and_the_first_lets_a_step_finish() -> None:
+    class Algorithm:
+        stop_requested = False
+
+    algorithm: Any = Algorithm()
+    before = signal.getsignal(signal.SIGINT)
+    with _interrupts(algorithm):
+        signal.raise_signal(signal.SIGINT)
+        assert algorithm.stop_requested
+        with pytest.raises(SystemExit) as exit_info:
+            signal.raise_signal(signal.SIGINT)
+    assert exit_info.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_environments_arguments_are_in_the_checkpoint(
+    build: Any, tiny_config: Any, tmp_path: Path
+) -> None:
+    config = tiny_config(ENV).environment(env_config={"reset_noise_scale": 0.02})
+    build(config).save(str(tmp_path))
+    stored = json.loads((tmp_path / "qvpo.json").read_text())
+    assert stored["env_config"] == {"reset_noise_scale": 0.02}
