@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Locomotion on a laptop's CPU: about a hundredth of the default's arithmetic per update. The
     # critics and their targets move faster, since they are what limits so short a run.
     "light": {
-        "k_target": 1,
+        "k_target": 2,
         "num_policy_samples": 8,
         "num_uniform_samples": 2,
         "entropy_weight": 0.1,

@@ -29,7 +29,7 @@ class RunDefaults:
 
 RUN_DEFAULTS = {
     "quick": RunDefaults("InvertedPendulum-v5", 15_000, 1_000, 4),
-    "light": RunDefaults("HalfCheetah-v5", 50_000, 5_000, 4),
+    "light": RunDefaults("HalfCheetah-v5", 50_000, 2_500, 4),
     "default": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
     "paper": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
     "authors": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
