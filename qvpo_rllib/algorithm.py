@@ -22,7 +22,7 @@ from ray.rllib.utils.metrics.learner_info import LEARNER_STATS_KEY
 from ray.tune.registry import register_trainable
 
 from qvpo_rllib import __version__, checkpoint
-from qvpo_rllib.config import QVPOConfig, resolved_hyperparameters
+from qvpo_rllib.config import QVPOConfig
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.ledger import UpdateLedger
 from qvpo_rllib.core.replay import ReplayBuffer, replay_bytes
@@ -75,7 +75,7 @@ class QVPO(Algorithm):  # type: ignore[misc]
         if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
             torch.set_num_threads(max(1, int(self.config.num_cpus_for_main_process)))
         super().setup(config)
-        self.hp = resolved_hyperparameters(self.config)
+        self.hp = self.config.hyperparameters()
         self.policy: QVPOTorchPolicy = self.get_policy()
         assert self.policy.learner is not None
         self.learner = self.policy.learner

@@ -8,8 +8,8 @@ import gymnasium as gym
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
-from qvpo_rllib.core.hyperparameters import Hyperparameters, check_name, option_names
-from qvpo_rllib.core.presets import resolve_for_task
+from qvpo_rllib.core.hyperparameters import Hyperparameters, check_name
+from qvpo_rllib.core.presets import resolved_hyperparameters
 
 # Options of RLlib's `training()` that some other option replaces here. They are refused, not
 # ignored.
@@ -165,13 +165,6 @@ QVPOConfig.training.__signature__ = inspect.Signature(  # type: ignore[attr-defi
         inspect.Parameter("replay_in_checkpoints", inspect.Parameter.KEYWORD_ONLY, default=True),
     ]
 )
-
-
-def resolved_hyperparameters(config: Any) -> Hyperparameters:
-    """The hyperparameters in an `AlgorithmConfig` or a policy's config dict, K_t resolved."""
-    values = {name: config[name] for name in option_names()}
-    hp = Hyperparameters(**values)
-    return Hyperparameters(**values | resolve_for_task(hp, str(config["env"])))
 
 
 def check_environment_id(env_id: str) -> None:

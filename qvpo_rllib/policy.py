@@ -11,8 +11,8 @@ from ray.rllib.policy.sample_batch import SampleBatch
 from ray.rllib.policy.torch_policy import TorchPolicy
 from torch import Generator, Tensor, nn
 
-from qvpo_rllib.config import resolved_hyperparameters
 from qvpo_rllib.core.learner import Learner, Networks
+from qvpo_rllib.core.presets import resolved_hyperparameters
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.core.sampler import draw_noise, select_actions
 from qvpo_rllib.core.seeding import Stream, restore_generator, spawn_seed

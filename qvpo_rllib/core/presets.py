@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qvpo_rllib.core.hyperparameters import Hyperparameters
+from qvpo_rllib.core.hyperparameters import Hyperparameters, option_names
 
 # K_t of the paper's Table 3, by the task's name without its version (-v4, -v5).
 TASK_PRESETS: dict[str, dict[str, Any]] = {
@@ -76,3 +76,13 @@ def resolve_for_task(hp: Hyperparameters, env_id: str) -> dict[str, Any]:
     task = env_id.rsplit("/", 1)[-1].rsplit("-v", 1)[0]
     values = TASK_PRESETS.get(task, OTHER_TASKS)
     return {name: value for name, value in values.items() if getattr(hp, name) is None}
+
+
+def resolved_hyperparameters(config: Any) -> Hyperparameters:
+    """The hyperparameters in a mapping that also has "env", with K_t resolved for that task.
+
+    RLlib's `AlgorithmConfig` and a policy's config dict are such mappings.
+    """
+    values = {name: config[name] for name in option_names()}
+    hp = Hyperparameters(**values)
+    return Hyperparameters(**values | resolve_for_task(hp, str(config["env"])))
