@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 
 from qvpo_rllib.core.errors import NonFiniteError
 
+# Ray replaces 127.0.0.1 by the machine's own address and would listen to the network.
+LOOPBACK = "127.0.0.2"
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -260,7 +262,7 @@ def _start_ray(num_env_runners: int) -> None:
         address="local",
         num_cpus=max(cores, num_env_runners + 1),
         include_dashboard=False,
-        _node_ip_address="127.0.0.1",
+        _node_ip_address=LOOPBACK,
         **quiet,
     )
     if "OMP_NUM_THREADS" not in os.environ:

@@ -36,11 +36,13 @@ def ray_session() -> Iterator[None]:
     """The one Ray of a test session, on loopback."""
     import ray
 
+    from qvpo_rllib.cli import LOOPBACK
+
     ray.init(
         address="local",
         num_cpus=4,
         include_dashboard=False,
-        _node_ip_address="127.0.0.1",
+        _node_ip_address=LOOPBACK,
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
