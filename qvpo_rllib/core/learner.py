@@ -37,7 +37,7 @@ class Networks(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hp: Hyperparameters) -> None:
         super().__init__()
-        self.obs_dim, self.act_dim = obs_dim, act_dim
+        self.act_dim = act_dim
         self.actor = NoisePredictor(obs_dim, act_dim, hp.hidden, hp.diffusion_steps)
         self.critic = TwinQ(obs_dim, act_dim, hp.hidden)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)

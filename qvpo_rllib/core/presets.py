@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "truncation_as_terminal": True,
         "q_cut": 1.0,
     },
-    # Locomotion on a laptop's CPU: about a hundredth of the default's arithmetic per update. The
+    # Locomotion on a laptop's CPU: about a hundredth of the default's sampling per update. The
     # critics and their targets move faster, since they are what limits so short a run.
     "light": {
         "k_target": 2,

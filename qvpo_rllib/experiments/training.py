@@ -49,8 +49,7 @@ class TrainingRun:
 
     def run(self) -> None:
         """Raises `KeyboardInterrupt` after Ctrl-C or SIGTERM, with everything saved."""
-        interval = self.plan.eval_interval
-        next_evaluation = (self.env_steps // interval + 1) * interval
+        next_evaluation = self._next_evaluation()
         iteration_steps = self.plan.iteration_steps()
         with _interrupts(self.algorithm), self._showing_status():
             try:
@@ -60,9 +59,9 @@ class TrainingRun:
                     self.algorithm.training_step()
                 while self.env_steps < self.plan.env_steps:
                     row = self._train()
-                    if self.env_steps >= min(next_evaluation, self.plan.env_steps):
+                    if self.env_steps >= next_evaluation:
                         is_best = self._evaluate(row)
-                        next_evaluation = (self.env_steps // interval + 1) * interval
+                        next_evaluation = self._next_evaluation()
                         self.directory.append(row)
                         self._save(is_best=is_best)
                     else:
@@ -74,6 +73,11 @@ class TrainingRun:
 
     def close(self) -> None:
         self.algorithm.stop()
+
+    def _next_evaluation(self) -> int:
+        """The env steps of the next evaluation; the last one is at the run's end."""
+        interval = self.plan.eval_interval
+        return min((self.env_steps // interval + 1) * interval, self.plan.env_steps)
 
     @contextlib.contextmanager
     def _showing_status(self) -> Iterator[None]:
