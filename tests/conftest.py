@@ -36,7 +36,7 @@ def ray_session() -> Iterator[None]:
     """The one Ray of a test session, on loopback."""
     import ray
 
-    from qvpo_rllib.cli import LOOPBACK
+    from qvpo_rllib.cli.train import LOOPBACK
 
     ray.init(
         address="local",

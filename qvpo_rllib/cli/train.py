@@ -1,54 +1,21 @@
-"""The command line: `qvpo train` and `qvpo evaluate`."""
+"""`qvpo train`."""
 
 import argparse
-import difflib
-import json
 import logging
 import os
 import sys
-import textwrap
 import time
 import traceback
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 
 # Ray replaces 127.0.0.1 by the machine's own address and would listen to the network.
 LOOPBACK = "127.0.0.2"
-EXIT_BAD_INPUT = 2
-EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """Suggests the nearest option for a misspelt one."""
-
-    def error(self, message: str) -> NoReturn:
-        words = message.partition("unrecognized arguments: ")[2].split()
-        known = [o for action in self._actions for o in action.option_strings]
-        for word in words:
-            close = difflib.get_close_matches(word.partition("=")[0], known, n=1)
-            if close:
-                message += f". Did you mean {close[0]}?"
-                break
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\nSee {self.prog} --help.\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="qvpo",
-        description="Train a diffusion policy by online reinforcement learning: QVPO on Ray RLlib.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_train(commands)
-    _add_evaluate(commands)
-    return parser
-
-
-def _add_train(commands: Any) -> None:
+def add(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a policy; without options, a quick start of a few minutes",
@@ -106,63 +73,6 @@ def _add_train(commands: Any) -> None:
     train.set_defaults(run=_train)
 
 
-def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="play episodes with a checkpoint's policy",
-        description="Play whole episodes with a checkpoint's policy: the best of K actions in each "
-        "state, scaled as in training. Loading a checkpoint runs code: load only your own.",
-        allow_abbrev=False,
-    )
-    evaluate.add_argument(
-        "checkpoint", type=Path, help="a checkpoint directory, or a run directory (its best)"
-    )
-    evaluate.add_argument("--episodes", type=int, default=10, metavar="N", help="default 10")
-    evaluate.add_argument("--k", type=int, metavar="K", help="default: the checkpoint's k_eval")
-    evaluate.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate.set_defaults(run=_evaluate)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0; 1 if training failed; 2 for bad input; 130 if interrupted."""
-    options, unknown = build_parser().parse_known_args(arguments)
-    if unknown:
-        _subparser(options.command).error(f"unrecognized arguments: {' '.join(unknown)}")
-    _quiet()
-    try:
-        code: int = options.run(options)
-    except ValueError as error:
-        return _report(error, EXIT_BAD_INPUT)
-    except NonFiniteError as error:
-        return _report(error, EXIT_FAILED)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return code
-
-
-def _subparser(command: str) -> argparse.ArgumentParser:
-    parser = build_parser()
-    action = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    found: argparse.ArgumentParser = action.choices[command]
-    return found
-
-
-def _report(error: Exception, code: int) -> int:
-    print(textwrap.fill(f"qvpo: error: {error}", 100, break_on_hyphens=False), file=sys.stderr)
-    return code
-
-
-def _quiet() -> None:
-    """RLlib announces on every start that the old API stack will go; the version is capped."""
-    # Ray will stop hiding GPUs from actors that ask for none, and says so unless told which it is.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-
-
 def _train(options: argparse.Namespace) -> int:
     from qvpo_rllib.experiments.plan import TrainingPlan, make_plan
     from qvpo_rllib.experiments.run_directory import RunDirectory
@@ -200,7 +110,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _check_resume(options: argparse.Namespace) -> None:
-    defaults = vars(build_parser().parse_args(["train"]))
+    parser = argparse.ArgumentParser()
+    add(parser.add_subparsers())
+    defaults = vars(parser.parse_args(["train"]))
     for name, value in vars(options).items():
         if name not in ("resume", "env_steps", "run") and value != defaults[name]:
             option = "--set" if name == "settings" else "--" + name.replace("_", "-")
@@ -275,22 +187,3 @@ def _stop(training: Any) -> None:
     if training is not None:
         training.close()
     ray.shutdown()
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from qvpo_rllib.experiments.evaluation import evaluate_checkpoint
-
-    result = evaluate_checkpoint(
-        options.checkpoint, episodes=options.episodes, k=options.k, seed=options.seed
-    )
-    if options.json:
-        print(json.dumps(result.to_dict()))
-        return 0
-    print(f"{result.env}, best of K = {result.k} actions, seed {result.seed}")
-    for number, episode in enumerate(result.episodes):
-        print(
-            f"  episode {number:3d}   return {episode.episode_return:10.1f}   "
-            f"length {episode.length:5d}"
-        )
-    print(f"mean {result.mean:.1f}   std {result.std:.1f}   ({len(result.episodes)} episodes)")
-    return 0

@@ -1,0 +1,81 @@
+"""The command line. Each command is a module with `add(commands)`; `main` runs them."""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from qvpo_rllib.cli import evaluate, train
+from qvpo_rllib.cli.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.core.errors import NonFiniteError
+
+COMMANDS = (train, evaluate)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Suggests the nearest option for a misspelt one."""
+
+    def error(self, message: str) -> NoReturn:
+        words = message.partition("unrecognized arguments: ")[2].split()
+        known = [o for action in self._actions for o in action.option_strings]
+        for word in words:
+            close = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+            if close:
+                message += f". Did you mean {close[0]}?"
+                break
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {message}\nSee {self.prog} --help.\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="qvpo",
+        description="Train a diffusion policy by online reinforcement learning: QVPO on Ray RLlib.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0; 1 if training failed; 2 for bad input; 130 if interrupted."""
+    options, unknown = build_parser().parse_known_args(arguments)
+    if unknown:
+        _subparser(options.command).error(f"unrecognized arguments: {' '.join(unknown)}")
+    _quiet()
+    try:
+        code: int = options.run(options)
+    except ValueError as error:
+        return _report(error, EXIT_BAD_INPUT)
+    except NonFiniteError as error:
+        return _report(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return code
+
+
+def _subparser(command: str) -> argparse.ArgumentParser:
+    parser = build_parser()
+    action = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    found: argparse.ArgumentParser = action.choices[command]
+    return found
+
+
+def _report(error: Exception, code: int) -> int:
+    print(textwrap.fill(f"qvpo: error: {error}", 100, break_on_hyphens=False), file=sys.stderr)
+    return code
+
+
+def _quiet() -> None:
+    """RLlib announces on every start that the old API stack will go; the version is capped."""
+    # Ray will stop hiding GPUs from actors that ask for none, and says so unless told which it is.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("ray").setLevel(logging.ERROR)
