@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,6 @@ class QVPO(Algorithm):  # type: ignore[misc]
         # Set it from a signal handler to end training between two steps, with a state to save.
         self.stop_requested = False
         self._replay_missing = False
-        self._metric_sums: dict[str, torch.Tensor] = {}
-        self._num_summed = 0
 
     def training_step(self) -> dict[str, Any]:
         """Collect a fragment from every worker, take it in, do the updates owed."""
@@ -114,9 +113,10 @@ class QVPO(Algorithm):  # type: ignore[misc]
         owed = self.ledger.owed
         if owed:
             self.learner.set_env_steps(self.ledger.ingested)
-        for _ in range(owed):
-            self._update()
-        if owed:
+            self.learner.train(self.replay, owed)
+            self.ledger.done += owed
+            self._counters[NUM_ENV_STEPS_TRAINED] += owed * self.hp.batch_size
+            self._counters[NUM_AGENT_STEPS_TRAINED] += owed * self.hp.batch_size
             self._check_losses()
         # The metrics are read once per iteration, in `_compile_iteration_results_old_api_stack`.
         return {}
@@ -137,29 +137,13 @@ class QVPO(Algorithm):  # type: ignore[misc]
                 raise result
         return list(results)
 
-    def _update(self) -> None:
-        batch_size = self.hp.batch_size
-        critic_batch = self.replay.sample(batch_size)
-        policy_batch = critic_batch
-        if self.hp.update_order == "critic_then_policy":
-            policy_batch = self.replay.sample(batch_size)
-        metrics = self.learner.update(critic_batch, policy_batch)
-        if self._metric_sums:
-            torch._foreach_add_(list(self._metric_sums.values()), list(metrics.values()))
-        else:
-            self._metric_sums = {name: value.clone() for name, value in metrics.items()}
-        self._num_summed += 1
-        self.ledger.done += 1
-        self._counters[NUM_ENV_STEPS_TRAINED] += batch_size
-        self._counters[NUM_AGENT_STEPS_TRAINED] += batch_size
-
     def _check_losses(self) -> None:
         """Weights go to the workers next, which waits for the device anyway."""
         for name in ("critic_loss", "actor_loss"):
-            value = self._metric_sums[name]
-            if not torch.isfinite(value):
+            value = self.learner.metric_mean(name)
+            if not math.isfinite(value):
                 raise NonFiniteError(
-                    f"{self.config.env}: {name} became {float(value)} at env step "
+                    f"{self.config.env}: {name} became {value} at env step "
                     f"{self.ledger.ingested} (update {self.ledger.done}). Training stops here; the "
                     "last checkpoint is untouched. Lower actor_lr or critic_lr, or set grad_clip."
                 )
@@ -167,10 +151,9 @@ class QVPO(Algorithm):  # type: ignore[misc]
     def _compile_iteration_results_old_api_stack(
         self, *, episodes_this_iter: Any, step_ctx: Any, iteration_results: dict[str, Any]
     ) -> dict[str, Any]:
-        stats = {n: float(v) / self._num_summed for n, v in self._metric_sums.items()}
-        self._metric_sums, self._num_summed = {}, 0
+        stats = self.learner.pop_metrics()
         if stats:
-            stats["entropy_weight"] = self.learner.entropy_weight
+            stats["entropy_weight"] = float(self.learner.entropy_weight)
         iteration_results[DEFAULT_POLICY_ID] = {LEARNER_STATS_KEY: stats}
         results: dict[str, Any] = super()._compile_iteration_results_old_api_stack(
             episodes_this_iter=episodes_this_iter,

@@ -11,6 +11,7 @@ from ray.rllib.policy.sample_batch import SampleBatch
 from ray.rllib.policy.torch_policy import TorchPolicy
 from torch import Generator, Tensor, nn
 
+from qvpo_rllib.core.engine import kernels_of, resolve_engine
 from qvpo_rllib.core.learner import Learner, Networks
 from qvpo_rllib.core.presets import resolved_hyperparameters
 from qvpo_rllib.core.replay import Transitions
@@ -58,6 +59,9 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
         self.obs_dim, self.act_dim = obs_dim, act_dim
         self.generator = Generator(device=self.device)
         self.seed_actions(0)
+        # A graph needs a fixed batch; acting has any number of observations.
+        acting = "compiled" if self.hp.engine == "cuda_graph" else self.hp.engine
+        self.kernels = kernels_of(resolve_engine(acting, self.device), self.device).sampler
         self.learner: Learner | None = None
         if self.is_learner:
             self.learner = Learner(
@@ -96,7 +100,7 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
         )
         networks = self.networks
         actions, _ = select_actions(
-            networks.actor, networks.critic, networks.schedule, obs_tensor, noise
+            networks.actor, networks.critic, networks.schedule, obs_tensor, noise, self.kernels
         )
         array: NDArray[np.float32] = actions.cpu().numpy()
         return array

@@ -28,7 +28,18 @@ TINY = {
     "batch_size": 16,
     "warmup_steps": 40,
     "replay_capacity": 2000,
+    "engine": "eager",  # compiling takes longer than most tests; tests/test_core_engine.py does it
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; there is none here"))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import pytest
 import reference
 import torch
 
+from qvpo_rllib.core import diffusion
 from qvpo_rllib.core.diffusion import BETAS, NoiseSchedule
 from qvpo_rllib.core.networks import sinusoidal_embedding
 
@@ -33,7 +34,8 @@ def test_betas(kind, steps):
 def test_constants_are_rounded_once(kind, steps):
     schedule = NoiseSchedule(kind, steps)
     expected = reference.constants(kind, steps)
-    assert {name for name, _ in schedule.named_buffers()} == set(expected)
+    named = {name for name, _ in schedule.named_buffers()}
+    assert named == {*expected, "reverse_steps"}  # the latter: test_reverse_step
     for name, value in expected.items():
         buffer = getattr(schedule, name)
         assert buffer.dtype == torch.float32
@@ -91,11 +93,13 @@ def test_reverse_step(kind, steps):
     tensors = [torch.tensor(v) for v in (x_t, eps, noise)]
     for t in range(steps):
         x0 = reference.predict_x0(beta, x_t, t, eps)
-        result = schedule.predict_x0(tensors[0], t, tensors[1])
+        result = diffusion.predict_x0(*tensors[:2], schedule.reverse_steps[t])
         np.testing.assert_allclose(result, x0, atol=1e-10)
 
         mean, sigma = reference.q_posterior(beta, x0, x_t, t)
-        result_mean, result_sigma = schedule.q_posterior(torch.tensor(x0), tensors[0], t)
+        result_mean, result_sigma = diffusion.q_posterior(
+            torch.tensor(x0), tensors[0], schedule.reverse_steps[t]
+        )
         np.testing.assert_allclose(result_mean, mean, atol=1e-10)
         assert result_sigma == pytest.approx(sigma, abs=1e-10)
 
@@ -108,7 +112,7 @@ def test_reverse_step(kind, steps):
 def test_predicted_x0_is_clipped_on_both_sides_and_untouched_between():
     schedule = NoiseSchedule("linear", 20)
     x_t = torch.tensor([-50.0, 50.0, 0.1], dtype=torch.float64)
-    x0 = schedule.predict_x0(x_t, 3, torch.zeros(3, dtype=torch.float64))
+    x0 = diffusion.predict_x0(x_t, torch.zeros(3, dtype=torch.float64), schedule.reverse_steps[3])
     assert x0[:2].tolist() == [-1.0, 1.0]
     assert 0.1 < x0[2] < 0.11
 
@@ -121,7 +125,7 @@ def test_the_true_noise_takes_a_noisy_action_back(kind, steps):
     noise = torch.randn(2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for t in range(steps):
         x_t = schedule.q_sample(x0, torch.full((2,), t), noise)
-        back = schedule.predict_x0(x_t, t, noise)
+        back = diffusion.predict_x0(x_t, noise, schedule.reverse_steps[t])
         # Float32 constants of the forward process, amplified by 1 / sqrt(ᾱ_t).
         amplified = 1e-7 * schedule.reverse_steps[t][0]
         np.testing.assert_allclose(back, x0, atol=4 * amplified)

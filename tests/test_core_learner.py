@@ -26,6 +26,7 @@ BASE = {
     "gamma": 0.9,
     "q_cut": 0.3,
     "entropy_weight": 0.5,
+    "engine": "eager",  # tests/test_core_engine.py compares the others with it
 }
 CASES = [
     {},

@@ -5,7 +5,7 @@ Index convention: step index t = 0 … T-1 here is the paper's t = 1 … T. A te
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class NoiseSchedule(nn.Module):
     posterior_mean_coef1: Tensor
     posterior_mean_coef2: Tensor
     vlo_coefficient: Tensor
+    reverse_steps: Tensor  # [T, 5] float64
 
     def __init__(self, kind: str, diffusion_steps: int) -> None:
         super().__init__()
@@ -85,17 +86,18 @@ class NoiseSchedule(nn.Module):
         }
         for name, value in constants.items():
             self.register_buffer(name, value.float(), persistent=False)
-        # The same constants as Python numbers, a row per step, for the sampling loop: no gather.
-        self.reverse_steps: list[tuple[float, float, float, float, float]] = [
-            (
-                float(constants["sqrt_recip_alphas_cumprod"][t]),
-                float(constants["sqrt_recipm1_alphas_cumprod"][t]),
-                float(constants["posterior_mean_coef1"][t]),
-                float(constants["posterior_mean_coef2"][t]),
-                math.sqrt(float(posterior_variance[t])),
-            )
-            for t in range(diffusion_steps)
-        ]
+        # The same constants, a row per step, for the sampling loop: no gather.
+        steps = torch.stack(
+            [
+                constants["sqrt_recip_alphas_cumprod"],
+                constants["sqrt_recipm1_alphas_cumprod"],
+                constants["posterior_mean_coef1"],
+                constants["posterior_mean_coef2"],
+                posterior_variance.sqrt(),
+            ],
+            dim=1,
+        )
+        self.register_buffer("reverse_steps", steps, persistent=False)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Forward process, Eq. 2: x_t ~ q(x_t | x_0) for x0, noise [R, A], t [R] int64."""
@@ -104,19 +106,29 @@ class NoiseSchedule(nn.Module):
             + self.sqrt_one_minus_alphas_cumprod[t, None] * noise
         )
 
-    def predict_x0(self, x_t: Tensor, t: int, predicted_noise: Tensor) -> Tensor:
-        """x̂_0 from the predicted noise, clipped to [-1, 1]; any shape."""
-        recip, recipm1, *_ = self.reverse_steps[t]
-        return (recip * x_t - recipm1 * predicted_noise).clamp(-1, 1)
-
-    def q_posterior(self, x0: Tensor, x_t: Tensor, t: int) -> tuple[Tensor, float]:
-        """Mean and standard deviation of q(x_{t-1} | x_t, x_0); any shape."""
-        _, _, coef1, coef2, sigma = self.reverse_steps[t]
-        return coef1 * x0 + coef2 * x_t, sigma
-
     def p_sample(
         self, x_t: Tensor, t: int, predicted_noise: Tensor, noise: Tensor | None
     ) -> Tensor:
         """One reverse step x_t → x_{t-1}; the last one (t = 0) takes no noise."""
-        mean, sigma = self.q_posterior(self.predict_x0(x_t, t, predicted_noise), x_t, t)
-        return mean if noise is None else mean + sigma * noise
+        constants = self.reverse_steps[t].to(x_t.dtype).unbind()
+        return reverse_step(x_t, predicted_noise, noise, constants)
+
+
+def predict_x0(x_t: Tensor, predicted_noise: Tensor, constants: Sequence[Tensor]) -> Tensor:
+    """x̂_0 from the predicted noise, clipped to [-1, 1]; any shape."""
+    recip, recipm1, *_ = constants
+    return (recip * x_t - recipm1 * predicted_noise).clamp(-1, 1)
+
+
+def q_posterior(x0: Tensor, x_t: Tensor, constants: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of q(x_{t-1} | x_t, x_0); any shape."""
+    _, _, coef1, coef2, sigma = constants
+    return coef1 * x0 + coef2 * x_t, sigma
+
+
+def reverse_step(
+    x_t: Tensor, predicted_noise: Tensor, noise: Tensor | None, constants: Sequence[Tensor]
+) -> Tensor:
+    """x_t → x_{t-1} with the constants of one row of `NoiseSchedule.reverse_steps`; any shape."""
+    mean, sigma = q_posterior(predict_x0(x_t, predicted_noise, constants), x_t, constants)
+    return mean if noise is None else mean + sigma * noise

@@ -17,6 +17,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "noise_schedule": ("cosine", "linear", "vp"),
     "entropy_reduction": ("sum", "mean"),
     "update_order": ("critic_then_policy", "policy_then_critic"),
+    "engine": ("auto", "eager", "compiled", "cuda_graph"),
+    "sampling_precision": ("fp32", "tf32", "bf16"),
 }
 
 
@@ -88,6 +90,16 @@ class Hyperparameters:
     update_ratio: float = _option(1.0, "updates per env step after the warm-up")
     truncation_as_terminal: bool = _option(
         False, "true: a time limit ends the return, as in the authors' program (a known error)"
+    )
+    engine: str = _option(
+        "auto",
+        "how updates and action selection run; the numbers are the same. auto: a CUDA graph on a "
+        "GPU; compiled by torch.compile on a CPU, or eager where no C++ compiler is found",
+    )
+    sampling_precision: str = _option(
+        "fp32",
+        "matrix products that draw an update's action samples (weights and losses stay fp32): "
+        "tf32 needs an NVIDIA GPU",
     )
 
     def __post_init__(self) -> None:

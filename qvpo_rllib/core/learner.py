@@ -4,6 +4,8 @@ It knows nothing of how it is driven: batches come in, detached scalar tensors g
 """
 
 import copy
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +13,11 @@ from torch import Generator, Tensor, nn
 
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.diffusion import NoiseSchedule
+from qvpo_rllib.core.engine import CudaGraphs, kernels_of, matmul_precision, resolve_engine
 from qvpo_rllib.core.hyperparameters import Hyperparameters
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
-from qvpo_rllib.core.replay import Transitions
-from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions, select_actions
+from qvpo_rllib.core.replay import ReplayBuffer, Transitions
+from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
 from qvpo_rllib.core.seeding import restore_generator
 
 # Rate of the running mean and standard deviation of Q that `qexp` normalises with (the authors'
@@ -51,6 +54,9 @@ class Learner:
     Args:
         networks: built for the same hyperparameters; moved to `device`.
         seed: of the generator that draws `UpdateNoise`.
+
+    Raises:
+        ValueError: the hyperparameters ask for what the device has not.
     """
 
     def __init__(
@@ -61,36 +67,97 @@ class Learner:
                 "k_target is not resolved: give a number (see presets.resolve_for_task)."
             )
         self.device = torch.device(device)
+        if hp.sampling_precision == "tf32" and self.device.type != "cuda":
+            raise ValueError(
+                f"sampling_precision='tf32' needs an NVIDIA GPU; the learner is on "
+                f"{str(self.device)!r}. Use 'fp32', or 'bf16', which CPUs know too."
+            )
+        self.engine = resolve_engine(hp.engine, self.device)
+        self.kernels = kernels_of(self.engine, self.device)
         self.networks = networks.to(self.device)
         self.generator = Generator(device=self.device)
         self.generator.manual_seed(seed)
-        self.actor_optimizer = self._adam(networks.actor, hp.actor_lr, hp.adam_eps)
-        self.critic_optimizer = self._adam(networks.critic, hp.critic_lr, hp.adam_eps)
+        self.actor_optimizer = self._adam(networks.actor)
+        self.critic_optimizer = self._adam(networks.critic)
         self.num_updates = 0
         self.env_steps = 0
+        self.entropy_weight = torch.zeros((), device=self.device)
         self.q_mean = torch.zeros((), device=self.device)
         self.q_std = torch.ones((), device=self.device)
+        self._metric_names: list[str] = []
+        self._metric_sums: Tensor | None = None  # [metrics]
+        self._num_summed = 0
+        self._graphs: CudaGraphs | None = None
+        self._captured_replay: ReplayBuffer | None = None
+        self.hp = hp
         self.configure(hp)
 
     @staticmethod
-    def _adam(module: nn.Module, lr: float, eps: float) -> torch.optim.Adam:
-        return torch.optim.Adam(module.parameters(), lr=lr, eps=eps, fused=True)
+    def _adam(module: nn.Module) -> torch.optim.Adam:
+        return torch.optim.Adam(module.parameters(), fused=True)
 
     def configure(self, hp: Hyperparameters) -> None:
-        """Takes new hyperparameters into effect; the networks' shape and T must stay."""
-        self.hp = hp
+        """Takes new hyperparameters into effect; the networks' shape, T and engine must stay."""
+        on_gpu = self.device.type == "cuda"
         for optimizer, lr in (
             (self.actor_optimizer, hp.actor_lr),
             (self.critic_optimizer, hp.critic_lr),
         ):
             for group in optimizer.param_groups:
-                group["lr"], group["eps"] = lr, hp.adam_eps
+                group["eps"], group["capturable"] = hp.adam_eps, on_gpu
+                # A tensor on the GPU stays where a captured graph reads it.
+                if on_gpu and isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = torch.tensor(lr, device=self.device) if on_gpu else lr
+        if _constants_of_a_graph(hp) != _constants_of_a_graph(self.hp):
+            self._graphs = None
+        self.hp = hp
         self.set_env_steps(self.env_steps)
 
     def set_env_steps(self, env_steps: int) -> None:
         """Moves ω_ent to its value after `env_steps` environment steps."""
         self.env_steps = env_steps
-        self.entropy_weight = self.hp.entropy_weight_at(env_steps)
+        self.entropy_weight.fill_(self.hp.entropy_weight_at(env_steps))
+
+    def train(self, replay: ReplayBuffer, num_updates: int) -> None:
+        """`num_updates` updates on batches from `replay`; the metrics wait for `pop_metrics`."""
+        if self.engine == "cuda_graph":
+            if self._graphs is None or self._captured_replay is not replay:
+                step = functools.partial(self._train_once, replay)
+                self._graphs = CudaGraphs(step, [self.generator, replay.generator])
+                self._captured_replay = replay
+            self._graphs.run(num_updates)
+        else:
+            for _ in range(num_updates):
+                self._train_once(replay)
+        self.num_updates += num_updates
+        self._num_summed += num_updates
+
+    def metric_mean(self, name: str) -> float:
+        """Mean of one metric over the updates of `train` since `pop_metrics`; waits for it."""
+        assert self._metric_sums is not None
+        return float(self._metric_sums[self._metric_names.index(name)]) / self._num_summed
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Means over the updates of `train` since the last call; empty if there were none."""
+        if self._metric_sums is None or self._num_summed == 0:
+            return {}
+        values = (self._metric_sums / self._num_summed).tolist()
+        self._metric_sums.zero_()
+        self._num_summed = 0
+        return dict(zip(self._metric_names, values, strict=True))
+
+    def _train_once(self, replay: ReplayBuffer) -> None:
+        critic_batch = policy_batch = replay.sample(self.hp.batch_size)
+        if self.hp.update_order == "critic_then_policy":
+            policy_batch = replay.sample(self.hp.batch_size)
+        noise = self.draw_update_noise(self.hp.batch_size)
+        metrics = self._update(critic_batch, policy_batch, noise)
+        values = torch.stack([value.float() for value in metrics.values()])
+        if self._metric_sums is None:
+            self._metric_names, self._metric_sums = list(metrics), torch.zeros_like(values)
+        self._metric_sums.add_(values)
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
         hp, act_dim, device = self.hp, self.networks.act_dim, self.device
@@ -138,6 +205,12 @@ class Learner:
             )
         if noise is None:
             noise = self.draw_update_noise(critic_batch.reward.shape[0])
+        self.num_updates += 1
+        return self._update(critic_batch, policy_batch, noise)
+
+    def _update(
+        self, critic_batch: Transitions, policy_batch: Transitions, noise: UpdateNoise
+    ) -> dict[str, Tensor]:
         if self.hp.update_order == "critic_then_policy":
             metrics = self._update_critic(critic_batch, noise)
             metrics |= self._update_policy(policy_batch.obs, noise)
@@ -145,32 +218,27 @@ class Learner:
             metrics = self._update_policy(policy_batch.obs, noise)
             metrics |= self._update_critic(critic_batch, noise)
         self._update_targets()
-        self.num_updates += 1
         return metrics
 
     def _update_critic(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
         nets, hp = self.networks, self.hp
         actor = nets.target_actor if hp.target_actor else nets.actor
-        next_action, next_q = select_actions(
-            actor, nets.target_critic, nets.schedule, batch.next_obs, noise.target
-        )
-        if next_q is None:
-            next_q = min_q(nets.target_critic, batch.next_obs, next_action[:, None])[:, 0]
-        target = losses.td_target(batch.reward, batch.terminal, next_q, hp.gamma)
-        q = nets.critic(batch.obs, batch.action)
-        loss = losses.critic_loss(q, target)
+        next_samples = self._sample_actions(actor, batch.next_obs, noise.target)  # [B, K_t, A]
+        next_q = min_q(nets.target_critic, batch.next_obs, next_samples, self.kernels.sampler)
+        target = losses.td_target(batch.reward, batch.terminal, next_q.amax(dim=1), hp.gamma)
+        loss, q_mean = self.kernels.critic_objective(nets.critic, batch.obs, batch.action, target)
         grad_norm = self._descend(loss, self.critic_optimizer, nets.critic)
         return {
             "critic_loss": loss.detach(),
             "critic_grad_norm": grad_norm,
-            "q_mean": q.detach().mean(),
+            "q_mean": q_mean,
             "td_target_mean": target.mean(),
         }
 
     def _update_policy(self, obs: Tensor, noise: UpdateNoise) -> dict[str, Tensor]:
         nets, hp = self.networks, self.hp
-        samples = sample_actions(nets.actor, nets.schedule, obs, noise.policy)  # [B, N_d, A]
-        q = min_q(nets.critic, obs, samples)  # [B, N_d]
+        samples = self._sample_actions(nets.actor, obs, noise.policy)  # [B, N_d, A]
+        q = min_q(nets.critic, obs, samples, self.kernels.sampler)  # [B, N_d]
         value = q.mean(dim=1)
         self.q_mean.lerp_(q.mean(), Q_STATISTICS_RATE)
         self.q_std.lerp_(q.std(correction=0), Q_STATISTICS_RATE)
@@ -178,36 +246,24 @@ class Learner:
         weights = losses.q_weights(
             hp.q_weights, chosen_q, value, q_cut=hp.q_cut, q_mean=self.q_mean, q_std=self.q_std
         )
-        uniform_weights = losses.entropy_weights(weights, self.entropy_weight)
-
-        # Trained rows, state by state: the k chosen actions first, then all the uniform ones.
-        num_states, act_dim, num_uniform = obs.shape[0], nets.act_dim, hp.num_uniform_samples
-        best_rows = num_states * hp.num_chosen_samples
-        actions = torch.cat([chosen.reshape(-1, act_dim), noise.uniform.reshape(-1, act_dim)])
-        noisy = nets.schedule.q_sample(actions, noise.step, noise.forward)
-        obs_part = nets.actor.obs_part(obs)
-        row_part = torch.cat(
-            [
-                obs_part.repeat_interleave(hp.num_chosen_samples, dim=0),
-                obs_part.repeat_interleave(num_uniform, dim=0),
-            ]
-        )
-        error = losses.denoising_error(nets.actor(noisy, noise.step, row_part), noise.forward)
-        if hp.vlo_coefficient:
-            error = error * nets.schedule.vlo_coefficient[noise.step]
-        best_term, entropy_term = losses.policy_loss(
-            error[:best_rows],
-            weights.reshape(-1),
-            error[best_rows:],
-            uniform_weights.repeat_interleave(num_uniform),
+        loss, entropy_term, mean_error = self.kernels.actor_objective(
+            nets.actor,
+            nets.schedule,
+            obs,
+            chosen,
+            weights,
+            noise.uniform,
+            losses.entropy_weights(weights, self.entropy_weight),
+            noise.step,
+            noise.forward,
             hp.entropy_reduction,
+            hp.vlo_coefficient,
         )
-        loss = best_term + entropy_term
         grad_norm = self._descend(loss, self.actor_optimizer, nets.actor)
         return {
             "actor_loss": loss.detach(),
-            "entropy_loss": entropy_term.detach(),
-            "denoising_error": error.detach().mean(),
+            "entropy_loss": entropy_term,
+            "denoising_error": mean_error,
             "actor_grad_norm": grad_norm,
             "value_mean": value.mean(),
             "advantage_mean": (chosen_q[:, 0] - value).mean(),
@@ -215,6 +271,14 @@ class Learner:
             "q_weight_zero_share": (weights <= 0).float().mean(),
             "sample_std": samples.std(dim=1, correction=0).mean(),
         }
+
+    def _sample_actions(self, actor: NoisePredictor, obs: Tensor, noise: Tensor) -> Tensor:
+        """`sample_actions` in the sampling precision."""
+        dtype = torch.bfloat16 if self.hp.sampling_precision == "bf16" else None
+        with matmul_precision(self.hp.sampling_precision):
+            return sample_actions(
+                actor, self.networks.schedule, obs, noise, self.kernels.sampler, dtype
+            )
 
     def _descend(self, loss: Tensor, optimizer: torch.optim.Adam, module: nn.Module) -> Tensor:
         """One clipped step of Adam. Returns the gradient's norm before clipping."""
@@ -256,4 +320,17 @@ class Learner:
         self.num_updates, self.env_steps = state["num_updates"], state["env_steps"]
         self.q_mean.copy_(state["q_mean"])
         self.q_std.copy_(state["q_std"])
+        self._graphs = None  # the optimisers' state has moved
         self.configure(self.hp)
+
+
+def _constants_of_a_graph(hp: Hyperparameters) -> Hyperparameters:
+    """What a captured graph holds as constants: all but what is read from tensors."""
+    return dataclasses.replace(
+        hp,
+        actor_lr=1.0,
+        critic_lr=1.0,
+        entropy_weight=0.0,
+        entropy_weight_end=None,
+        entropy_weight_floor=0.0,
+    )

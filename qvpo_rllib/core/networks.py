@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from qvpo_rllib.core.kernels import linear, mish
 
 TIME_DIM = 32  # size of the sinusoidal embedding of t
 TIME_HIDDEN = 256  # width of the layer behind it
@@ -40,15 +41,15 @@ class SplitMLP(nn.Module):
 
     def first(self, index: int, part: Tensor) -> Tensor:
         """Part `index`'s share of the first layer (without bias): [..., part] → [..., H]."""
-        return F.linear(part, self.first_weights()[index])
+        return linear(part, self.first_weights()[index])
 
     def tail(self, pre: Tensor) -> Tensor:
         """From the summed shares [..., H] (bias not yet added) to the output [..., out]."""
-        hidden = F.mish(pre + self.linears()[0].bias)
-        for layer in self.layers[1:-1]:
-            hidden = F.mish(layer(hidden))
-        out: Tensor = self.layers[-1](hidden)
-        return out
+        hidden = mish(pre + self.linears()[0].bias)
+        *inner, last = self.linears()[1:]
+        for layer in inner:
+            hidden = mish(linear(hidden, layer.weight, layer.bias))
+        return linear(hidden, last.weight, last.bias)
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Parts of shape [..., part], broadcast against one another → [..., out]."""
@@ -76,7 +77,8 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
 class NoisePredictor(nn.Module):
     """ε_θ(a_t, s, t): the noise in a noisy action, given the state and the step."""
 
-    time_table: Tensor
+    time_table: Tensor  # [T, TIME_DIM]
+    steps: Tensor  # [T], 0 … T-1
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int], steps: int) -> None:
         super().__init__()
@@ -88,6 +90,7 @@ class NoisePredictor(nn.Module):
         self.mlp = SplitMLP((act_dim, TIME_DIM, obs_dim), hidden, act_dim)
         table = sinusoidal_embedding(torch.arange(steps), TIME_DIM)
         self.register_buffer("time_table", table, persistent=False)
+        self.register_buffer("steps", torch.arange(steps), persistent=False)
 
     def time_part(self) -> Tensor:
         """Every step's share of the first layer, [T, H]."""
@@ -99,8 +102,9 @@ class NoisePredictor(nn.Module):
 
     def forward(self, noisy_action: Tensor, t: Tensor, obs_part: Tensor) -> Tensor:
         """Predicted noise [..., A] for noisy_action [..., A], t [...] int64, obs_part [..., H]."""
-        # `embedding` is an index whose backward pass is fast.
-        pre = self.mlp.first(0, noisy_action) + F.embedding(t, self.time_part()) + obs_part
+        # A product, since an index costs more on its way back (and may wait for a GPU).
+        one_hot = (t[..., None] == self.steps).to(obs_part.dtype)
+        pre = self.mlp.first(0, noisy_action) + one_hot @ self.time_part() + obs_part
         return self.mlp.tail(pre)
 
 

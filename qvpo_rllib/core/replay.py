@@ -39,6 +39,8 @@ class ReplayBuffer:
             *(torch.zeros(capacity, *shape, device=self.device) for shape in shapes)
         )
         self.size = 0
+        # The same number where the device reads it: a captured graph sees it grow.
+        self._size = torch.zeros((), dtype=torch.float64, device=self.device)
         self.num_added = 0
         self.generator = Generator(device=self.device)
         self.generator.manual_seed(seed)
@@ -59,7 +61,11 @@ class ReplayBuffer:
         for new, own in zip(columns, self.columns, strict=True):
             self._write(own, new[-self.capacity :], num_new)
         self.num_added += num_new
+        self._set_size()
+
+    def _set_size(self) -> None:
         self.size = min(self.num_added, self.capacity)
+        self._size.fill_(self.size)
 
     def _write(self, own: Tensor, new: Tensor, num_new: int) -> None:
         kept = new.shape[0]
@@ -72,9 +78,11 @@ class ReplayBuffer:
         """`batch_size` transitions, uniform with replacement."""
         if self.size == 0:
             raise ValueError("The replay is empty: add transitions before sampling.")
-        index = torch.randint(
-            self.size, (batch_size,), generator=self.generator, device=self.device
+        # Double precision reaches every index; a product with the size needs no host.
+        share = torch.rand(
+            batch_size, generator=self.generator, dtype=torch.float64, device=self.device
         )
+        index = (share * self._size).long()
         return Transitions(*(column.index_select(0, index) for column in self.columns))
 
     def segments(self) -> list[Transitions]:
@@ -107,6 +115,6 @@ class ReplayBuffer:
             )
         # With the same capacity every transition returns to its old place in the ring.
         self.num_added = num_added - held if state["capacity"] == self.capacity else 0
-        self.size = min(self.num_added, self.capacity)
+        self._set_size()
         self.add(transitions)
         restore_generator(self.generator, state["generator"])

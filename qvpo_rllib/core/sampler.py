@@ -3,17 +3,50 @@
 Nine tenths of an update is spent here, so the exact savings are made here: the observation's share
 of a first layer is computed once per state, the step's share once per step, Mish needs a single
 exponential and works in place, and states are taken in chunks whose activations stay in cache.
+
+`denoise` and `lowest_q` do the work on one chunk. They are plain functions of tensors; an engine
+may hand in compiled ones (see `engine.py`).
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from qvpo_rllib.core.diffusion import NoiseSchedule
+from qvpo_rllib.core.diffusion import NoiseSchedule, reverse_step
+from qvpo_rllib.core.kernels import linear, mish_
 from qvpo_rllib.core.losses import best_of
 from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
 
 # Rows (states × samples) worked on at once on a CPU: 1024 rows of 256 floats are one megabyte.
 CPU_CHUNK_ROWS = 1024
+# Reverse steps in one call of `denoise`: what a compiler unrolls. Any number gives the same result.
+STEPS_PER_CALL = 5
+
+
+class Trunk(NamedTuple):
+    """The parameters of a `SplitMLP` that meet the action, [out, in] and [out] as `nn.Linear`'s."""
+
+    action_weight: Tensor  # the action's part of the first layer
+    weights: list[Tensor]  # the layers behind it
+    biases: list[Tensor]
+
+    @classmethod
+    def of(cls, mlp: SplitMLP, action_part: int, dtype: torch.dtype | None = None) -> "Trunk":
+        layers = mlp.linears()[1:]
+        trunk = cls(
+            mlp.first_weights()[action_part].contiguous(),
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+        )
+        if dtype is None:
+            return trunk
+        return cls(
+            trunk.action_weight.to(dtype),
+            [w.to(dtype) for w in trunk.weights],
+            [b.to(dtype) for b in trunk.biases],
+        )
 
 
 def draw_noise(
@@ -29,9 +62,61 @@ def draw_noise(
     return torch.randn(shape, generator=generator, device=device)
 
 
+def run_trunk(actions: Tensor, first: Tensor, trunk: Trunk) -> Tensor:
+    """The network's output for S·N rows of S states.
+
+    Args:
+        actions: [S·N, A], state by state.
+        first: [S, H], everything else that the first layer adds up, bias included.
+    """
+    pre = linear(actions.to(first.dtype), trunk.action_weight)
+    hidden = mish_(pre.view(first.shape[0], -1, first.shape[1]).add_(first[:, None]))
+    hidden = hidden.view(pre.shape)
+    for weight, bias in zip(trunk.weights[:-1], trunk.biases[:-1], strict=True):
+        hidden = mish_(linear(hidden, weight, bias))
+    return linear(hidden, trunk.weights[-1], trunk.biases[-1])
+
+
+def denoise(
+    x: Tensor, firsts: list[Tensor], noises: list[Tensor], constants: list[Tensor], trunk: Trunk
+) -> Tensor:
+    """As many reverse steps as the lists have entries, for one chunk of S states.
+
+    Args:
+        x: [S·N, A], state by state.
+        firsts: per step [S, H], see `run_trunk`.
+        noises: per step [S·N, A].
+        constants: per step [5], a row of `NoiseSchedule.reverse_steps`.
+    """
+    for first, noise, row in zip(firsts, noises, constants, strict=True):
+        x = reverse_step(x, run_trunk(x, first, trunk).to(x.dtype), noise, row.unbind())
+    return x
+
+
+def lowest_q(actions: Tensor, firsts: list[Tensor], trunks: list[Trunk]) -> Tensor:
+    """The twins' minimum for one chunk: actions [S·N, A], firsts twice [S, H] → [S·N]."""
+    q1, q2 = (run_trunk(actions, first, trunk) for first, trunk in zip(firsts, trunks, strict=True))
+    return torch.minimum(q1, q2).squeeze(-1)
+
+
+class SamplerKernels(NamedTuple):
+    """What works on a chunk."""
+
+    denoise: Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor], Trunk], Tensor] = denoise
+    lowest_q: Callable[[Tensor, list[Tensor], list[Trunk]], Tensor] = lowest_q
+
+
+EAGER = SamplerKernels()
+
+
 @torch.no_grad()
 def sample_actions(
-    actor: NoisePredictor, schedule: NoiseSchedule, obs: Tensor, noise: Tensor
+    actor: NoisePredictor,
+    schedule: NoiseSchedule,
+    obs: Tensor,
+    noise: Tensor,
+    kernels: SamplerKernels = EAGER,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """N actions per state from π_θ(a | s) by the reverse process.
 
@@ -39,6 +124,7 @@ def sample_actions(
         obs: [B, O].
         noise: [T, B, N, A] standard normal; the first slice is x_T, slice i is what the i-th
             reverse step adds. The last reverse step adds none.
+        dtype: of the network's products and activations; the parameters' own if None.
 
     Returns:
         [B, N, A] in [-1, 1].
@@ -47,61 +133,67 @@ def sample_actions(
     if steps != schedule.diffusion_steps:
         raise ValueError(f"noise has {steps} steps, the schedule {schedule.diffusion_steps}.")
     obs_part = actor.obs_part(obs) + actor.mlp.linears()[0].bias  # [B, H]
-    time_part = actor.time_part()  # [T, H]
-    act_weight = actor.mlp.first_weights()[0].t()
+    firsts = actor.time_part().flip(0)[:, None] + obs_part  # [T, B, H], in the order of the chain
+    if dtype is not None:
+        firsts = firsts.to(dtype)
+    trunk = Trunk.of(actor.mlp, 0, dtype)
+    constants = schedule.reverse_steps.to(noise.dtype).flip(0).unbind()
+    # What each step adds; the last one's sigma is zero, so its noise may be any.
+    noises = torch.cat([noise[1:], noise[:1]])
+    per_call = next(n for n in range(min(steps, STEPS_PER_CALL), 0, -1) if steps % n == 0)
     actions = torch.empty_like(noise[0])
     for states in _chunks(num_states, num_samples, obs.device):
-        chunk_part = obs_part[states]
         x = noise[0, states].reshape(-1, act_dim)
-        trunk = _Trunk(actor.mlp, x)
-        for i, t in enumerate(reversed(range(steps))):
-            pre = trunk.pre
-            torch.mm(x, act_weight, out=pre)
-            pre.view(-1, num_samples, pre.shape[1]).add_((chunk_part + time_part[t])[:, None])
-            step_noise = noise[i + 1, states].reshape(-1, act_dim) if t > 0 else None
-            x = schedule.p_sample(x, t, trunk.finish(), step_noise)
-        actions[states] = x.clamp_(-1, 1).view(-1, num_samples, act_dim)
-    return actions
+        chunk_firsts = firsts[:, states].unbind()
+        chunk_noises = noises[:, states].flatten(1, 2).unbind()
+        for start in range(0, steps, per_call):
+            now = slice(start, start + per_call)
+            x = kernels.denoise(
+                x, list(chunk_firsts[now]), list(chunk_noises[now]), list(constants[now]), trunk
+            )
+        actions[states] = x.view(-1, num_samples, act_dim)
+    return actions.clamp_(-1, 1)
 
 
 @torch.no_grad()
-def min_q(critic: TwinQ, obs: Tensor, actions: Tensor) -> Tensor:
+def min_q(critic: TwinQ, obs: Tensor, actions: Tensor, kernels: SamplerKernels = EAGER) -> Tensor:
     """The lower of the twins' estimates for N actions per state: [B, O], [B, N, A] → [B, N]."""
     num_states, num_samples, act_dim = actions.shape
+    twins = (critic.q1, critic.q2)
+    firsts = [q.first(0, obs) + q.linears()[0].bias for q in twins]
+    trunks = [Trunk.of(q, 1) for q in twins]
     lowest = torch.empty_like(actions[..., 0])
-    twins: list[tuple[SplitMLP, Tensor, Tensor]] = [
-        (q, q.first(0, obs) + q.linears()[0].bias, q.first_weights()[1].t())
-        for q in (critic.q1, critic.q2)
-    ]
     for states in _chunks(num_states, num_samples, obs.device):
         flat = actions[states].reshape(-1, act_dim)
-        estimates = []
-        for q, obs_part, act_weight in twins:
-            trunk = _Trunk(q, flat)
-            torch.mm(flat, act_weight, out=trunk.pre)
-            trunk.pre.view(-1, num_samples, trunk.pre.shape[1]).add_(obs_part[states][:, None])
-            estimates.append(trunk.finish().view(-1, num_samples))
-        torch.minimum(*estimates, out=lowest[states])
+        q = kernels.lowest_q(flat, [first[states] for first in firsts], trunks)
+        lowest[states] = q.view(-1, num_samples)
     return lowest
 
 
 @torch.no_grad()
 def select_actions(
-    actor: NoisePredictor, critic: TwinQ, schedule: NoiseSchedule, obs: Tensor, noise: Tensor
+    actor: NoisePredictor,
+    critic: TwinQ,
+    schedule: NoiseSchedule,
+    obs: Tensor,
+    noise: Tensor,
+    kernels: SamplerKernels = EAGER,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The K-efficient policy π_θ^K (section 4.4): the best of K actions by the critics' minimum.
 
     Args:
         obs: [B, O].
         noise: [T, B, K, A].
+        dtype: see `sample_actions`; the critics compute in their own.
 
     Returns:
         The actions [B, A] in [-1, 1] and their Q [B]; Q is None where K = 1, which ranks nothing.
     """
-    actions = sample_actions(actor, schedule, obs, noise)
+    actions = sample_actions(actor, schedule, obs, noise, kernels, dtype)
     if actions.shape[1] == 1:
         return actions[:, 0], None
-    top_q, top = best_of(min_q(critic, obs, actions), actions)
+    top_q, top = best_of(min_q(critic, obs, actions, kernels), actions)
     return top[:, 0], top_q[:, 0]
 
 
@@ -110,38 +202,3 @@ def _chunks(num_states: int, num_samples: int, device: torch.device) -> list[sli
     if device.type == "cpu":
         size = max(1, CPU_CHUNK_ROWS // num_samples)
     return [slice(start, start + size) for start in range(0, num_states, size)]
-
-
-class _Trunk:
-    """The layers of a `SplitMLP` behind its first, run in place on buffers of their own."""
-
-    def __init__(self, mlp: SplitMLP, rows: Tensor) -> None:
-        linears = mlp.linears()
-        weights = [(layer.weight.t(), layer.bias) for layer in linears[1:]]
-        self.layers = weights[:-1]
-        self.out_weight, self.out_bias = weights[-1]
-        num_rows = rows.shape[0]
-        widths = [layer.out_features for layer in linears[:-1]]
-        self.buffers = [rows.new_empty(num_rows, width) for width in widths]
-        self.scratch = [rows.new_empty(num_rows, width) for width in sorted(set(widths))]
-        self.out = rows.new_empty(num_rows, self.out_bias.shape[0])
-
-    @property
-    def pre(self) -> Tensor:
-        """Where the first layer's sum goes, [rows, H]."""
-        return self.buffers[0]
-
-    def finish(self) -> Tensor:
-        """The network's output [rows, out] from `pre`, which it overwrites."""
-        hidden = self._mish_(self.buffers[0])
-        for (weight, bias), buffer in zip(self.layers, self.buffers[1:], strict=True):
-            torch.addmm(bias, hidden, weight, out=buffer)
-            hidden = self._mish_(buffer)
-        return torch.addmm(self.out_bias, hidden, self.out_weight, out=self.out)
-
-    def _mish_(self, x: Tensor) -> Tensor:
-        """x·tanh(softplus(x)) = x - 2x / ((1 + eˣ)² + 1); an infinite eˣ gives x, as it should."""
-        scratch = next(s for s in self.scratch if s.shape[1] == x.shape[1])
-        torch.exp(x, out=scratch)
-        scratch.add_(1).square_().add_(1).reciprocal_()
-        return x.addcmul_(x, scratch, value=-2)

@@ -1,0 +1,86 @@
+"""`qvpo bench act`: selecting the best of K actions, as a rollout worker does."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from qvpo_rllib.bench.sizes import TASKS, Task, acting_flops, hyperparameters
+from qvpo_rllib.bench.straightforward import Straightforward
+from qvpo_rllib.bench.timing import matrix_product, measure, ratio
+from qvpo_rllib.core.engine import kernels_of, resolve_engine
+from qvpo_rllib.core.hyperparameters import Hyperparameters
+from qvpo_rllib.core.learner import Networks
+from qvpo_rllib.core.sampler import draw_noise, select_actions
+
+
+def run(
+    *,
+    tasks: Sequence[str],
+    settings: Sequence[str],
+    engines: Sequence[str],
+    batch_sizes: Sequence[int],
+    ks: Sequence[int],
+    device: torch.device,
+    repeats: int,
+) -> Iterator[dict[str, Any]]:
+    """A row per combination. Times include drawing the noise; see `learner.run` for the columns."""
+    for setting in settings:
+        for name in tasks:
+            for engine in engines:
+                hp = hyperparameters(setting, TASKS[name], engine=engine)
+                for k in ks:
+                    for batch_size in batch_sizes:
+                        row = {"setting": setting, "task": name}
+                        yield row | _row(TASKS[name], hp, batch_size, k, device, repeats)
+
+
+def _row(
+    task: Task,
+    hp: Hyperparameters,
+    batch_size: int,
+    k: int,
+    device: torch.device,
+    repeats: int,
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    networks = Networks(task.obs_dim, task.act_dim, hp).to(device)
+    straightforward = Straightforward(networks, hp)
+    acting = "compiled" if hp.engine == "cuda_graph" else hp.engine
+    engine = resolve_engine(acting, device)
+    kernels = kernels_of(engine, device).sampler
+    obs = torch.randn(batch_size, task.obs_dim, device=device)
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def noise() -> torch.Tensor:
+        return draw_noise(hp.diffusion_steps, batch_size, k, task.act_dim, generator, device)
+
+    product, product_flops = matrix_product(device)
+    times = measure(
+        {
+            "act": lambda: select_actions(
+                networks.actor, networks.critic, networks.schedule, obs, noise(), kernels
+            ),
+            "straightforward": lambda: straightforward.select(
+                straightforward.actor, straightforward.critic, obs, noise()
+            ),
+            "product": product,
+        },
+        repeats=repeats,
+        device=device,
+    )
+    flops = acting_flops(task, hp, batch_size, k)
+    speedup = ratio(times["straightforward"], times["act"])
+    bound = ratio(times["product"], times["act"])
+    return {
+        "engine": engine,
+        "observations": batch_size,
+        "k": k,
+        "act_ms": 1e3 * times["act"].median,
+        "act_ms_range": [1e3 * t for t in times["act"].spread],
+        "straightforward_ms": 1e3 * times["straightforward"].median,
+        "speedup": speedup.median,
+        "speedup_range": list(speedup.spread),
+        "matmul_bound": bound.median * flops / product_flops,
+        "matmul_bound_range": [b * flops / product_flops for b in bound.spread],
+    }

@@ -1,0 +1,78 @@
+"""The problem sizes that are timed, and the arithmetic they need.
+
+FLOPs count matrix products alone, a multiplication and an addition each, and only those that are
+needed: what the observation and the diffusion step share is multiplied once.
+"""
+
+import itertools
+from typing import NamedTuple
+
+from qvpo_rllib.core.hyperparameters import Hyperparameters
+from qvpo_rllib.core.presets import PRESETS, resolve_for_task
+
+
+class Task(NamedTuple):
+    env: str
+    obs_dim: int
+    act_dim: int
+
+
+TASKS = {
+    "hopper": Task("Hopper-v5", 11, 3),
+    "ant": Task("Ant-v5", 105, 8),
+    "humanoid": Task("Humanoid-v5", 348, 17),
+}
+# "paper" is the package's default: the paper's sizes on the authors' three hidden layers.
+SETTINGS = {"paper": "default", "light": "light"}
+
+
+def hyperparameters(setting: str, task: Task, **options: object) -> Hyperparameters:
+    """The hyperparameters of a setting for a task, with some options changed."""
+    values = PRESETS[SETTINGS[setting]] | options
+    hp = Hyperparameters(**values)
+    return Hyperparameters(**values | resolve_for_task(hp, task.env))
+
+
+def hidden_flops(hidden: tuple[int, ...], out: int) -> int:
+    """FLOPs of the layers behind the first, for one row."""
+    return sum(2 * i * o for i, o in itertools.pairwise((*hidden, out)))
+
+
+def sampling_flops(task: Task, hp: Hyperparameters, num_states: int, num_samples: int) -> int:
+    """Drawing N actions for each of B states."""
+    width = hp.hidden[0]
+    row = 2 * task.act_dim * width + hidden_flops(hp.hidden, task.act_dim)
+    return (
+        hp.diffusion_steps * num_states * num_samples * row + 2 * num_states * task.obs_dim * width
+    )
+
+
+def ranking_flops(task: Task, hp: Hyperparameters, num_states: int, num_samples: int) -> int:
+    """Both critics on N actions for each of B states."""
+    width = hp.hidden[0]
+    row = 2 * task.act_dim * width + hidden_flops(hp.hidden, 1)
+    return 2 * (num_states * num_samples * row + 2 * num_states * task.obs_dim * width)
+
+
+def acting_flops(task: Task, hp: Hyperparameters, num_states: int, k: int) -> int:
+    """The best of K actions for each of B states."""
+    ranking = ranking_flops(task, hp, num_states, k) if k > 1 else 0
+    return sampling_flops(task, hp, num_states, k) + ranking
+
+
+def update_flops(task: Task, hp: Hyperparameters) -> int:
+    """One update: target and policy samples, their ranking, both fits forward and backward."""
+    assert hp.k_target is not None
+    batch, width = hp.batch_size, hp.hidden[0]
+    drawing = sum(
+        sampling_flops(task, hp, batch, n) + ranking_flops(task, hp, batch, n)
+        for n in (hp.k_target, hp.num_policy_samples)
+    )
+    # A fit multiplies three times: forward, by the weights' and by the input's gradient; the first
+    # layer's input needs none.
+    critic_first = 2 * (task.obs_dim + task.act_dim) * width
+    critic_fit = 2 * batch * (2 * critic_first + 3 * hidden_flops(hp.hidden, 1))
+    rows = batch * (hp.num_chosen_samples + hp.num_uniform_samples)
+    actor_fit = rows * (2 * 2 * task.act_dim * width + 3 * hidden_flops(hp.hidden, task.act_dim))
+    actor_fit += 2 * batch * 2 * task.obs_dim * width
+    return drawing + critic_fit + actor_fit

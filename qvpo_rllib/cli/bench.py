@@ -1,0 +1,184 @@
+"""`qvpo bench learner | act | replay`. Needs torch and NumPy alone."""
+
+import argparse
+from typing import Any
+
+LEARNER_COLUMNS = {
+    "setting": "setting",
+    "task": "task",
+    "engine": "engine",
+    "precision": "precision",
+    "update_ms": "ms per update",
+    "updates_per_s": "updates/s",
+    "straightforward_ms": "straightforward ms",
+    "speedup": "times as fast",
+    "matmul_bound": "matrix-product bound",
+}
+ACT_COLUMNS = {
+    "setting": "setting",
+    "task": "task",
+    "engine": "engine",
+    "observations": "obs",
+    "k": "K",
+    "act_ms": "ms per call",
+    "straightforward_ms": "straightforward ms",
+    "speedup": "times as fast",
+    "matmul_bound": "matrix-product bound",
+}
+REPLAY_COLUMNS = {
+    "task": "task",
+    "operation": "operation",
+    "transitions": "transitions",
+    "call_us": "µs per call",
+    "straightforward_us": "straightforward µs",
+    "speedup": "times as fast",
+}
+
+
+def add(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time updates, acting and the replay on this machine",
+        description="Time the parts on this machine, side by side with a straightforward "
+        "implementation of the same. Figures are medians over rounds that visit both in turn, with "
+        "the smallest and the largest round in brackets. The matrix-product bound is the share of "
+        "the time that the needed products alone would take at this machine's own rate.",
+        allow_abbrev=False,
+    )
+    parts = bench.add_subparsers(dest="part", required=True, metavar="PART")
+    learner = _part(parts, "learner", "one update of actor, critics and targets", _learner)
+    _add_settings(learner)
+    learner.add_argument(
+        "--precision",
+        nargs="+",
+        default=["fp32"],
+        choices=("fp32", "tf32", "bf16"),
+        help="of the products that draw action samples (default fp32)",
+    )
+    act = _part(parts, "act", "the best of K actions, on one thread", _act)
+    _add_settings(act)
+    act.add_argument(
+        "--observations", nargs="+", type=_positive, default=[1, 8, 32, 64], metavar="N"
+    )
+    act.add_argument("--k", nargs="+", type=_positive, default=[4, 32], metavar="K")
+    replay = _part(parts, "replay", "adding to the replay and sampling from it", _replay)
+    replay.add_argument("--capacity", type=_positive, default=100_000, metavar="N")
+
+
+def _part(parts: Any, name: str, meaning: str, run: Any) -> argparse.ArgumentParser:
+    from qvpo_rllib.bench.sizes import TASKS
+
+    parser: argparse.ArgumentParser = parts.add_parser(name, help=meaning, allow_abbrev=False)
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        default=list(TASKS),
+        choices=list(TASKS),
+        help="observation and action sizes of these tasks (default: all)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="CPU threads (default: all cores; act: 1)",
+    )
+    parser.add_argument("--repeats", type=_positive, default=7, metavar="N", help="default 7")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    from qvpo_rllib.bench.sizes import SETTINGS
+
+    parser.add_argument(
+        "--setting",
+        nargs="+",
+        default=list(SETTINGS),
+        choices=list(SETTINGS),
+        help="the paper's sizes, or the light preset's (default: both)",
+    )
+    parser.add_argument(
+        "--engine",
+        nargs="+",
+        default=["auto"],
+        choices=("auto", "eager", "compiled", "cuda_graph"),
+        help="default auto",
+    )
+
+
+def _learner(options: argparse.Namespace) -> int:
+    from qvpo_rllib.bench import learner
+
+    device = _prepare(options, threads=None)
+    rows = learner.run(
+        tasks=options.task,
+        settings=options.setting,
+        engines=options.engine,
+        precisions=options.precision,
+        device=device,
+        repeats=options.repeats,
+    )
+    return _show(rows, LEARNER_COLUMNS, options, device)
+
+
+def _act(options: argparse.Namespace) -> int:
+    from qvpo_rllib.bench import act
+
+    device = _prepare(options, threads=1)
+    rows = act.run(
+        tasks=options.task,
+        settings=options.setting,
+        engines=options.engine,
+        batch_sizes=options.observations,
+        ks=options.k,
+        device=device,
+        repeats=options.repeats,
+    )
+    return _show(rows, ACT_COLUMNS, options, device)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from qvpo_rllib.bench import replay
+
+    device = _prepare(options, threads=None)
+    rows = replay.run(
+        tasks=options.task, capacity=options.capacity, device=device, repeats=options.repeats
+    )
+    return _show(rows, REPLAY_COLUMNS, options, device)
+
+
+def _prepare(options: argparse.Namespace, threads: int | None) -> Any:
+    import os
+
+    import torch
+
+    if options.device not in ("cpu", "cuda"):
+        raise ValueError(f"--device {options.device!r} does not exist: use cpu or cuda.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device cuda: PyTorch {torch.__version__} finds no CUDA device here. Use --device "
+            "cpu, or a machine and a PyTorch build with CUDA."
+        )
+    torch.set_num_threads(options.threads or threads or len(os.sched_getaffinity(0)))
+    return torch.device(options.device)
+
+
+def _show(rows: Any, columns: dict[str, str], options: argparse.Namespace, device: Any) -> int:
+    from qvpo_rllib.bench import report
+
+    if options.json:
+        report.print_json(rows, device)
+        return 0
+    about = report.machine(device)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    report.print_table(rows, columns)
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: 1 or more")
+    return number

@@ -1,0 +1,188 @@
+"""How an update is executed: eagerly, compiled, or as a CUDA graph. The mathematics is the same."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator
+
+from qvpo_rllib.core import objectives, sampler
+from qvpo_rllib.core.kernels import mish
+
+# Batch sizes of one function that `torch.compile` may meet in a process: the chunks of an update,
+# acting and evaluation with any number of environments, a test session with many learners.
+RECOMPILE_LIMIT = 64
+# Updates run eagerly before the first capture: they create the optimisers' state and let the
+# compiled kernels and cuBLAS allocate what they need.
+UPDATES_BEFORE_CAPTURE = 3
+# Updates in the larger of the two graphs.
+UPDATES_PER_GRAPH = 8
+
+
+class Kernels(NamedTuple):
+    """The functions that make up an update, as an engine executes them."""
+
+    sampler: sampler.SamplerKernels
+    critic_objective: Callable[..., Any]
+    actor_objective: Callable[..., Any]
+
+
+EAGER = Kernels(sampler.EAGER, objectives.critic_objective, objectives.actor_objective)
+
+
+def resolve_engine(engine: str, device: torch.device) -> str:
+    """`auto` is `cuda_graph` on a GPU; on a CPU `compiled` where compiling works, else `eager`.
+
+    Raises:
+        ValueError: `cuda_graph` without a CUDA device.
+    """
+    if engine == "cuda_graph" and device.type != "cuda":
+        raise ValueError(
+            f"engine='cuda_graph' needs a CUDA device; the learner is on {str(device)!r}. Use "
+            "engine='auto', 'compiled' or 'eager', or give it a GPU (num_gpus=1)."
+        )
+    if engine == "auto":
+        engine = "cuda_graph" if device.type == "cuda" else "compiled"
+    if engine == "compiled" and not _compiling_works(device.type):
+        return "eager"
+    return engine
+
+
+def kernels_of(engine: str, device: torch.device) -> Kernels:
+    """The functions of a resolved engine; a CUDA graph captures the compiled ones if it can."""
+    if engine == "compiled" or (engine == "cuda_graph" and _compiling_works(device.type)):
+        return _compiled()
+    return EAGER
+
+
+def compile_cache_dir() -> str:
+    """Where compiled kernels stay for the next process: $TORCHINDUCTOR_CACHE_DIR, if set."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Within it float32 products on a GPU use TF32 if `precision` is "tf32"."""
+    if precision != "tf32":
+        yield
+        return
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+class CudaGraphs:
+    """Runs a step that is fixed in shape and memory by replaying captured graphs of it.
+
+    Args:
+        step: does one update and leaves nothing on the host; all that it reads and writes must stay
+            where it is in memory for as long as this object is used.
+        generators: every generator that the step draws from; each replay goes on in their streams.
+    """
+
+    def __init__(self, step: Callable[[], None], generators: list[Generator]) -> None:
+        self.step = step
+        self.generators = generators
+        self.done_eagerly = 0
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def run(self, num_steps: int) -> None:
+        while num_steps > 0 and self.done_eagerly < UPDATES_BEFORE_CAPTURE:
+            self._run_on_side_stream()
+            num_steps -= 1
+        while num_steps > 0:
+            size = UPDATES_PER_GRAPH if num_steps >= UPDATES_PER_GRAPH else 1
+            if size not in self.graphs:
+                self.graphs[size] = self._capture(size)
+            self.graphs[size].replay()
+            num_steps -= size
+
+    def _run_on_side_stream(self) -> None:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.done_eagerly += 1
+
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            for _ in range(size):
+                self.step()
+        return graph
+
+
+@functools.cache
+def _compiled() -> Kernels:
+    # Imported here: the compiler doubles the time that importing torch takes.
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+    # Else the backward pass is compiled, and may fail, in the middle of an update.
+    functorch.force_non_lazy_backward_lowering = True
+    return Kernels(
+        sampler.SamplerKernels(*[_compile(f) for f in sampler.EAGER]),
+        _compile(EAGER.critic_objective),
+        _compile(EAGER.actor_objective),
+    )
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled for every shape it meets, or as it is once that has failed.
+
+    Compiling comes before running, so nothing has been done yet when it fails.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+
+    compiled = torch.compile(function, fullgraph=True)
+    failed = False
+
+    def call(*args: Any) -> Any:
+        nonlocal failed
+        if not failed:
+            try:
+                return compiled(*args)
+            except (InductorError, BackendCompilerFailed) as error:
+                failed = True
+                print(
+                    f"engine: {function.__name__} runs eagerly, since compiling it failed: "
+                    f"{_first_line(error)} Deleting {compile_cache_dir()} may help: a compiler "
+                    "that was interrupted leaves broken files there.",
+                    file=sys.stderr,
+                )
+        return function(*args)
+
+    return call
+
+
+@functools.cache
+def _compiling_works(device_type: str) -> bool:
+    """Compiles a small function; where that fails, says so once in one line."""
+    try:
+        x = torch.zeros(64, device=device_type)
+        torch.compile(mish)(x)
+    except Exception as error:  # whatever is missing: compiler, headers, a writable cache
+        print(
+            f"engine: eager, since torch.compile does not work here ({_first_line(error)}). A C++ "
+            "compiler (Debian: apt-get install g++) makes updates faster.",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

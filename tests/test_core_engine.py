@@ -1,0 +1,389 @@
+"""Every engine must give the same update, and a straightforward implementation too."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qvpo_rllib.bench.straightforward import Straightforward
+from qvpo_rllib.core import engine, kernels
+from qvpo_rllib.core.hyperparameters import Hyperparameters
+from qvpo_rllib.core.learner import Learner, Networks
+from qvpo_rllib.core.replay import ReplayBuffer, Transitions
+from qvpo_rllib.core.sampler import draw_noise, sample_actions, select_actions
+
+OBS, ACT = 11, 3
+CPU = torch.device("cpu")
+gpu = pytest.mark.gpu
+
+# Rates that move every parameter far; sizes for which oneDNN and several chunks are used.
+BASE = {
+    "hidden": (64, 48),
+    "diffusion_steps": 6,
+    "k_target": 2,
+    "num_policy_samples": 32,
+    "num_uniform_samples": 3,
+    "entropy_weight": 0.5,
+    "actor_lr": 3e-3,
+    "critic_lr": 3e-3,
+    "tau": 0.2,
+    "batch_size": 80,
+    "warmup_steps": 0,
+    "replay_capacity": 1000,
+    "engine": "eager",
+}
+
+
+def transitions(count, seed, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(count, *shape, generator=generator).to(device)
+
+    return Transitions(
+        normal(OBS), normal(ACT).tanh(), normal(), normal(OBS), (normal() > 1).float()
+    )
+
+
+def learner(device="cpu", **options):
+    hp = Hyperparameters(**{**BASE, **options})
+    torch.manual_seed(0)
+    return Learner(Networks(OBS, ACT, hp), hp, seed=0, device=device)
+
+
+def replay(device="cpu"):
+    result = ReplayBuffer(1000, OBS, ACT, seed=1, device=device)
+    result.add(transitions(500, seed=2))
+    return result
+
+
+def assert_same_networks(a, b, atol=2e-6):
+    for (name, mine), other in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(mine.cpu(), other.cpu(), atol=atol, rtol=0, msg=name)
+
+
+def assert_same_updates(one, other, atol=2e-6):
+    """Three updates on the same batches with the same noise."""
+    before = copy.deepcopy(one.networks)
+    for seed in range(3):
+        batches = transitions(80, seed=seed), transitions(80, seed=10 + seed)
+        noise = one.draw_update_noise(80)
+        results = one.update(*batches, noise), other.update(*batches, noise)
+        for name, value in results[0].items():
+            torch.testing.assert_close(value, results[1][name], atol=1e-4, rtol=1e-4, msg=name)
+    assert_same_networks(one.networks, other.networks, atol)
+    moved = [
+        float((p - q).detach().abs().max())
+        for p, q in zip(before.parameters(), one.networks.parameters(), strict=True)
+    ]
+    assert min(moved) > 20 * atol
+
+
+# --- The straightforward implementation --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"k_target": 1}, {"num_uniform_samples": 0}, {"grad_clip": None}]
+)
+def test_eager_updates_equal_the_straightforward_implementation(options):
+    mine = learner(**options)
+    plain = Straightforward(mine.networks, mine.hp)
+    for seed in range(3):
+        batches = transitions(80, seed=seed), transitions(80, seed=10 + seed)
+        noise = mine.draw_update_noise(80)
+        losses, expected = mine.update(*batches, noise), plain.update(*batches, noise)
+        for name in expected:
+            torch.testing.assert_close(losses[name], expected[name], atol=1e-5, rtol=1e-5)
+    theirs = copy.deepcopy(mine.networks)
+    plain.load_parameters(theirs)
+    assert_same_networks(mine.networks, theirs)
+
+
+# --- Compiled ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiles():
+    """The machine that runs the tests is to have a compiler, as `.ci/run` sees to."""
+    assert engine.resolve_engine("compiled", CPU) == "compiled"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "k_target": 1,
+            "num_chosen_samples": 2,
+            "vlo_coefficient": True,
+            "update_order": "policy_then_critic",
+            "q_weights": "qexp",
+            "entropy_reduction": "mean",
+        },
+    ],
+)
+def test_compiled_updates_equal_eager_ones(compiles, options):
+    compiled = learner(**options, engine="compiled")
+    assert compiled.engine == "compiled"
+    assert_same_updates(learner(**options), compiled)
+
+
+def test_compiled_action_selection_equals_the_eager_one_at_any_batch_size(compiles):
+    nets = learner().networks
+    kernels_compiled = engine.kernels_of("compiled", CPU).sampler
+    for num_states, k in ((1, 4), (7, 4), (64, 4), (3, 32), (5, 1)):
+        obs = torch.randn(num_states, OBS, generator=torch.Generator().manual_seed(k))
+        noise = draw_noise(6, num_states, k, ACT, torch.Generator().manual_seed(0), CPU)
+        args = (nets.actor, nets.critic, nets.schedule, obs, noise)
+        actions, q = select_actions(*args, kernels_compiled)
+        expected, expected_q = select_actions(*args)
+        torch.testing.assert_close(actions, expected, atol=1e-5, rtol=0)
+        if k > 1:
+            torch.testing.assert_close(q, expected_q, atol=1e-5, rtol=1e-5)
+
+
+def test_auto_is_eager_where_no_compiler_is_found_and_says_so_in_one_line(tmp_path):
+    program = (
+        "import torch; from qvpo_rllib.core.engine import resolve_engine;"
+        "cpu = torch.device('cpu');"
+        "print(resolve_engine('auto', cpu), resolve_engine('compiled', cpu))"
+    )
+    missing = {"CXX": "/nonexistent/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | missing,
+        check=True,
+    )
+    assert run.stdout.split() == ["eager", "eager"]
+    said = [line for line in run.stderr.splitlines() if line.startswith("engine:")]
+    assert len(said) == 1
+    assert "g++" in said[0]
+
+
+def test_a_function_that_fails_to_compile_runs_eagerly_from_then_on(monkeypatch, capsys):
+    from torch._inductor.exc import InductorError
+
+    def compiler(function, **options):
+        def broken(*args):
+            raise InductorError(ImportError("x.main.so: file too short"), None)
+
+        return broken
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    double = engine._compile(lambda x: 2 * x)
+    assert [double(1), double(2)] == [2, 4]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "file too short" in said
+    assert engine.compile_cache_dir() in said
+
+
+# --- Precision ---------------------------------------------------------------------------------
+
+
+def test_bf16_sampling_draws_nearly_the_same_actions_and_leaves_everything_else_in_fp32():
+    exact, rounded = learner(), learner(sampling_precision="bf16")
+    nets = exact.networks
+    obs = torch.randn(80, OBS, generator=torch.Generator().manual_seed(3))
+    noise = exact.draw_update_noise(80).policy
+    samples = sample_actions(nets.actor, nets.schedule, obs, noise)
+    coarse = sample_actions(nets.actor, nets.schedule, obs, noise, dtype=torch.bfloat16)
+    assert coarse.dtype == torch.float32
+    assert 0 < float((samples - coarse).abs().mean()) < 0.01
+    rounded.train(replay(), 2)
+    assert {p.dtype for p in rounded.networks.parameters()} == {torch.float32}
+    exact.train(replay(), 2)
+    assert_same_networks(exact.networks, rounded.networks, atol=2e-2)
+    with pytest.raises(AssertionError):
+        assert_same_networks(exact.networks, rounded.networks, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options", [{"engine": "cuda_graph"}, {"sampling_precision": "tf32"}], ids=str
+)
+def test_what_needs_a_gpu_is_refused_on_a_cpu(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options.values()))}.*GPU"):
+        learner(**options)
+
+
+# --- The two kernels ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 200])
+@pytest.mark.parametrize(("features", "out"), [(5, 64), (64, 64), (40, 3), (33, 95)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_and_its_gradients(rows, features, out, bias):
+    generator = torch.Generator().manual_seed(rows + out)
+    # A slice of a wider weight, as the first layer's parts are.
+    shapes = ((rows, features), (out, features + 4), (out,))
+    x, wide, b = (torch.randn(s, generator=generator, requires_grad=True) for s in shapes)
+    exact = [t.detach().double().requires_grad_() for t in (x, wide, b)]
+
+    result = kernels.linear(x, wide[:, 4:], b if bias else None)
+    expected = F.linear(exact[0], exact[1][:, 4:], exact[2] if bias else None)
+    torch.testing.assert_close(result.double(), expected, atol=1e-4, rtol=1e-5)
+    result.square().sum().backward()
+    expected.square().sum().backward()
+    for mine, other in zip((x, wide, b), exact, strict=True):
+        if other.grad is None:
+            assert mine.grad is None
+        else:
+            torch.testing.assert_close(mine.grad.double(), other.grad, atol=1e-2, rtol=1e-4)
+
+
+def test_this_build_has_onednn():
+    """Else the tests above compare PyTorch with itself."""
+    assert kernels.ONEDNN_WORKS
+
+
+def test_gradient_of_mish():
+    x = torch.linspace(-30, 30, 601, dtype=torch.float64, requires_grad=True)
+    mine = torch.autograd.grad(kernels.mish(x).sum(), x)[0]
+    library = torch.autograd.grad(F.mish(x).sum(), x)[0]
+    torch.testing.assert_close(mine, library, atol=1e-12, rtol=1e-10)
+
+
+# --- Training from the replay ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["critic_then_policy", "policy_then_critic"])
+def test_train_is_sampling_and_updating_and_its_metrics_are_means(order):
+    one, other = learner(update_order=order), learner(update_order=order)
+    first, second = replay(), replay()
+    one.train(first, 2)
+    one.train(first, 1)
+    seen = []
+    for _ in range(3):
+        batches = [second.sample(80)]
+        if order == "critic_then_policy":
+            batches.append(second.sample(80))
+        seen.append(other.update(*batches))
+    assert_same_networks(one.networks, other.networks, atol=0)
+    assert one.num_updates == other.num_updates == 3
+    metrics = one.pop_metrics()
+    assert metrics.keys() == seen[0].keys()
+    for name, value in metrics.items():
+        mean = sum(float(metric[name]) for metric in seen) / 3
+        assert value == pytest.approx(mean, rel=1e-5, abs=1e-7)
+    assert one.pop_metrics() == {}
+
+
+def test_graphs_run_every_step_once(monkeypatch):
+    """The bookkeeping of `CudaGraphs`, with functions in place of graphs."""
+    done = []
+
+    class Graph:
+        def __init__(self, size):
+            self.size = size
+
+        def replay(self):
+            done.extend([self.size] * self.size)
+
+    def eagerly(self):
+        done.append(0)
+        self.done_eagerly += 1
+
+    monkeypatch.setattr(engine.CudaGraphs, "_run_on_side_stream", eagerly)
+    monkeypatch.setattr(engine.CudaGraphs, "_capture", lambda self, size: Graph(size))
+    graphs = engine.CudaGraphs(lambda: None, [])
+    counts = [1, 1, 4, 0, 8, 19, 1, 100]
+    for count in counts:
+        before = len(done)
+        graphs.run(count)
+        assert len(done) - before == count
+    assert done[:3] == [0, 0, 0]
+    assert 0 not in done[3:]
+    assert sorted(graphs.graphs) == [1, engine.UPDATES_PER_GRAPH]
+
+
+# --- On a GPU ----------------------------------------------------------------------------------
+
+
+def trained(device, updates, **options):
+    result = learner(device, **options)
+    result.train(replay(device), updates)
+    return result
+
+
+@gpu
+def test_a_cuda_graph_gives_the_updates_of_the_eager_engine():
+    """Same seeds: the graph goes on in the generators' streams as eager updates do."""
+    graph = trained("cuda", 30, engine="cuda_graph")
+    eager = trained("cuda", 30, engine="eager")
+    assert graph.engine == "cuda_graph"
+    assert graph._graphs.graphs.keys() == {1, engine.UPDATES_PER_GRAPH}
+    assert_same_networks(graph.networks, eager.networks, atol=1e-3)
+    mine, other = graph.pop_metrics(), eager.pop_metrics()
+    for name, value in mine.items():
+        assert value == pytest.approx(other[name], rel=2e-2, abs=1e-4), name
+
+
+@gpu
+def test_compiled_and_eager_updates_on_a_gpu_equal_those_on_the_cpu():
+    on_cpu = learner()
+    for name in ("eager", "compiled"):
+        on_gpu = learner("cuda", engine=name)
+        on_gpu.networks.load_state_dict(on_cpu.networks.state_dict())
+        mine = copy.deepcopy(on_cpu)
+        for seed in range(3):
+            batches = transitions(80, seed=seed), transitions(80, seed=10 + seed)
+            noise = mine.draw_update_noise(80)
+            mine.update(*batches, noise)
+            moved = [type(t)(*(c.cuda() for c in t)) for t in (*batches, noise)]
+            on_gpu.update(*moved)
+        assert_same_networks(mine.networks, on_gpu.networks, atol=1e-4)
+
+
+@gpu
+def test_rates_and_entropy_weight_change_without_a_new_capture():
+    source = replay("cuda")
+    mine = learner("cuda", engine="cuda_graph")
+    mine.train(source, 12)
+    graphs = dict(mine._graphs.graphs)
+    before = copy.deepcopy(mine.networks)
+    mine.configure(Hyperparameters(**{**BASE, "engine": "cuda_graph", "actor_lr": 1e-30,
+                                      "critic_lr": 1e-30, "entropy_weight": 0.0}))  # fmt: skip
+    mine.pop_metrics()
+    mine.train(source, 12)
+    assert mine._graphs.graphs == graphs
+    assert_same_networks(before.actor, mine.networks.actor, atol=0)
+    assert_same_networks(before.critic, mine.networks.critic, atol=0)
+    assert mine.pop_metrics()["entropy_loss"] == 0
+
+
+@gpu
+def test_a_graph_sees_what_is_added_to_the_replay():
+    source = ReplayBuffer(1000, OBS, ACT, seed=1, device="cuda")
+    source.add(Transitions(*(torch.zeros_like(c) for c in transitions(100, seed=0))))
+    mine = learner("cuda", engine="cuda_graph")
+    mine.train(source, 12)
+    mine.pop_metrics()
+    new = transitions(900, seed=0)
+    source.add(new._replace(reward=torch.full_like(new.reward, 1e3)))
+    mine.train(source, 50)
+    assert mine.pop_metrics()["td_target_mean"] > 500
+
+
+@gpu
+def test_training_goes_on_after_a_state_was_loaded():
+    mine = trained("cuda", 20, engine="cuda_graph")
+    other = learner("cuda", engine="cuda_graph")
+    other.load_state_dict(mine.state_dict())
+    first, second = replay("cuda"), replay("cuda")
+    mine.train(first, 20)
+    other.train(second, 20)
+    assert_same_networks(mine.networks, other.networks, atol=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_sampling_precisions_in_a_graph(precision):
+    mine = trained("cuda", 20, engine="cuda_graph", sampling_precision=precision)
+    assert all(torch.isfinite(p).all() for p in mine.networks.parameters())
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
