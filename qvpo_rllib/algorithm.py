@@ -24,6 +24,7 @@ from ray.tune.registry import register_trainable
 
 from qvpo_rllib import __version__, checkpoint
 from qvpo_rllib.config import QVPOConfig
+from qvpo_rllib.core.engine import describe
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.ledger import UpdateLedger
 from qvpo_rllib.core.replay import ReplayBuffer, replay_bytes
@@ -81,6 +82,7 @@ class QVPO(Algorithm):  # type: ignore[misc]
         assert self.policy.learner is not None
         self.learner = self.policy.learner
         self.ledger = UpdateLedger(self.hp.update_ratio, self.hp.warmup_steps)
+        print(f"engine: {describe(self.learner.engine)}", file=sys.stderr)
         self._announce_replay()
         self.replay = ReplayBuffer(
             self.hp.replay_capacity,

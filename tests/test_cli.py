@@ -1,5 +1,6 @@
 """`qvpo train` and `qvpo evaluate` as a newcomer runs them, in processes of their own."""
 
+import argparse
 import json
 import os
 import re
@@ -117,7 +118,7 @@ def test_help_names_every_option(capsys: Any, arguments: list[str], words: list[
 
 def test_parser_has_no_option_that_this_file_does_not_know() -> None:
     for command, options in (("train", TRAIN_OPTIONS), ("evaluate", EVALUATE_OPTIONS)):
-        known = cli._subparser(command)._option_string_actions
+        known = cli._subparser(argparse.Namespace(command=command))._option_string_actions
         assert set(known) - {"-h", "--help"} == set(options)
 
 

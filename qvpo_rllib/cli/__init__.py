@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 1 if training failed; 2 for bad input; 130 if interrupted."""
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:
-        _subparser(options.command).error(f"unrecognized arguments: {' '.join(unknown)}")
+        _subparser(options).error(f"unrecognized arguments: {' '.join(unknown)}")
     _quiet()
     try:
         code: int = options.run(options)
@@ -60,11 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _subparser(command: str) -> argparse.ArgumentParser:
+def _subparser(options: argparse.Namespace) -> argparse.ArgumentParser:
+    """The parser of the command that was given, and of its part where it has parts."""
     parser = build_parser()
-    action = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    found: argparse.ArgumentParser = action.choices[command]
-    return found
+    for name in (options.command, getattr(options, "part", None)):
+        if name is not None:
+            action = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+            parser = action.choices[name]
+    return parser
 
 
 def _report(error: Exception, code: int) -> int:

@@ -58,6 +58,16 @@ def kernels_of(engine: str, device: torch.device) -> Kernels:
     return EAGER
 
 
+def describe(engine: str) -> str:
+    """A resolved engine in a line, with what to expect of it."""
+    if engine == "eager":
+        return engine
+    return (
+        f"{engine}; the first update compiles, which takes half a minute to a minute once and some "
+        f"seconds from then on (kept in {compile_cache_dir()})"
+    )
+
+
 def compile_cache_dir() -> str:
     """Where compiled kernels stay for the next process: $TORCHINDUCTOR_CACHE_DIR, if set."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir

@@ -1,0 +1,148 @@
+"""`qvpo bench`: counted arithmetic, sound timings, and no need of Ray or Gymnasium."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from qvpo_rllib import cli
+from qvpo_rllib.bench import sizes
+from qvpo_rllib.bench.timing import measure, ratio
+from qvpo_rllib.core.learner import Learner, Networks
+from qvpo_rllib.core.replay import Transitions
+from qvpo_rllib.core.sampler import draw_noise, select_actions
+
+CPU = torch.device("cpu")
+# A finder that refuses everything but what the benchmarks may use.
+PROGRAM = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"ray", "gymnasium", "mujoco", "pyarrow", "tensorboard",
+                                      "rich", "matplotlib", "psutil"}:
+            raise ImportError(f"{name} is not to be needed")
+sys.meta_path.insert(0, Refuse())
+from qvpo_rllib.cli import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def counted(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.fixture
+def double():
+    """Tensors are float64 within the test: their products are PyTorch's own, which are counted."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("task", sizes.TASKS.values(), ids=list(sizes.TASKS))
+def test_flops_of_an_update_are_those_of_its_products(double, task):
+    hp = sizes.hyperparameters("light", task, engine="eager", batch_size=16)
+    learner = Learner(Networks(task.obs_dim, task.act_dim, hp).double(), hp, seed=0, device=CPU)
+    shapes = ((task.obs_dim,), (task.act_dim,), (), (task.obs_dim,), ())
+    batch = Transitions(*(torch.zeros(16, *shape) for shape in shapes))
+    # Beyond the needed: the step's embedding, whose rows are as few as T.
+    assert counted(lambda: learner.update(batch, batch)) == pytest.approx(
+        sizes.update_flops(task, hp), rel=0.03
+    )
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_flops_of_acting_are_those_of_its_products(double, k):
+    task = sizes.TASKS["ant"]
+    hp = sizes.hyperparameters("light", task)
+    nets = Networks(task.obs_dim, task.act_dim, hp).double()
+    obs = torch.zeros(50, task.obs_dim)
+    noise = draw_noise(hp.diffusion_steps, 50, k, task.act_dim, torch.Generator(), CPU)
+    args = (nets.actor, nets.critic, nets.schedule, obs, noise)
+    expected = sizes.acting_flops(task, hp, 50, k)
+    assert counted(lambda: select_actions(*args)) == pytest.approx(expected, rel=0.03)
+
+
+def test_the_papers_update_is_about_90_gflop_nine_tenths_of_it_sampling():
+    task = sizes.TASKS["ant"]
+    hp = sizes.hyperparameters("paper", task)
+    total = sizes.update_flops(task, hp)
+    assert 90e9 < total < 105e9
+    assert sizes.sampling_flops(task, hp, 256, 64) > 0.85 * total
+
+
+def test_measure_and_ratio():
+    times = measure(
+        {"long": lambda: time.sleep(0.02), "short": lambda: time.sleep(0.005)},
+        repeats=3,
+        device=CPU,
+    )
+    assert all(len(t.rounds) == 3 for t in times.values())
+    assert 0.02 < times["long"].median < 0.04
+    assert 2 < ratio(times["long"], times["short"]).median < 5
+    low, high = times["long"].spread
+    assert low <= times["long"].median <= high
+
+
+def bench(*arguments):
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "bench", *arguments], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+COMMON = ("--task", "hopper", "--repeats", "1", "--threads", "1")
+
+
+def test_learner_as_json_without_ray_or_gymnasium():
+    output = bench("learner", *COMMON, "--setting", "light", "--engine", "eager", "--json")
+    result = json.loads(output)
+    assert result["machine"]["threads"] == 1
+    (row,) = result["rows"]
+    assert (row["setting"], row["task"], row["engine"]) == ("light", "hopper", "eager")
+    assert row["updates_per_s"] == pytest.approx(1e3 / row["update_ms"])
+    assert row["speedup"] == pytest.approx(row["straightforward_ms"] / row["update_ms"])
+    task = sizes.TASKS["hopper"]
+    flops = sizes.update_flops(task, sizes.hyperparameters("light", task))
+    floor_ms = flops / row["matmul_gflop_per_s"] / 1e6
+    assert row["matmul_bound"] == pytest.approx(floor_ms / row["update_ms"], rel=1e-6)
+    assert 0 < row["matmul_bound"] <= 1.2
+
+
+def test_act_and_replay_as_tables():
+    lines = bench(
+        "act", *COMMON, "--setting", "light", "--engine", "eager", "--observations", "1", "8",
+        "--k", "4",
+    ).splitlines()  # fmt: skip
+    assert "ms per call" in lines[1]
+    assert len(lines) == 4
+    lines = bench("replay", *COMMON, "--capacity", "2000").splitlines()
+    assert [line.split()[1] for line in lines[2:]] == ["add", "sample"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["learner", "--device", "tpu"], "'tpu'.*cpu or cuda"),
+        (["learner", "--engine", "cuda_graph"], "cuda_graph.*needs a CUDA device"),
+        (["learner", "--precision", "tf32"], "tf32.*needs an NVIDIA GPU"),
+        (["act", "--k", "0"], "0 is not allowed"),
+        (["act", "--task", "hoper"], "hoper"),
+        (["replay", "--capacty", "9"], "Did you mean --capacity"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    try:
+        code = cli.main(["bench", *arguments])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
