@@ -114,6 +114,17 @@ def test_no_trial_is_run_twice(killed: Any) -> None:
     assert sorted(configs) == [(0, 1), (0, 4), (1, 1), (1, 4)]
 
 
+def test_best_and_last_checkpoint_are_kept(killed: Any) -> None:
+    """Evaluations are 400 env steps apart: checkpoint n is of evaluation n."""
+    part = killed[0]
+    for trial, entry in read_trials(part).items():
+        returns = [row["evaluation/return_mean"] for row in read_rows(part, trial)]
+        directory = part / "tune" / entry["directory"]
+        kept = {int(path.name.split("_")[1]) for path in directory.glob("checkpoint_*")}
+        assert len(returns) - 1 in kept
+        assert max(returns) in [returns[number] for number in kept]
+
+
 def test_a_finished_experiment_says_so_at_once(killed: Any) -> None:
     part, command, _, _ = killed
     before = (part / "trials.json").read_bytes()

@@ -12,6 +12,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from qvpo_rllib.experiments.algorithms import ALGORITHMS
+from qvpo_rllib.experiments.score_callback import SCORE, ScoreCallback
 from qvpo_rllib.experiments.spec import ExperimentSpec, Setting
 
 STEPS = "num_env_steps_sampled_lifetime"
@@ -93,6 +94,7 @@ def fixed_config(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
             "num_envs_per_env_runner": min(10, spec.evaluation_episodes),
         },
         "replay_in_checkpoints": spec.checkpoint_replay,
+        "callbacks_class": ScoreCallback,
         "log_level": "ERROR",
     }
 
@@ -214,7 +216,7 @@ def _checkpoints(spec: ExperimentSpec) -> tune.CheckpointConfig:
         checkpoint_frequency=spec.checkpoint_every,
         checkpoint_at_end=True,
         num_to_keep=4 if population else 1,
-        checkpoint_score_attribute=None if population else EVALUATION,
+        checkpoint_score_attribute=None if population else SCORE,
         checkpoint_score_order="max",
     )
 
