@@ -106,9 +106,23 @@ def _spec(options: argparse.Namespace) -> Any:
         spec = dataclasses.replace(spec, storage=str(options.storage))
     if options.max_concurrent is not None:
         spec = dataclasses.replace(spec, max_concurrent=options.max_concurrent)
+    if not options.address and not os.environ.get("RAY_ADDRESS"):
+        _check_gpu(spec, options.file)
     if spec.search.method == "optuna":
         require("optuna", "search.method: optuna")
     return spec
+
+
+def _check_gpu(spec: Any, file: Path) -> None:
+    """Ray would wait for ever for a GPU that this machine does not have."""
+    import torch
+
+    if spec.num_gpus > 0 and not torch.cuda.is_available():
+        raise ValueError(
+            f"{file} asks for num_gpus={spec.num_gpus:g} for each trial, but PyTorch "
+            f"{torch.__version__} finds no CUDA device here. Take a _light.yaml file, set "
+            "resources.num_gpus to 0, give --smoke, or give the --address of a cluster with GPUs."
+        )
 
 
 def _logger(name: str, spec: Any) -> Any:

@@ -136,8 +136,7 @@ def time_table(groups: Sequence[Group], action_ms: dict[str, float]) -> Table:
         runs = [run for run in group.evaluated if run.rows[-1].get("time_total_s")]
         if not runs:
             continue
-        speeds = [run.env_steps / float(run.rows[-1]["time_total_s"]) for run in runs]
-        speed = float(np.mean(speeds))
+        speed = float(np.mean([_speed(run) for run in runs]))
         actions = [action_ms[run.directory] for run in runs if run.directory in action_ms]
         paper = PAPER_TABLE_4.get(group.algorithm) if task_name(group.task) == "Ant" else None
         rows.append(
@@ -154,14 +153,23 @@ def time_table(groups: Sequence[Group], action_ms: dict[str, float]) -> Table:
         )
     return Table(
         "Time",
-        "Env steps per second of wall-clock time in training, the evaluations of `qvpo tune` "
-        "included, mean over seeds; hours for one million at that speed. One action: the best of K "
-        "for one observation on this machine, if it was measured (--time-actions). Paper: Table 4, "
-        "RTX 4090.",
+        "Env steps per second of wall-clock time in training after the warm-up, the evaluations "
+        "of `qvpo tune` included, mean over seeds; hours for one million at that speed. One "
+        "action: the best of K for one observation on this machine, if it was measured "
+        "(--time-actions). Paper: Table 4, RTX 4090.",
         ("task", "algorithm", "setting", "seeds", "env steps/s", "h per 1M", "ms per action",
          "paper"),
         rows,
     )  # fmt: skip
+
+
+def _speed(run: Run) -> float:
+    """Env steps per second between the first evaluation after the warm-up and the last."""
+    rows = [row for row in run.rows if row.get("updates")]
+    if len(rows) < 2:
+        return run.env_steps / float(run.rows[-1]["time_total_s"])
+    steps, seconds = (rows[-1][n] - rows[0][n] for n in ("env_steps", "time_total_s"))
+    return float(steps / seconds)
 
 
 def _origin(group: Group) -> str:
