@@ -69,12 +69,12 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     for path in paths:
         if (path / "experiment.json").is_file():
             runs += _tune_runs(path)
-        elif (path / "config.json").is_file() and (path / "run.json").is_file():
+        elif (path / "config.json").is_file() and _metrics_of(path):
             trained.append((path, _read(path / "config.json")))
         else:
             raise ValueError(
                 f"{str(path)!r} holds no results: it has neither experiment.json (qvpo tune) nor "
-                "config.json and run.json (qvpo train). Give such directories."
+                "config.json with metrics (qvpo train). Give such directories."
             )
     return runs + _train_runs(trained)
 
@@ -143,18 +143,20 @@ def _trial_status(entry: Mapping[str, Any]) -> str:
 
 
 def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
-    """Their setting is the preset and whatever options differ between them."""
-    options = [config["hyperparameters"] for _, config in trained]
+    """Their setting is the preset and whatever options differ under it on the same task."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for _, config in trained:
+        options = config["hyperparameters"]
+        alike.setdefault((config["preset"], config["env"]), []).append(options)
     names = [
         name
-        for name in dict.fromkeys(name for values in options for name in values)
+        for name in dict.fromkeys(n for _, config in trained for n in config["hyperparameters"])
         if name not in NOT_A_SETTING
-        and any(values.get(name) != options[0].get(name) for values in options)
+        and any(o.get(name) != group[0].get(name) for group in alike.values() for o in group)
     ]
     runs = []
     for path, config in trained:
-        recorded: list[dict[str, Any]] = [dict(row) for row in RunDirectory(path, config).rows()]
-        rows = [row for row in recorded if row.get(RETURN) is not None]
+        rows = [row for row in _recorded(path, config) if row.get(RETURN) is not None]
         done = bool(rows) and int(rows[-1]["env_steps"]) >= config["env_steps"]
         setting = {"preset": config["preset"]}
         setting |= {name: _hashable(config["hyperparameters"].get(name)) for name in names}
@@ -173,6 +175,21 @@ def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
             )
         )
     return runs
+
+
+def _metrics_of(path: Path) -> bool:
+    """A run that has only begun has neither file, but it has run.json."""
+    return any((path / n).is_file() for n in ("run.json", "metrics.jsonl", "metrics.parquet"))
+
+
+def _recorded(path: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows; of a run kept as its table alone, such as in tune_configs/results, the table's."""
+    if (path / "metrics.jsonl").exists() or not (path / "metrics.parquet").exists():
+        return [dict(row) for row in RunDirectory(path, config).rows()]
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(path / "metrics.parquet").to_pylist()
+    return rows
 
 
 def _hashable(value: Any) -> Any:
