@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def _tune(options: argparse.Namespace) -> int:
         return 0
     try:
         _start_ray(options.address, spec)
+        # A batch system ends a job with SIGTERM: as with Ctrl-C, Tune saves its state and stops.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         print(f"Experiment: {experiment.directory}", flush=True)
         complete = experiment.run(callbacks)
     finally:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,9 +187,17 @@ def _scheduler(spec: ExperimentSpec) -> Any | None:
             mode="max",
             perturbation_interval=search.interval_steps or max(1, spec.env_steps // 10),
             hyperparam_mutations={name: d.domain() for name, d in spec.space.items()},
+            custom_explore_fn=functools.partial(_with_fresh_seed, mutated=tuple(spec.space)),
             quantile_fraction=search.quantile,
         )
     return None
+
+
+def _with_fresh_seed(config: dict[str, Any], mutated: Sequence[str]) -> dict[str, Any]:
+    """A member that copies another copies its seed too, and would see the same environments."""
+    options = zlib.crc32(repr([config[name] for name in mutated]).encode())
+    sequence = np.random.SeedSequence([config["seed"], options])
+    return {**config, "seed": int(sequence.generate_state(1)[0])}
 
 
 def _optuna(spec: ExperimentSpec) -> Any:

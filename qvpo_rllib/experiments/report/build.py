@@ -19,7 +19,14 @@ from qvpo_rllib.experiments.report.comparison import (
     comparison_table,
     verdict,
 )
-from qvpo_rllib.experiments.report.runs import Group, Run, grouped, load_runs, setting_label
+from qvpo_rllib.experiments.report.runs import (
+    POPULATION,
+    Group,
+    Run,
+    grouped,
+    load_runs,
+    setting_label,
+)
 from qvpo_rllib.experiments.report.statistics import estimate
 from qvpo_rllib.experiments.report.tables import (
     PAPER_TABLE_1,
@@ -31,6 +38,7 @@ from qvpo_rllib.experiments.report.tables import (
 from qvpo_rllib.experiments.run_directory import write_atomically
 
 MARK = "evaluations.parquet"  # by it a report's folder is known, and may be written again
+MIN_SCATTER = 5  # settings from which on a cloud of points says something
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em;
        color: #1a1a1a; }
@@ -98,8 +106,10 @@ def _experiment(page: "_Page", experiment: str, stage: str, groups: Sequence[Gro
         here = [group for group in groups if group.task == task]
         title = f"{_label(here)} on {task}"
         page.figure(f"{name}-{task}-curves", figures.learning_curves(here, title=title))
-        _sweep_figures(page, f"{name}-{task}", here, title)
-    if len(compared) > 1:
+        if stage != POPULATION:
+            _sweep_figures(page, f"{name}-{task}", here, title)
+    several = all(candidate.estimate.has_interval for candidate in compared)
+    if len(compared) > 1 and several and stage != POPULATION:
         best, others = against_best(compared)
         shown = others[:12]
         chart = figures.improvements(shown, title=f"P({best.label} is better)")
@@ -120,7 +130,7 @@ def _sweep_figures(page: "_Page", name: str, groups: Sequence[Group], title: str
     numeric = [n for n in swept if all(_is_number(g.setting.get(n)) for g in groups)]
     if not ended:
         return
-    if len(swept) == len(numeric) == 2:
+    if len(swept) == len(numeric) == 2 and _mostly_filled(groups, *numeric):
         x, y = numeric
         cells = {(g.setting[x], g.setting[y]): _score(g) for g in ended}
         some = {
@@ -139,8 +149,19 @@ def _sweep_figures(page: "_Page", name: str, groups: Sequence[Group], title: str
             lines.setdefault(label, []).append((group.setting[option], _score(group), last))
         # A line needs two values; a search that draws every value anew has none.
         lines = {label: points for label, points in lines.items() if len(points) > 1}
+        covered = sum(map(len, lines.values())) == len(ended)
+        if not covered and len(groups) >= MIN_SCATTER:  # settings drawn at random
+            lines = {}
+            points = [(g.setting[option], r) for g in groups for r in g.evaluated]
+            page.figure(f"{name}-{option}", figures.option_scatter(points, option, title=title))
         if lines and len(lines) <= figures.MAX_LINES:
             page.figure(f"{name}-{option}", figures.option_lines(lines, option, title=title))
+
+
+def _mostly_filled(groups: Sequence[Group], x: str, y: str) -> bool:
+    """A heat map of settings drawn at random would be almost empty."""
+    xs, ys = ({group.setting[name] for group in groups} for name in (x, y))
+    return len(groups) >= 0.4 * len(xs) * len(ys)
 
 
 def _varies(option: str, groups: Sequence[Group]) -> bool:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qvpo_rllib.experiments.report.runs import Group
+from qvpo_rllib.experiments.report.runs import POPULATION, Group
 from qvpo_rllib.experiments.report.statistics import Estimate, estimate, improvement
 from qvpo_rllib.experiments.report.tables import Table
+from qvpo_rllib.experiments.trial_results import STOPPED
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Candidate:
 
 
 def candidates(groups: Sequence[Group]) -> tuple[list[Candidate], list[str]]:
-    """The settings of one experiment's stage that can be compared, and the others' labels.
+    """The settings of one experiment's stage that can be compared, and why others cannot.
 
     A setting is compared if all its planned seeds have ended on every task: a mean over the seeds
     that happen to be there would not be the same comparison.
@@ -38,7 +39,7 @@ def candidates(groups: Sequence[Group]) -> tuple[list[Candidate], list[str]]:
         if len({g.algorithm for g in groups}) > 1:
             name = f"{group.algorithm}, {name}" if name != group.algorithm else name
         found.setdefault(name, {})[group.task] = group
-    whole, left_out = [], []
+    whole, missing, stopped = [], [], 0
     for name, by_task in found.items():
         ended = all(
             task in by_task and len(by_task[task].complete) == len(by_task[task].runs)
@@ -47,8 +48,12 @@ def candidates(groups: Sequence[Group]) -> tuple[list[Candidate], list[str]]:
         if ended:
             scores = [tuple(run.returns[-1] for run in by_task[task].complete) for task in tasks]
             whole.append(Candidate(name, tuple(scores)))
+        elif any(run.status == STOPPED for group in by_task.values() for run in group.runs):
+            stopped += 1
         else:
-            left_out.append(name)
+            missing.append(name)
+    left_out = [f"as seeds are missing: {'; '.join(missing)}"] if missing else []
+    left_out += [f"as the search stopped them early: {stopped} settings"] if stopped else []
     return whole, left_out
 
 
@@ -61,7 +66,12 @@ def against_best(compared: Sequence[Candidate]) -> tuple[Candidate, list[tuple[s
 
 def verdict(compared: Sequence[Candidate], left_out: Sequence[str], stage: str) -> str:
     """The answer in words."""
-    missing = f" Not compared, as seeds are missing: {'; '.join(left_out)}." if left_out else ""
+    if stage == POPULATION:
+        return (
+            "One population: its members copy each other and change their options as they train. "
+            "They are no independent runs of a setting, so they are not compared."
+        )
+    missing = "".join(f" Not compared, {reason}." for reason in left_out)
     if len(compared) < 2:
         return f"There is nothing to compare yet.{missing}"
     best, others = against_best(compared)

@@ -198,6 +198,32 @@ def option_lines(
     return figure
 
 
+def option_scatter(points: Sequence[tuple[float, Run]], option: str, *, title: str) -> Figure:
+    """The last return of every run over an option's value, for settings drawn at random.
+
+    Runs that the search stopped early are hollow: their last return is of fewer env steps.
+    """
+    figure, axes = new_figure()
+    for ended, face, label in ((True, "#0b3c6f", "ended"), (False, "white", "stopped early")):
+        chosen = [(x, run.returns[-1]) for x, run in points if (run.status == FINISHED) == ended]
+        if chosen:
+            axes.plot(
+                *zip(*chosen, strict=True), "o", markersize=4, markerfacecolor=face,
+                markeredgecolor="#0b3c6f", markeredgewidth=0.8, label=label,
+            )  # fmt: skip
+    values = sorted({x for x, _ in points})
+    if values[0] > 0 and values[-1] / values[0] >= 10:
+        axes.set_xscale("log")
+    if len(values) <= MAX_LINES:
+        axes.set_xticks(values, [_short(value) for value in values])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel(symbol(option), fontsize=8)
+    axes.set_ylabel("last evaluation return", fontsize=8)
+    axes.set_title(title, fontsize=8)
+    _legend_below(figure, axes)
+    return figure
+
+
 def improvements(rows: Sequence[tuple[str, Estimate]], *, title: str) -> Figure:
     """P(the best setting beats another), one line per other setting; 0.5 is a draw."""
     figure, axes = new_figure(0.95 + 0.24 * len(rows))

@@ -15,6 +15,7 @@ from qvpo_rllib.experiments.run_directory import RunDirectory
 from qvpo_rllib.experiments.trial_results import FAILED, FINISHED, STOPPED, read_rows, read_trials
 
 MISSING, UNFINISHED = "not started", "unfinished"
+POPULATION = "population"
 RETURN = "evaluation/return_mean"
 SYMBOLS = {f.name: f.metadata["symbol"] for f in dataclasses.fields(Hyperparameters)}
 # A train run's options that say nothing about its setting.
@@ -27,7 +28,7 @@ class Run:
 
     Attributes:
         experiment: name of the experiment, or of the preset of a `qvpo train` run.
-        stage: "search", "confirm" or "train".
+        stage: "search", "confirm", "population" or "train".
         setting: the options that set it apart within its experiment.
         status: finished, stopped early (by the search), unfinished, failed, or not started.
         planned_steps: env steps of a whole run.
@@ -103,6 +104,7 @@ def _tune_runs(path: Path) -> list[Run]:
     record = _read(path / "experiment.json")
     runs = []
     for part in record["parts"]:
+        stage = POPULATION if record["spec"]["search"]["method"] == "pbt" else part["stage"]
         entries = read_trials(path / part["name"])
         started = {_identity(e["config"], part["swept"]): t for t, e in entries.items()}
         planned = part["trials"]
@@ -116,10 +118,12 @@ def _tune_runs(path: Path) -> list[Run]:
             runs.append(
                 Run(
                     experiment=record["spec"]["name"],
-                    stage=part["stage"],
+                    stage=stage,
                     algorithm=part["label"],
                     task=config["env"],
-                    setting={name: config[name] for name in part["swept"]},
+                    setting={"member": config["seed"]}
+                    if stage == POPULATION
+                    else {name: config[name] for name in part["swept"]},
                     seed=config["seed"],
                     status=_trial_status(entry),
                     planned_steps=record["spec"]["env_steps"],
