@@ -93,6 +93,26 @@ def test_tuner_stops_at_the_env_steps_and_scores_checkpoints(tmp_path: Path) -> 
     assert Path(run.storage_path) == tmp_path / "x" / "qvpo"
 
 
+def test_a_member_that_copies_another_gets_a_seed_of_its_own(tmp_path: Path) -> None:
+    """PBT copies the whole configuration, the seed included: both would see the same episodes."""
+    spec = ExperimentSpec.from_dict(
+        {
+            "name": "x",
+            "preset": "quick",
+            "seeds": [0, 1],
+            "storage": str(tmp_path),
+            "sweep": {"space": {"actor_lr": {"loguniform": [1e-4, 1e-3]}}},
+            "search": {"method": "pbt"},
+        }
+    )
+    explore = build_tuner(spec)._local_tuner._tune_config.scheduler._custom_explore_fn
+    copied = [explore({"seed": 0, "actor_lr": lr}) for lr in (1e-4, 2e-4, 1e-4)]
+    assert [config["actor_lr"] for config in copied] == [1e-4, 2e-4, 1e-4]
+    seeds = [config["seed"] for config in copied]
+    assert seeds[0] == seeds[2]
+    assert len({0, 1, seeds[0], seeds[1]}) == 4
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

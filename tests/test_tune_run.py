@@ -145,4 +145,6 @@ def test_another_experiment_of_that_name_is_refused(killed: Any) -> None:
         file.write_text(text)
     assert code == 2
     assert "other values of settings" in " ".join(output.split())
-    assert len(json.loads((part.parent / "experiment.json").read_text())["parts"]) == 1
+    record = json.loads((part.parent / "experiment.json").read_text())
+    assert len(record["parts"]) == 1
+    assert [start["command"][:2] for start in record["starts"]] == [["qvpo", "tune"]] * 2

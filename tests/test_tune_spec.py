@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qvpo_rllib.core.hyperparameters import Hyperparameters, option_names
 from qvpo_rllib.experiments.algorithms import ALGORITHMS
 from qvpo_rllib.experiments.smoke import MAX_SEEDS, shrink
 from qvpo_rllib.experiments.spec import ExperimentSpec
@@ -39,6 +40,20 @@ def test_figure_5_and_figure_4_are_the_papers() -> None:
     assert {t["env"] for t in trials["k_sweep"]} == {"Ant-v5"}
     chains = {(t["diffusion_steps"], t["entropy_weight"] > 0) for t in trials["entropy_sweep"]}
     assert chains == {(20, True), (20, False), (100, True), (100, False)}
+
+
+def test_the_readmes_experiment_file_is_valid(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    file = tmp_path / "readme.yaml"
+    file.write_text(readme.split("```yaml\n")[1].split("```")[0])
+    trials = planned_trials(ExperimentSpec.load(file), "qvpo") or []
+    assert len(trials) == 2 * 5 * 2 * 2
+
+
+def test_training_takes_every_hyperparameter() -> None:
+    values = {**Hyperparameters().to_dict(), "hidden": [8], "k_target": 3}
+    config = fixed_config(spec_of(training=values), "qvpo")
+    assert {name: config[name] for name in option_names()} == values
 
 
 # --- what a file becomes -----------------------------------------------------------------------
@@ -123,6 +138,7 @@ CASES = {
     "algorithm": ("algorithm: qpvo", 4, "it must be one of qvpo"),
     "steps": ("env_steps: 1500\nevaluation:\n  interval: 1000", 4, "multiple of the evaluation"),
     "interval": ("evaluation:\n  interval: 1002", 5, "multiple of 4, such as 1004"),
+    "storage": ("storage: s3://bucket/x", 4, "it must be a directory"),
     "no number": ("env_steps: many", 4, "'many' is not allowed: it must be an integer of 1"),
     "gpus": ("resources:\n  num_gpus: 2", 5, "one GPU or a fraction"),
     "method": ("search:\n  method: ahsa", 5, "Did you mean 'asha'?"),

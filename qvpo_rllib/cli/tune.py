@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def _tune(options: argparse.Namespace) -> int:
         # A batch system ends a job with SIGTERM: as with Ctrl-C, Tune saves its state and stops.
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         print(f"Experiment: {experiment.directory}", flush=True)
-        complete = experiment.run(callbacks)
+        complete = experiment.run(callbacks, ["qvpo", *sys.argv[1:]])
     finally:
         _stop_ray()
     if complete:

@@ -1,9 +1,13 @@
 """Running an experiment to its end, however often it is cut short: the code of `qvpo tune`.
 
 <storage>/<name>/
-  experiment.json   the experiment, resolved, and every planned trial
-  <algorithm>/      a Ray Tune experiment with the files of `TrialLedger`
-  <algorithm>-confirm/   the second stage, if there is one
+  experiment.json        the experiment, resolved, every planned trial, and for each start
+                         command line, versions and machine
+  <algorithm>/           the files of `TrialLedger`
+    tune/                Ray Tune's: trials with TensorBoard files and checkpoints
+  <algorithm>-confirm/   the same for the second stage, if there is one
+
+Tune copies the files of its directory back and forth: ours are kept out of it.
 """
 
 import json
@@ -16,7 +20,7 @@ from typing import Any
 from ray import tune
 
 from qvpo_rllib.experiments.algorithms import ALGORITHMS
-from qvpo_rllib.experiments.run_directory import write_atomically
+from qvpo_rllib.experiments.run_directory import describe_start, write_atomically
 from qvpo_rllib.experiments.spec import ExperimentSpec, Setting
 from qvpo_rllib.experiments.trial_ledger import TrialLedger
 from qvpo_rllib.experiments.trial_results import (
@@ -57,6 +61,7 @@ class Experiment:
         self.spec = spec
         self.directory = (Path(spec.storage).expanduser() / spec.name).absolute()
         self.parts = [Part(name, name, spec, "search") for name in spec.algorithms]
+        self._starts: list[dict[str, Any]] = []
         self._adopt()
 
     @property
@@ -70,12 +75,17 @@ class Experiment:
             parts += [self._confirmation(p) for p in self.parts if self._part_complete(p)]
         return parts
 
-    def run(self, callbacks: Sequence[tune.Callback] = ()) -> bool:
+    def run(self, callbacks: Sequence[tune.Callback] = (), command: Sequence[str] = ()) -> bool:
         """Runs what is left; says whether all trials have ended well.
 
         Ctrl-C ends it between two results; `complete` is then false.
+
+        Args:
+            callbacks: of Ray Tune.
+            command: the command line, for the record.
         """
-        self._record(self.parts)
+        self._starts.append(describe_start(command))
+        self._record(self.all_parts())
         for part in self.parts:
             if not self._run_part(part, callbacks):
                 return False
@@ -105,7 +115,8 @@ class Experiment:
                     "Give another --storage, or another name in the file."
                 )
             return
-        found = json.loads(file.read_text())["spec"]
+        record = json.loads(file.read_text())
+        self._starts, found = record["starts"], record["spec"]
         own = _json(self.spec.to_dict())
         changed = [n for n in own if n != "storage" and found.get(n) != own[n]]
         if changed:
@@ -119,6 +130,7 @@ class Experiment:
         self.directory.mkdir(parents=True, exist_ok=True)
         record = {
             "format": FORMAT,
+            "starts": self._starts,
             "spec": self.spec.to_dict(),
             "parts": [
                 {

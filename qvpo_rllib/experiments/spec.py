@@ -154,6 +154,10 @@ def _read(root: Section) -> ExperimentSpec:
     replay = checkpoints.flag("replay", True)
     checkpoints.finish()
     storage = root.text("storage", "results")
+    if "://" in storage:
+        root.refuse(
+            "storage", storage, "it must be a directory (on a cluster, one all nodes share)"
+        )
     root.finish()
     spec = ExperimentSpec(
         name=name,

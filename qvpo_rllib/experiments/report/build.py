@@ -19,6 +19,7 @@ from qvpo_rllib.experiments.report.comparison import (
     comparison_table,
     verdict,
 )
+from qvpo_rllib.experiments.report.provenance import provenance_table
 from qvpo_rllib.experiments.report.runs import (
     POPULATION,
     Group,
@@ -86,6 +87,9 @@ def build_report(
     page.table("table1", returns_table(groups))
     page.table("times", time_table(groups, measured))
     page.table("runs", status_table(runs))
+    origin = provenance_table(paths)
+    if origin is not None:
+        page.table("provenance", origin)
     return page.write(paths)
 
 
