@@ -244,7 +244,7 @@ class RunDirectory:
     def _record_start(self, command: Sequence[str]) -> None:
         file = self.path / "run.json"
         starts = json.loads(file.read_text())["starts"] if file.exists() else []
-        starts.append(_describe_start(command))
+        starts.append(describe_start(command))
         write_atomically(file, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
 
     def _tensorboard_writer(self) -> "SummaryWriter":
@@ -355,7 +355,8 @@ def _column(values: Sequence[Value]) -> Any:
     return pa.array([None if value is None else float(value) for value in values], pa.float64())
 
 
-def _describe_start(command: Sequence[str]) -> dict[str, Any]:
+def describe_start(command: Sequence[str]) -> dict[str, Any]:
+    """Command line, time, versions and machine, as `run.json` has them."""
     import torch
 
     versions: dict[str, str | None] = {"python": platform.python_version()}

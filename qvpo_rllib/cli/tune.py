@@ -1,0 +1,177 @@
+"""`qvpo tune`."""
+
+import argparse
+import dataclasses
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.cli.train import LOOPBACK
+
+LOGGERS = ("wandb", "mlflow")
+
+
+def add(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="run an experiment file: seeds, sweeps, searches",
+        description="Run an experiment file (see tune_configs/) with Ray Tune. Run the same "
+        "command again after a crash or Ctrl-C and it goes on; a finished experiment says so.",
+        allow_abbrev=False,
+    )
+    tune.add_argument("file", type=Path, metavar="FILE", help="such as tune_configs/smoke.yaml")
+    tune.add_argument(
+        "--resume", action="store_true", help="go on, and refuse to start: there must be something"
+    )
+    tune.add_argument(
+        "--smoke", action="store_true", help="shrink it to minutes: does the whole path work?"
+    )
+    tune.add_argument(
+        "--address", metavar="ADDR", help="of a running Ray cluster, or auto (default: start one)"
+    )
+    tune.add_argument(
+        "--num-samples", type=int, metavar="N", help="settings to draw, for a search that draws"
+    )
+    tune.add_argument(
+        "--storage", type=Path, metavar="DIR", help="where experiments go (default: the file's)"
+    )
+    tune.add_argument("--max-concurrent", type=int, metavar="N", help="trials at a time")
+    tune.add_argument(
+        "--log",
+        choices=LOGGERS,
+        action="append",
+        default=[],
+        help="log to Weights & Biases or MLflow too; repeatable (TensorBoard is always written)",
+    )
+    tune.set_defaults(run=_tune)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from qvpo_rllib.experiments.experiment import EXPERIMENT_FILE, Experiment
+
+    spec = _spec(options)
+    callbacks = [_logger(name, spec) for name in options.log]
+    experiment = Experiment(spec)
+    if options.resume and not (experiment.directory / EXPERIMENT_FILE).exists():
+        raise ValueError(
+            f"There is nothing to resume: {str(experiment.directory)!r} holds no experiment. Leave "
+            "--resume out to start it, or give the --storage it was started with."
+        )
+    if experiment.complete:
+        print(f"Finished already: {experiment.directory}\n{_report_hint(experiment.directory)}")
+        return 0
+    try:
+        _start_ray(options.address, spec)
+        # A batch system ends a job with SIGTERM: as with Ctrl-C, Tune saves its state and stops.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        print(f"Experiment: {experiment.directory}", flush=True)
+        complete = experiment.run(callbacks, ["qvpo", *sys.argv[1:]])
+    finally:
+        _stop_ray()
+    if complete:
+        print(f"Done.\n{_report_hint(experiment.directory)}")
+        return 0
+    failures = experiment.failures()
+    if failures:
+        print("\n".join(["Failed trials:", *(f"  {line}" for line in failures)]))
+        print("Run the same command again to go on with them from their last checkpoints.")
+        return EXIT_FAILED
+    print("Interrupted. Run the same command again to go on.")
+    return EXIT_INTERRUPTED
+
+
+def _spec(options: argparse.Namespace) -> Any:
+    """The file's experiment with what the command line changes, checked."""
+    from qvpo_rllib.experiments.smoke import shrink
+    from qvpo_rllib.experiments.spec import ExperimentSpec
+    from qvpo_rllib.experiments.tuner import require
+
+    spec = ExperimentSpec.load(options.file)
+    for name in ("num_samples", "max_concurrent"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} {value} is not allowed: it must be 1 or more.")
+    if options.num_samples is not None:
+        if spec.search.num_samples is None:
+            raise ValueError(
+                f"--num-samples {options.num_samples} is not used here: {options.file} has search "
+                f"method {spec.search.method!r}, which does not draw settings."
+            )
+        search = dataclasses.replace(spec.search, num_samples=options.num_samples)
+        spec = dataclasses.replace(spec, search=search)
+    if options.smoke:
+        spec = shrink(spec)
+    if options.storage is not None:
+        spec = dataclasses.replace(spec, storage=str(options.storage))
+    if options.max_concurrent is not None:
+        spec = dataclasses.replace(spec, max_concurrent=options.max_concurrent)
+    if not options.address and not os.environ.get("RAY_ADDRESS"):
+        _check_gpu(spec, options.file)
+    if spec.search.method == "optuna":
+        require("optuna", "search.method: optuna")
+    return spec
+
+
+def _check_gpu(spec: Any, file: Path) -> None:
+    """Ray would wait for ever for a GPU that this machine does not have."""
+    import torch
+
+    if spec.num_gpus > 0 and not torch.cuda.is_available():
+        raise ValueError(
+            f"{file} asks for num_gpus={spec.num_gpus:g} for each trial, but PyTorch "
+            f"{torch.__version__} finds no CUDA device here. Take a _light.yaml file, set "
+            "resources.num_gpus to 0, give --smoke, or give the --address of a cluster with GPUs."
+        )
+
+
+def _logger(name: str, spec: Any) -> Any:
+    from qvpo_rllib.experiments.tuner import require
+
+    require(name, f"--log {name}")
+    if name == "wandb":
+        from ray.air.integrations.wandb import WandbLoggerCallback
+
+        return WandbLoggerCallback(project="qvpo_rllib", group=spec.name)
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    return MLflowLoggerCallback(experiment_name=spec.name, save_artifact=False)
+
+
+def _start_ray(address: str | None, spec: Any) -> None:
+    """The cluster at `address` or RAY_ADDRESS, else a Ray of its own on loopback."""
+    import ray
+
+    # The new output would print a banner beside the table of trials.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # The metric of a search is in every result; RLlib's have more columns than Tune expects.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    # Tune warns when its state is saved often; every checkpoint saves it.
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address or os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, **quiet)
+        return
+    # Enough slots for one trial: on fewer cores its processes share, instead of waiting for ever.
+    cores = max(len(os.sched_getaffinity(0)), spec.num_cpus + spec.num_env_runners)
+    ray.init(
+        address="local",
+        num_cpus=cores,
+        include_dashboard=False,
+        _node_ip_address=LOOPBACK,
+        **quiet,
+    )
+
+
+def _stop_ray() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def _report_hint(directory: Path) -> str:
+    return f"  Report: qvpo report {directory} --out {directory}/report"

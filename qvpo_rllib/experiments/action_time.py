@@ -1,0 +1,36 @@
+"""The time of one action, as in the paper's Table 4."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from qvpo_rllib.experiments.report.runs import Run
+
+WARM_UP, REPEATS = 20, 200
+
+
+def action_time_ms(run: Run) -> float | None:
+    """Median milliseconds for one observation's action, the best of `k_eval`.
+
+    Measured on this machine with the run's newest checkpoint; None if it has none. Loading a
+    checkpoint runs code: load only your own.
+    """
+    from ray.rllib.policy.policy import Policy
+
+    from qvpo_rllib.policy import QVPOTorchPolicy
+
+    directory = Path(run.directory)
+    found = sorted(directory.glob("checkpoint_*")) or [directory / "checkpoints" / "last"]
+    path = found[-1] / "policies" / "default_policy"
+    if not path.is_dir():
+        return None
+    policy = Policy.from_checkpoint(str(path))
+    assert isinstance(policy, QVPOTorchPolicy)
+    obs = np.zeros((1, policy.obs_dim), np.float32)
+    times_s = []
+    for _ in range(WARM_UP + REPEATS):
+        start = time.perf_counter()
+        policy.act(obs, policy.hp.k_eval)
+        times_s.append(time.perf_counter() - start)
+    return float(np.median(times_s[WARM_UP:])) * 1e3

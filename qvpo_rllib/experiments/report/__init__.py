@@ -1,0 +1,1 @@
+"""The report over finished, half-finished and missing runs: the code of `qvpo report`."""

@@ -1,0 +1,126 @@
+"""Statistics over seeds, after Agarwal et al., "Deep RL at the Edge of the Statistical Precipice".
+
+Seeds are the samples. With several tasks the bootstrap is stratified: each task's seeds are drawn
+anew among themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with the bounds of its 95 % interval; the bounds are NaN if it has none."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def has_interval(self) -> bool:
+        return bool(np.isfinite(self.low) and np.isfinite(self.high))
+
+
+def iqm(values: Any, axis: int = -1) -> Any:
+    """Interquartile mean: the mean without the lowest and highest quarter.
+
+    A quarter of fewer than four values is none: it is then the mean.
+    """
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def curve_band(returns: Array, statistic: Callable[..., Any] = iqm) -> tuple[Array, Array, Array]:
+    """Statistic and its 95 % interval over seeds at every evaluation.
+
+    Args:
+        returns: [seeds, evaluations].
+
+    Returns:
+        Three arrays [evaluations]; the bounds are NaN for fewer than two seeds.
+    """
+    centre = np.asarray(statistic(returns, axis=0), dtype=np.float64)
+    if returns.shape[0] < 2:
+        return centre, np.full_like(centre, np.nan), np.full_like(centre, np.nan)
+    interval = _bootstrap((returns,), statistic, axis=0)
+    return centre, np.asarray(interval.low), np.asarray(interval.high)
+
+
+def estimate(samples: Sequence[Sequence[float]], statistic: Callable[..., Any] = iqm) -> Estimate:
+    """Mean over tasks of the statistic over seeds, with a stratified bootstrap interval.
+
+    Args:
+        samples: for each task its seeds' scores; one task is one stratum.
+    """
+    arrays = [np.asarray(s, dtype=np.float64) for s in samples]
+
+    def mean_over_tasks(*strata: Array, axis: int = -1) -> Any:
+        return np.mean([statistic(s, axis=axis) for s in strata], axis=0)
+
+    value = float(mean_over_tasks(*arrays))
+    if any(a.size < 2 for a in arrays):
+        return Estimate(value, np.nan, np.nan)
+    interval = _bootstrap(arrays, mean_over_tasks)
+    return Estimate(value, float(interval.low), float(interval.high))
+
+
+def improvement(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Estimate:
+    """P(a run of `first` beats a run of `second`), ties counting half; mean over tasks.
+
+    Args:
+        first, second: for each task the seeds' scores, tasks in the same order.
+    """
+    a = [np.asarray(s, dtype=np.float64) for s in first]
+    b = [np.asarray(s, dtype=np.float64) for s in second]
+
+    def probability(*strata: Array, axis: int = -1) -> Any:
+        count = len(strata) // 2
+        pairs = zip(strata[:count], strata[count:], strict=True)
+        return np.mean([_share_won(x, y) for x, y in pairs], axis=0)
+
+    value = float(probability(*a, *b))
+    if any(s.size < 2 for s in (*a, *b)):
+        return Estimate(value, np.nan, np.nan)
+    interval = _bootstrap([*a, *b], probability)
+    return Estimate(value, float(interval.low), float(interval.high))
+
+
+def profile(scores: Sequence[Sequence[float]], thresholds: Array) -> Array:
+    """Performance profile: the share of runs above each threshold, mean over tasks.
+
+    Args:
+        scores: for each task its seeds' normalised scores.
+        thresholds: [thresholds].
+
+    Returns:
+        [thresholds] in [0, 1].
+    """
+    shares = [(np.asarray(s)[:, None] > thresholds).mean(axis=0) for s in scores]
+    return np.asarray(np.mean(shares, axis=0))
+
+
+def _share_won(x: Array, y: Array) -> Any:
+    """[…, n], […, m] → […]: share of pairs with x > y."""
+    difference = x[..., :, None] - y[..., None, :]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean(axis=(-2, -1))
+
+
+def _bootstrap(samples: Sequence[Array], statistic: Callable[..., Any], axis: int = -1) -> Any:
+    return stats.bootstrap(
+        tuple(samples),
+        statistic,
+        axis=axis,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        vectorized=True,
+        method="percentile",  # BCa breaks down when seeds tie, as at a task's highest return
+        rng=np.random.default_rng(0),
+    ).confidence_interval

@@ -1,0 +1,224 @@
+"""The report, over made-up results whose every number is known."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from made_up_results import make_results
+
+from qvpo_rllib import cli
+from qvpo_rllib.experiments.report.build import build_report
+from qvpo_rllib.experiments.report.runs import load_runs
+from qvpo_rllib.experiments.report.statistics import (
+    curve_band,
+    estimate,
+    improvement,
+    iqm,
+    profile,
+)
+from qvpo_rllib.experiments.run_directory import RunDirectory
+from qvpo_rllib.experiments.trial_results import read_rows
+
+SWEEP = {
+    "name": "sweep",
+    "task": "InvertedPendulum-v5",
+    "preset": "quick",
+    "seeds": [0, 1, 2, 3],
+    "env_steps": 4000,
+    "sweep": {"settings": [{"k_behavior": 1}, {"k_behavior": 4}]},
+}
+
+
+def score(config: dict[str, Any], share: float) -> float:
+    """K_b = 4 ends at 200 + seed, K_b = 1 at 100 + seed; both peak one evaluation before."""
+    end = 200.0 if config["k_behavior"] == 4 else 100.0
+    return end + config["seed"] + (7 if share == 0.75 else 0)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: Any) -> tuple[Path, Path]:
+    """A report over eight trials of which one failed, one stopped half-way, one never began.
+
+    Trials are seed by seed: number 5 is K_b = 4 with seed 2, 6 and 7 are seed 3.
+    """
+    storage = tmp_path_factory.mktemp("report")
+    changes: dict[int, Any] = {
+        5: {"rows": 2, "status": "running"},
+        6: {"rows": 1, "status": "failed", "error": "NonFiniteError: a loss became nan"},
+        7: None,
+    }
+    results = make_results(storage, SWEEP, score, changes)
+    build_report([results], storage / "out")
+    return results, storage / "out"
+
+
+# --- statistics --------------------------------------------------------------------------------
+
+
+def test_iqm_is_the_mean_without_the_outer_quarters() -> None:
+    assert iqm([100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -100.0]) == np.mean([2, 3, 4, 5])
+    assert iqm([1.0, 2.0, 9.0]) == 4.0
+
+
+def test_improvement_counts_pairs_and_half_of_ties() -> None:
+    x, y = [3.0, 1.0, 2.0], [2.0, 0.0]
+    pairs = [(a > b) + 0.5 * (a == b) for a, b in itertools.product(x, y)]
+    assert improvement([x], [y]).value == pytest.approx(np.mean(pairs))
+    assert improvement([x], [x]).value == 0.5
+    assert improvement([x, [1.0, 1.0]], [y, [0.0, 0.0]]).value == pytest.approx(
+        (np.mean(pairs) + 1) / 2
+    )
+
+
+def test_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
+    """Twenty seeds of a normal distribution: between 80 and 100 of 100 intervals hold its mean."""
+    random = np.random.default_rng(0)
+    intervals = [estimate([random.normal(5, 2, 20)], np.mean) for _ in range(100)]
+    assert 80 <= sum(e.low <= 5 <= e.high for e in intervals) <= 100
+    assert all(e.low < e.value < e.high for e in intervals)
+
+
+def test_tasks_are_strata() -> None:
+    """Between tasks the returns differ a hundredfold, within a task not at all: no uncertainty."""
+    e = estimate([[1.0, 1.0, 1.0], [100.0, 100.0, 100.0]])
+    assert (e.low, e.value, e.high) == (50.5, 50.5, 50.5)
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert not estimate([[3.0]]).has_interval
+    assert np.isnan(curve_band(np.ones((1, 5)))[1]).all()
+
+
+def test_profile_is_the_share_above() -> None:
+    shares = profile([[0.1, 0.5], [0.5, 0.9]], np.array([0.0, 0.3, 0.5, 1.0]))
+    assert shares.tolist() == [1.0, 0.75, 0.25, 0.0]
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def test_rows_written_again_after_a_crash_replace_the_first(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    steps = [(100, 1), (200, 2), (300, 3), (200, 4), (300, 5), (400, 6)]
+    lines = [json.dumps({"env_steps": s, "v": v}) for s, v in steps]
+    text = "\n".join([*lines[:3], lines[3][:9], *lines[3:]]) + "\n"
+    (tmp_path / "results" / "a.jsonl").write_text(text)
+    rows = [(row["env_steps"], row["v"]) for row in read_rows(tmp_path, "a")]
+    assert rows == [(100, 1), (200, 4), (300, 5), (400, 6)]
+
+
+def test_no_trial_is_dropped(reported: Any) -> None:
+    results, out = reported
+    runs = load_runs([results])
+    assert len(runs) == 8
+    found = [run.status for run in runs]
+    assert found == ["finished"] * 5 + ["unfinished", "failed", "not started"]
+    page = (out / "report.html").read_text()
+    for word in ("5 of 8 runs have ended", "unfinished", "NonFiniteError", "not started"):
+        assert word in page
+    table = pq.read_table(out / "evaluations.parquet").to_pydict()
+    assert len(table["seed"]) == 5 * 4 + 2 + 1 + 1
+    assert table["status"].count("not started") == 1
+
+
+# --- what it says ------------------------------------------------------------------------------
+
+
+def test_table_1_has_best_and_last_of_the_ended_runs(reported: Any) -> None:
+    _, out = reported
+    text = (out / "table1.md").read_text()
+    rows = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if "K_b=" in line]
+    (one, four) = rows
+    assert one[2:6] == ["K_b=1", "3 of 4", "108.0 (1.0)", "101.0 (1.0)"]
+    assert four[2:6] == ["K_b=4", "2 of 4", "207.5 (0.7)", "200.5 (0.7)"]
+
+
+def test_settings_with_missing_seeds_are_not_compared(reported: Any) -> None:
+    _, out = reported
+    assert "Not compared, as seeds are missing: K_b=1; K_b=4" in (out / "report.md").read_text()
+
+
+def test_whole_sweep_is_decided(tmp_path: Path) -> None:
+    build_report([make_results(tmp_path, SWEEP, score)], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Highest: K_b=4, 201.5 [" in text
+    assert "It beats every other setting" in text
+    assert "| K_b=1 | 4 | 101.5 " in text
+    assert "1.00 [1.00, 1.00] |" in text
+
+
+def test_settings_that_differ_by_luck_are_not_told_apart(tmp_path: Path) -> None:
+    def luck(config: dict[str, Any], share: float) -> float:
+        return float((7 * config["seed"] + config["k_behavior"]) % 5)
+
+    build_report([make_results(tmp_path, SWEEP, luck)], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "These seeds tell no other setting apart from it." in text
+
+
+def test_the_page_opens_offline_and_figures_come_as_png_and_pdf(reported: Any) -> None:
+    _, out = reported
+    page = (out / "report.html").read_text()
+    assert not re.search(r"(src|href)=[\"'](?!data:)", page)
+    pictures = sorted(out.glob("*.png"))
+    assert page.count("data:image/png;base64,") == len(pictures) >= 2
+    for picture in pictures:
+        assert picture.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_heat_map_lines_and_profile_are_drawn_where_they_mean_something(tmp_path: Path) -> None:
+    values = {
+        **SWEEP,
+        "task": ["InvertedPendulum-v5", "Hopper-v5"],
+        "sweep": {"grid": {"k_behavior": [1, 4], "k_target": [1, 2]}},
+    }
+    build_report([make_results(tmp_path, values, score)], tmp_path / "out")
+    names = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    for task in values["task"]:
+        for kind in ("curves", "heatmap", "k_behavior", "k_target"):
+            assert f"sweep-{task}-{kind}" in names
+    assert {"sweep-profile", "sweep-improvement"} <= names
+
+
+def test_train_runs_are_grouped_by_what_sets_them_apart(tmp_path: Path) -> None:
+    for seed, tau in itertools.product((0, 1), (0.1, 0.2)):
+        config = {
+            "env": "Ant-v5", "preset": "light", "seed": seed, "env_steps": 200,
+            "hyperparameters": {"tau": tau, "gamma": 0.9},
+        }  # fmt: skip
+        with RunDirectory.create(tmp_path / f"{seed}-{tau}", config, ["qvpo"]) as run:
+            run.append({"env_steps": 100, "evaluation/return_mean": 1.0, "time_total_s": 1.0})
+            if seed == 0:
+                run.append({"env_steps": 200, "evaluation/return_mean": 2.0, "time_total_s": 2.0})
+    runs = load_runs(sorted(p for p in tmp_path.iterdir() if p.is_dir()))
+    labels = [(run.label, run.seed, run.status) for run in runs]
+    assert labels == [
+        ("preset=light, τ=0.1", 0, "finished"),
+        ("preset=light, τ=0.2", 0, "finished"),
+        ("preset=light, τ=0.1", 1, "unfinished"),
+        ("preset=light, τ=0.2", 1, "unfinished"),
+    ]
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_report_command_writes_again_but_over_nothing_else(reported: Any, tmp_path: Path) -> None:
+    results, out = reported
+    assert cli.main(["report", str(results), "--out", str(out)]) == 0
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    assert cli.main(["report", str(results), "--out", str(other)]) == 2
+    assert [path.name for path in other.iterdir()] == ["notes.txt"]
+
+
+def test_a_directory_without_results_is_refused(tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no results" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,150 @@
+"""`qvpo tune` as a researcher runs it: to the end, again, and after its driver was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvpo_rllib.experiments.trial_results import read_rows, read_trials
+
+TIMEOUT_S = 240
+STEPS = 2400
+FILE = f"""
+name: killed
+task: InvertedPendulum-v5
+preset: quick
+seeds: [0, 1]
+env_steps: {STEPS}
+training:
+  hidden: [16]
+  diffusion_steps: 2
+  batch_size: 16
+  warmup_steps: 100
+  num_policy_samples: 4
+  k_eval: 2
+sweep:
+  grid:
+    k_behavior: [1, 4]
+evaluation:
+  interval: 400
+  episodes: 2
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "qvpo_rllib", "tune", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=dict(os.environ),
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"qvpo tune did not end within {TIMEOUT_S} s: {process.communicate()[0]}")
+    return process.returncode, output
+
+
+def statuses(part: Path) -> list[str]:
+    return [entry["status"] for entry in read_trials(part).values()]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: Any) -> tuple[Path, list[str], dict[str, Any], str]:
+    """An experiment of four trials whose driver was killed when two had ended, then run again.
+
+    Returns its part's directory, the command, the trials when it was killed, the second output.
+    """
+    directory = tmp_path_factory.mktemp("tune")
+    (directory / "killed.yaml").write_text(FILE)
+    command = [str(directory / "killed.yaml"), "--storage", str(directory / "results")]
+    part = directory / "results" / "killed" / "qvpo"
+    process = start(*command)
+    deadline = time.monotonic() + TIMEOUT_S
+
+    def half_way() -> bool:
+        started = [t for t in read_trials(part).values() if t.get("env_steps")]
+        return "finished" in statuses(part) and len(started) > statuses(part).count("finished")
+
+    while not half_way():
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"no trial ended: {process.communicate()[0]}")
+        time.sleep(0.02)
+    process.kill()  # the driver alone, as the kernel does when memory runs out
+    process.wait()
+    before = read_trials(part)
+    code, output = finish(start(*command))
+    assert code == 0, output
+    return part, command, before, output
+
+
+def test_every_trial_ends_after_a_kill(killed: Any) -> None:
+    part, _, _, _ = killed
+    assert statuses(part) == ["finished"] * 4
+    for trial in read_trials(part):
+        steps = [row["env_steps"] for row in read_rows(part, trial)]
+        assert steps == list(range(400, STEPS + 1, 400))
+
+
+def test_no_trial_is_run_twice(killed: Any) -> None:
+    """One that had ended is not touched; the others go on from a checkpoint or were waiting."""
+    part, _, before, _ = killed
+    after = read_trials(part)
+    ended = [trial for trial, entry in before.items() if entry["status"] == "finished"]
+    assert ended
+    for trial in ended:
+        assert after[trial] == before[trial]
+        lines = (part / "results" / f"{trial}.jsonl").read_text().splitlines()
+        assert len(lines) == STEPS // 400
+    assert set(before) <= set(after)
+    configs = [(e["config"]["seed"], e["config"]["k_behavior"]) for e in after.values()]
+    assert sorted(configs) == [(0, 1), (0, 4), (1, 1), (1, 4)]
+
+
+def test_best_and_last_checkpoint_are_kept(killed: Any) -> None:
+    """Evaluations are 400 env steps apart: checkpoint n is of evaluation n."""
+    part = killed[0]
+    for trial, entry in read_trials(part).items():
+        returns = [row["evaluation/return_mean"] for row in read_rows(part, trial)]
+        directory = part / "tune" / entry["directory"]
+        kept = {int(path.name.split("_")[1]) for path in directory.glob("checkpoint_*")}
+        assert len(returns) - 1 in kept
+        assert max(returns) in [returns[number] for number in kept]
+
+
+def test_a_finished_experiment_says_so_at_once(killed: Any) -> None:
+    part, command, _, _ = killed
+    before = (part / "trials.json").read_bytes()
+    code, output = finish(start(*command))
+    assert code == 0
+    assert "Finished already" in output
+    assert (part / "trials.json").read_bytes() == before
+
+
+def test_another_experiment_of_that_name_is_refused(killed: Any) -> None:
+    part, command, _, _ = killed
+    file = Path(command[0])
+    text = file.read_text()
+    try:
+        file.write_text(text.replace("k_behavior: [1, 4]", "k_behavior: [1, 8]"))
+        code, output = finish(start(*command))
+    finally:
+        file.write_text(text)
+    assert code == 2
+    assert "other values of settings" in " ".join(output.split())
+    record = json.loads((part.parent / "experiment.json").read_text())
+    assert len(record["parts"]) == 1
+    assert [start["command"][:2] for start in record["starts"]] == [["qvpo", "tune"]] * 2

@@ -1,0 +1,55 @@
+"""Over a grid of five seeds nothing random is shared: every stream is read where it is used."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from qvpo_rllib import QVPOConfig
+from qvpo_rllib.experiments.spec import ExperimentSpec
+from qvpo_rllib.experiments.tuner import fixed_config, planned_trials
+
+WORKERS, ENVS, SEEDS = 2, 2, [0, 1, 2, 3, 4]
+
+
+def streams_of(worker: Any) -> dict[str, list[int]]:
+    """What a rollout worker's environments, warm-up and diffusion noise were seeded with."""
+    warmup = worker._warmup.bit_generator.seed_seq
+    return {
+        "environment": [int(env.unwrapped.np_random_seed) for env in worker.envs],
+        "warm-up": [int(warmup.generate_state(1, np.uint64)[0])],
+        "noise": [int(worker.policy.generator.initial_seed())],
+    }
+
+
+def test_seeds_workers_and_environments_have_streams_of_their_own(
+    build: Callable[[Any], Any],
+) -> None:
+    spec = ExperimentSpec.from_dict(
+        {
+            "name": "seeds",
+            "task": "InvertedPendulum-v5",
+            "preset": "quick",
+            "seeds": SEEDS,
+            "env_steps": 80,
+            "workers": {"num_env_runners": WORKERS, "num_envs_per_env_runner": ENVS},
+            "evaluation": {"interval": 80, "episodes": 1},
+        }
+    )
+    seen: dict[str, list[int]] = {"environment": [], "warm-up": [], "noise": [], "learner": []}
+    for trial in planned_trials(spec, "qvpo") or []:
+        config = QVPOConfig().update_from_dict({**fixed_config(spec, "qvpo"), **trial})
+        algorithm = build(config)
+        algorithm.training_step()
+        runners = algorithm.env_runner_group.foreach_env_runner(streams_of, local_env_runner=False)
+        assert len(runners) == WORKERS
+        for streams in runners:
+            for name, seeds in streams.items():
+                seen[name] += seeds
+        seen["learner"].append(int(algorithm.learner.generator.initial_seed()))
+        algorithm.stop()
+    assert len(seen["environment"]) == len(SEEDS) * WORKERS * ENVS
+    assert len(seen["warm-up"]) == len(seen["noise"]) == len(SEEDS) * WORKERS
+    assert len(seen["learner"]) == len(SEEDS)
+    every = [seed for seeds in seen.values() for seed in seeds]
+    assert len(set(every)) == len(every)

@@ -1,0 +1,186 @@
+"""Experiment files: what they may say, what they become, and errors that point at the line."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qvpo_rllib.core.hyperparameters import Hyperparameters, option_names
+from qvpo_rllib.experiments.algorithms import ALGORITHMS
+from qvpo_rllib.experiments.smoke import MAX_SEEDS, shrink
+from qvpo_rllib.experiments.spec import ExperimentSpec
+from qvpo_rllib.experiments.tuner import confirmation_spec, fixed_config, planned_trials
+
+FILES = sorted((Path(__file__).parents[1] / "tune_configs").glob("*.yaml"))
+BASE: dict[str, Any] = {"name": "x", "task": "InvertedPendulum-v5", "preset": "quick"}
+
+
+def spec_of(**values: Any) -> ExperimentSpec:
+    return ExperimentSpec.from_dict({**BASE, **values})
+
+
+# --- the shipped files -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shipped_file_is_valid_and_says_what_it_costs(file: Path) -> None:
+    spec = ExperimentSpec.load(file)
+    assert spec.name == file.stem
+    head = file.read_text().split("name:")[0]
+    for word in ("# Shows:", "# Costs:", f"qvpo tune tune_configs/{file.name}", "qvpo report"):
+        assert word in head
+    assert len(planned_trials(shrink(spec), "qvpo") or []) <= 12
+
+
+def test_figure_5_and_figure_4_are_the_papers() -> None:
+    trials = {f.stem: planned_trials(ExperimentSpec.load(f), "qvpo") for f in FILES}
+    pairs = {(t["k_behavior"], t["k_target"]) for t in trials["k_sweep"]}
+    assert pairs == {(1, 1), (4, 1), (4, 2), (4, 4), (20, 2)}
+    assert {t["env"] for t in trials["k_sweep"]} == {"Ant-v5"}
+    chains = {(t["diffusion_steps"], t["entropy_weight"] > 0) for t in trials["entropy_sweep"]}
+    assert chains == {(20, True), (20, False), (100, True), (100, False)}
+
+
+def test_the_readmes_experiment_file_is_valid(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    file = tmp_path / "readme.yaml"
+    file.write_text(readme.split("```yaml\n")[1].split("```")[0])
+    trials = planned_trials(ExperimentSpec.load(file), "qvpo") or []
+    assert len(trials) == 2 * 5 * 2 * 2
+
+
+def test_training_takes_every_hyperparameter() -> None:
+    values = {**Hyperparameters().to_dict(), "hidden": [8], "k_target": 3}
+    config = fixed_config(spec_of(training=values), "qvpo")
+    assert {name: config[name] for name in option_names()} == values
+
+
+# --- what a file becomes -----------------------------------------------------------------------
+
+
+def test_every_setting_runs_on_every_task_with_every_seed() -> None:
+    tasks = ["InvertedPendulum-v5", "Hopper-v5"]
+    spec = spec_of(
+        task=tasks,
+        seeds=[3, 1],
+        sweep={"settings": [{"k_target": 1}, {"k_target": 2}], "grid": {"tau": [0.1, 1]}},
+    )
+    trials = planned_trials(spec, "qvpo")
+    found = [(t["seed"], t["env"], t["k_target"], t["tau"]) for t in trials]
+    assert found == list(itertools.product([3, 1], tasks, [1, 2], [0.1, 1.0]))
+
+
+def test_drawn_settings_follow_from_the_search_seed_and_each_gets_every_seed() -> None:
+    values = {
+        "seeds": [0, 1],
+        "sweep": {"space": {"entropy_weight": {"loguniform": [1e-3, 1e-1]}, "k_target": [1, 2]}},
+    }
+    first, again, other = (
+        planned_trials(spec_of(**values, search={"num_samples": 4, "seed": seed}), "qvpo")
+        for seed in (5, 5, 6)
+    )
+    assert first == again
+    assert first != other
+    by_seed = [[{**t, "seed": None} for t in first if t["seed"] == seed] for seed in (0, 1)]
+    assert by_seed[0] == by_seed[1]
+    assert len({t["entropy_weight"] for t in by_seed[0]}) == 4
+    assert all(1e-3 <= t["entropy_weight"] <= 1e-1 for t in first)
+
+
+def test_defaults_are_the_presets_and_the_hyperparameters() -> None:
+    config = fixed_config(spec_of(training={"actor_lr": "3e-4", "grad_clip": "none"}), "qvpo")
+    expected = ALGORITHMS["qvpo"].options(
+        {**ALGORITHMS["qvpo"].presets["quick"], "actor_lr": 3e-4, "grad_clip": None}
+    )
+    assert {name: config[name] for name in expected} == expected
+
+
+def test_moving_entropy_weight_moves_over_the_whole_run() -> None:
+    training = {"entropy_weight_end": 0.0}
+    assert fixed_config(spec_of(training=training), "qvpo")["entropy_decay_steps"] == 15_000
+    training |= {"entropy_decay_steps": 7}
+    assert fixed_config(spec_of(training=training), "qvpo")["entropy_decay_steps"] == 7
+
+
+def test_confirmation_runs_the_given_settings_on_fresh_seeds_alone() -> None:
+    spec = spec_of(
+        sweep={"space": {"k_target": [1, 2]}},
+        search={"method": "asha", "num_samples": 4},
+        confirm={"seeds": [7, 8]},
+    )
+    second = confirmation_spec(spec, [{"k_target": 2}])
+    trials = planned_trials(second, "qvpo")
+    assert [(t["seed"], t["k_target"]) for t in trials] == [(7, 2), (8, 2)]
+
+
+def test_smoke_keeps_the_shape_and_the_swept_values() -> None:
+    spec = ExperimentSpec.load(next(f for f in FILES if f.stem == "entropy_sweep"))
+    small = shrink(spec)
+    trials = planned_trials(small, "qvpo")
+    assert {t["diffusion_steps"] for t in trials} == {20, 100}
+    assert len({t["seed"] for t in trials}) == MAX_SEEDS
+    assert small.env_steps < 1000
+    assert small.num_gpus == 0
+    assert small.name != spec.name
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+CASES = {
+    "unknown key": ("seed: [1]", 4, "seed: there is no such key. Did you mean 'seeds'?"),
+    "unknown option": ("training:\n  k_targt: 2", 5, "Did you mean 'k_target'?"),
+    "option's value": ("training:\n  tau: 0.1\n  gamma: 2", 6, "gamma=2.0 is not allowed"),
+    "swept value": ("sweep:\n  grid:\n    tau: [0.1, 3]", 6, "tau=3.0 is not allowed"),
+    "seed twice": ("seeds:\n  - 1\n  - 2\n  - 1", 7, "seeds[2]: 1 is listed twice"),
+    "seed's type": ("seeds: [one]", 4, "'one' is not allowed: seeds are integers"),
+    "key twice": ("seeds: [1]\nseeds: [2]", 5, "given twice"),
+    "algorithm": ("algorithm: qpvo", 4, "it must be one of qvpo"),
+    "steps": ("env_steps: 1500\nevaluation:\n  interval: 1000", 4, "multiple of the evaluation"),
+    "interval": ("evaluation:\n  interval: 1002", 5, "multiple of 4, such as 1004"),
+    "storage": ("storage: s3://bucket/x", 4, "it must be a directory"),
+    "no number": ("env_steps: many", 4, "'many' is not allowed: it must be an integer of 1"),
+    "gpus": ("resources:\n  num_gpus: 2", 5, "one GPU or a fraction"),
+    "method": ("search:\n  method: ahsa", 5, "Did you mean 'asha'?"),
+    "no space": ("search:\n  method: random\n  num_samples: 3", 5, "it needs sweep.space"),
+    "asha's seeds": (
+        "seeds: [0, 1]\nsweep:\n  grid:\n    tau: [0.1, 0.2]\nsearch:\n  method: asha",
+        4,
+        "it would keep lucky ones",
+    ),
+    "seen seed": ("seeds: [0, 1]\nconfirm:\n  seeds: [1, 2]", 6, "never saw"),
+    "pbt's networks": (
+        "seeds: [0, 1]\nsweep:\n  space:\n    diffusion_steps: [5, 10]\nsearch:\n  method: pbt",
+        7,
+        "pbt cannot change it",
+    ),
+    "distribution": ("sweep:\n  space:\n    tau: {normal: [0, 1]}", 6, "one of choice, uniform"),
+    "bounds": ("sweep:\n  space:\n    tau: {uniform: [1, 0]}", 6, "low < high"),
+    "in both": ("training:\n  tau: 0.1\nsweep:\n  grid:\n    tau: [0.2, 0.3]", 5, "keep one"),
+    "not yaml": ("seeds: [0, 1", 5, "this is not YAML"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_file_is_refused_with_its_line(case: str, tmp_path: Path) -> None:
+    text, line, message = CASES[case]
+    file = tmp_path / "wrong.yaml"
+    file.write_text(f"name: x\ntask: InvertedPendulum-v5\npreset: quick\n{text}\n")
+    with pytest.raises(ValueError, match=r"wrong\.yaml") as error:
+        ExperimentSpec.load(file)
+    assert f"line {line}: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_missing_file_and_an_unknown_task_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read"):
+        ExperimentSpec.load(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="Did you mean 'Hopper-v5'"):
+        spec_of(task="Hoper-v5")
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.yaml"
+    file.write_text("name: x\npreset: quick\nenv_steps: 2e4\ntraining: {actor_lr: 1e-4}\n")
+    spec = ExperimentSpec.load(file)
+    assert (spec.env_steps, spec.training["actor_lr"]) == (20_000, 1e-4)
