@@ -21,6 +21,7 @@ TRAIN_OPTIONS = [
     "--num-gpus", "--run-dir", "--resume", "--eval-interval", "--set",
 ]  # fmt: skip
 EVALUATE_OPTIONS = ["--episodes", "--k", "--seed", "--json"]
+EXPORT_OPTIONS = ["--name", "--version", "--onnx"]
 TINY = ["--set", "warmup_steps=100", "--set", "batch_size=16", "--set", "hidden=16"]
 START_TIMEOUT_S = 120
 
@@ -101,9 +102,10 @@ def trained(tmp_path_factory: Any) -> tuple[Path, tuple[int, str, str]]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["train", "evaluate", "QVPO"]),
+        ([], ["train", "evaluate", "export", "QVPO"]),
         (["train"], TRAIN_OPTIONS),
         (["evaluate"], EVALUATE_OPTIONS),
+        (["export"], EXPORT_OPTIONS),
     ],
 )
 def test_help_names_every_option(capsys: Any, arguments: list[str], words: list[str]) -> None:
@@ -116,7 +118,11 @@ def test_help_names_every_option(capsys: Any, arguments: list[str], words: list[
 
 
 def test_parser_has_no_option_that_this_file_does_not_know() -> None:
-    for command, options in (("train", TRAIN_OPTIONS), ("evaluate", EVALUATE_OPTIONS)):
+    for command, options in (
+        ("train", TRAIN_OPTIONS),
+        ("evaluate", EVALUATE_OPTIONS),
+        ("export", EXPORT_OPTIONS),
+    ):
         known = cli._subparser(command)._option_string_actions
         assert set(known) - {"-h", "--help"} == set(options)
 
