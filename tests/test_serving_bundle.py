@@ -109,12 +109,14 @@ def test_k_left_out_is_the_checkpoints_k_eval(policy: Any) -> None:
 def test_a_row_is_the_same_bits_in_every_batch(policy: Any, k: int) -> None:
     obs = torch.as_tensor(observations(40))
     noise = policy.draw_noise(40, k, seeded(9))
-    together = policy.select(obs, noise)
+    together, finite = policy.select(obs, noise)
+    assert finite.all()
     order = np.random.default_rng(0).permutation(40)
-    shuffled = policy.select(obs[order], noise[:, order])
+    shuffled, _ = policy.select(obs[order], noise[:, order])
     np.testing.assert_array_equal(shuffled, together[order])
     for rows in (slice(0, 1), slice(5, 8), slice(39, 40)):
-        np.testing.assert_array_equal(policy.select(obs[rows], noise[:, rows]), together[rows])
+        alone, _ = policy.select(obs[rows], noise[:, rows])
+        np.testing.assert_array_equal(alone, together[rows])
 
 
 def test_blocks_are_single_where_a_position_changes_the_bits(policy: Any, monkeypatch: Any) -> None:
@@ -127,8 +129,8 @@ def test_blocks_are_single_where_a_position_changes_the_bits(policy: Any, monkey
         return actions, q + torch.arange(len(q)) * 1e-6
 
     monkeypatch.setattr(place_dependent, "_block", with_places)
-    assert policy.block_states(1) > 1
-    assert place_dependent.block_states(1) == 1
+    assert policy._block_states_for(1) > 1
+    assert place_dependent._block_states_for(1) == 1
 
 
 def test_loads_and_acts_without_ray_and_gymnasium(bundle: Path, policy: Any) -> None:
@@ -149,7 +151,7 @@ def test_onnx_gives_the_same_actions(bundle: Path, policy: Any) -> None:
     for num, k in ((1, 1), (1, 32), (6, 4)):
         obs, noise = observations(num), policy.draw_noise(num, k, seeded(num))
         actions, q = session.run(None, {"observations": obs, "noise": noise.numpy()})
-        expected = policy.scale.to_env(policy.select(torch.as_tensor(obs), noise))
+        expected = policy.scale.to_env(policy.select(torch.as_tensor(obs), noise)[0])
         np.testing.assert_allclose(actions, expected, atol=2e-5)
         assert q.shape == (num,)
 

@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from qvpo_rllib.cli import evaluate, export, train
+from qvpo_rllib.cli import bench, evaluate, export, serve, train
 from qvpo_rllib.cli.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.errors import NonFiniteError
 
-COMMANDS = (train, evaluate, export)
+COMMANDS = (train, evaluate, export, serve, bench)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -27,6 +27,12 @@ PROBES = 2  # random blocks that are turned through all positions
 class NonFiniteActionError(ValueError):
     """The networks gave no finite action, as for observations far outside anything trained on."""
 
+    def __init__(self, row: int) -> None:
+        super().__init__(
+            f"The networks give no finite action for observation {row}: its numbers are too large "
+            "for this policy."
+        )
+
 
 class PolicyNetworks(nn.Module):
     """Actor and twin critics, with the parameter names of a checkpoint."""
@@ -78,7 +84,10 @@ class ServedPolicy:
         if k < 1:
             raise ValueError(f"k={k} is not allowed: it must be 1 or more.")
         noise = self.draw_noise(obs.shape[0], k, generator or self.generator)
-        return self.scale.to_env(self.select(obs, noise))
+        actions, finite = self.select(obs, noise)
+        if not finite.all():
+            raise NonFiniteActionError(int(np.flatnonzero(~finite)[0]))
+        return self.scale.to_env(actions)
 
     def check(self, observations: NDArray[np.floating]) -> Tensor:
         """[B, O] float32 of finite numbers, or `ValueError`."""
@@ -102,24 +111,30 @@ class ServedPolicy:
         d = self.description
         return draw_noise(d.diffusion_steps, num_rows, k, d.act_dim, generator, CPU)
 
-    def select(self, obs: Tensor, noise: Tensor) -> NDArray[np.float32]:
-        """Actions [B, A] in [-1, 1] for obs [B, O] and noise [T, B, K, A].
+    def select(self, obs: Tensor, noise: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The best actions for obs [B, O] and noise [T, B, K, A].
 
         A row of the result depends on the same row of `obs` and `noise` alone, to the last bit.
-        """
-        states = self.block_states(noise.shape[2])
-        actions, q = self._in_blocks(obs, noise, states)
-        finite = torch.isfinite(actions).all(dim=1) & torch.isfinite(q)
-        if not finite.all():
-            row = int(torch.nonzero(~finite)[0])
-            raise NonFiniteActionError(
-                f"The networks give no finite action for observation {row}: its numbers are too "
-                "large for this policy."
-            )
-        array: NDArray[np.float32] = actions.numpy()
-        return array
 
-    def block_states(self, k: int) -> int:
+        Returns:
+            actions [B, A] in [-1, 1], and whether an action and its Q are finite, [B].
+        """
+        threads = torch.get_num_threads()
+        # The bits may not depend on the number of cores either; blocks are too small to share.
+        torch.set_num_threads(1)
+        try:
+            actions, q = self._in_blocks(obs, noise, self._block_states_for(noise.shape[2]))
+        finally:
+            torch.set_num_threads(threads)
+        finite = torch.isfinite(actions).all(dim=1) & torch.isfinite(q)
+        return actions.numpy(), finite.numpy()
+
+    def warm_up(self, *ks: int) -> None:
+        """Does what the first call for each K would do: 0.1 s that no caller should wait for."""
+        for k in ks:
+            self.act(np.zeros((1, self.description.obs_dim), np.float32), k, Generator())
+
+    def _block_states_for(self, k: int) -> int:
         """Observations per block for this K; probes the machine on first use (some 0.1 s)."""
         if k not in self._block_states:
             states = max(1, BLOCK_ROWS // k)
