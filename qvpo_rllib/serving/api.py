@@ -215,6 +215,7 @@ def _info(policy: ServedPolicy, default: bool, problem: str | None) -> ModelInfo
         version=d.version,
         default=default,
         env=d.env,
+        env_config=d.env_config,
         obs_dim=d.obs_dim,
         act_low=d.act_low,
         act_high=d.act_high,

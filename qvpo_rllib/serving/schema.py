@@ -55,6 +55,7 @@ class ModelInfo(BaseModel):
     version: str
     default: bool  # answers to the name alone
     env: str
+    env_config: dict[str, Any]
     obs_dim: int
     act_low: list[float]
     act_high: list[float]
