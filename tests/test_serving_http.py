@@ -3,11 +3,14 @@
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +262,6 @@ ZEROS = "[0, 0, 0, 0]"
 )  # fmt: skip
 def test_refuses_with_a_sentence(raw: Any, body: str, words: str) -> None:
     error = assert_refused(raw("POST", PATH, body.encode("latin-1")), 422)
-    import re
-
     assert re.search(words, error), error
 
 
@@ -363,20 +364,21 @@ def live_models(client: Any) -> dict[str, Any]:
     return {m["version"]: m for m in client.models() if m["name"] == "live"}
 
 
-def test_replacing_a_bundle_fails_no_request(
-    url: str, live: Path, checkpoint: Path, client: Any, tmp_path: Path
-) -> None:
-    new = live.parent / "next"
-    assert cli.main(["export", str(checkpoint), str(new), "--name", "live", "--version", "2"]) == 0
+@contextmanager
+def clients_that_keep_asking(url: str, model: str) -> Iterator[tuple[list[str], list[Any]]]:
+    """Yields the versions that have answered so far, in order, and every reply but 200."""
     seen: list[str] = []
     failures: list[Any] = []
     stop = threading.Event()
 
     def keep_asking() -> None:
         ask = Raw(url)
+        body = json.dumps({"observations": observations(1).tolist()})
         while not stop.is_set():
-            body = json.dumps({"observations": observations(1).tolist()})
-            status, reply, _ = ask("POST", "/v1/models/live/act", body)
+            try:
+                status, reply, _ = ask("POST", f"/v1/models/{model}/act", body)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                status, reply = 0, error
             if status == 200:
                 seen.append(reply["version"])
             else:
@@ -385,14 +387,25 @@ def test_replacing_a_bundle_fails_no_request(
     threads = [threading.Thread(target=keep_asking) for _ in range(3)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: len(seen) > 10)
-    os.rename(live, tmp_path / "old")
-    time.sleep(0.2)  # for a moment there is no bundle
-    os.rename(new, live)
-    wait_for(lambda: seen[-1:] == ["2"])
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        wait_for(lambda: len(seen) > 10)
+        yield seen, failures
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_replacing_a_bundle_fails_no_request(
+    url: str, live: Path, checkpoint: Path, client: Any, tmp_path: Path
+) -> None:
+    new = live.parent / "next"
+    assert cli.main(["export", str(checkpoint), str(new), "--name", "live", "--version", "2"]) == 0
+    with clients_that_keep_asking(url, "live") as (seen, failures):
+        os.rename(live, tmp_path / "old")
+        time.sleep(0.2)  # for a moment there is no bundle
+        os.rename(new, live)
+        wait_for(lambda: seen[-1:] == ["2"])
     assert failures == []
     assert set(seen) == {"1", "2"}
     models = live_models(client)
@@ -409,16 +422,17 @@ def test_replacing_a_bundle_fails_no_request(
     assert client.act("live", observations(1)).shape == (1, 1)
 
 
-def test_another_list_of_bundles_is_taken_up_in_place(url: str, bundle: Path, client: Any) -> None:
-    """What a changed RayService does: no replica restarts, no request fails."""
+def test_deploying_other_arguments_fails_no_request(url: str, bundle: Path, client: Any) -> None:
+    """What a changed RayService does: Serve replaces the replica."""
     from ray import serve
 
     from qvpo_rllib.serving.app import AppArguments, build
 
     copy = bundle.parent / "copy"
     shutil.copytree(bundle, copy)
-    serve.run(build(AppArguments(bundles=[str(copy)])), name="qvpo")
-    wait_for(lambda: [m["name"] for m in client.models()] == [MODEL])
+    with clients_that_keep_asking(url, MODEL) as (_, failures):
+        serve.run(build(AppArguments(bundles=[str(copy)])), name="qvpo")
+        wait_for(lambda: [m["name"] for m in client.models()] == [MODEL])
+    assert failures == []
     with pytest.raises(ServerError, match="404"):
         client.act("live", observations(1))
-    assert client.act(MODEL, observations(1)).shape == (1, 1)

@@ -99,7 +99,7 @@ def create_api() -> FastAPI:
     async def readyz(request: Request) -> dict[str, str]:
         """Models are loaded and warm."""
         if not _snapshot(request).policies:
-            raise HTTPException(503, "No model is loaded yet.")
+            raise _not_ready()
         return {"status": "ready"}
 
     @api.get("/v1/models")
@@ -162,10 +162,20 @@ def _snapshot(request: Request) -> Snapshot:
     return snapshot
 
 
+def _not_ready() -> HTTPException:
+    return HTTPException(
+        503,
+        "No model is loaded yet: try again later.",
+        headers={"Retry-After": str(RETRY_AFTER_S)},
+    )
+
+
 def _find(snapshot: Snapshot, name: str) -> ServedPolicy:
     policy = snapshot.by_reference.get(name)
     if policy is None:
-        served = ", ".join(sorted(snapshot.by_reference)) or "none yet"
+        if not snapshot.policies:
+            raise _not_ready()
+        served = ", ".join(sorted(snapshot.by_reference))
         raise HTTPException(404, f"There is no model {name[:200]!r}. Served are: {served}.")
     return policy
 

@@ -1,10 +1,11 @@
 """The Ray Serve application: `serve run`, a RayService's `import_path`, or `qvpo serve`.
 
-    serve run qvpo_rllib.serving.app:build bundles=exported
+    serve run qvpo_rllib.serving.app:build bundles=/models/a:/models/b
     import_path: qvpo_rllib.serving.app:build    args: {bundles: [/models/a, /models/b]}
 
-The list of bundles is Serve's `user_config`: deploying another list changes the models of running
-replicas in place. Every replica must find the bundles at the same paths.
+Other arguments make Serve replace its replicas one by one. To change the bundles of running
+replicas in place, give the deployment PolicyServer another `user_config: {bundles: […]}`. Every
+replica must find the bundles at the same paths.
 """
 
 import os
