@@ -1,6 +1,7 @@
 """The queue and the models behind the server, without HTTP."""
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qvpo_rllib.bench.serve import fresh_bundle
+from qvpo_rllib.bench.http_load import fresh_bundle
 from qvpo_rllib.serving import load
 from qvpo_rllib.serving.batcher import Batcher, OverloadedError
 from qvpo_rllib.serving.limits import MAX_BATCH_SAMPLES, MAX_PENDING_REQUESTS
@@ -115,6 +116,28 @@ def test_a_client_that_left_is_not_computed_for(policy: Any) -> None:
 
     assert asyncio.run(scenario()) == 0
     assert 7 not in policy.calls
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_a_row_is_the_same_bits_in_every_batch_at_the_papers_sizes(bundle: Path, k: int) -> None:
+    """With K = 8, blocks of two rows give other bits in the other place on some machines."""
+    policy, rows = load(bundle), 24
+    obs, noise = obs_of(0, rows), policy.draw_noise(rows, k, torch.Generator().manual_seed(1))
+    together, _ = policy.select(obs, noise)
+    order = np.random.default_rng(0).permutation(rows)
+    np.testing.assert_array_equal(policy.select(obs[order], noise[:, order])[0], together[order])
+    for row in (slice(3, 4), slice(4, 7)):
+        np.testing.assert_array_equal(policy.select(obs[row], noise[:, row])[0], together[row])
+
+
+def test_a_missing_bundle_goes_on_being_served(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "here")
+    models = Models()
+    models.open([tmp_path / "here"])
+    (tmp_path / "here").rename(tmp_path / "away")
+    models.refresh()
+    assert "hopper@fresh" in models.snapshot.by_reference
+    assert models.snapshot.problems == (None,)
 
 
 def test_two_different_bundles_may_not_share_a_version(bundle: Path) -> None:

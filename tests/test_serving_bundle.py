@@ -19,6 +19,7 @@ from qvpo_rllib.serving.bundle import digest
 from qvpo_rllib.serving.description import _digest
 from qvpo_rllib.serving.policy import NonFiniteActionError
 
+ROOT = Path(__file__).parents[1]
 WITHOUT_RAY = """
 import json, sys
 import numpy as np, torch
@@ -142,6 +143,23 @@ def test_loads_and_acts_without_ray_and_gymnasium(bundle: Path, policy: Any) -> 
     assert not {"ray", "gymnasium", "mujoco", "pydantic", "pyarrow", "onnx"} & set(report["loaded"])
     expected = policy.act(np.ones((3, 2)), 4, seeded(5))
     np.testing.assert_array_equal(np.float32(report["actions"]), expected)
+
+
+def test_only_the_application_imports_ray() -> None:
+    modules = [f.stem for f in (ROOT / "qvpo_rllib" / "serving").glob("[!_]*.py")]
+    assert {"api", "app", "bundle", "client", "onnx"} <= set(modules)
+    names = [f"qvpo_rllib.serving.{module}" for module in modules if module != "app"]
+    program = f"""
+import importlib, sys
+for name in {names}:
+    importlib.import_module(name)
+print(sorted({{"ray", "gymnasium"}} & set(sys.modules)))
+print(sorted(m for m in sys.modules if m.startswith("qvpo_rllib.") and m.count(".") == 1))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines() == ["[]", "['qvpo_rllib.core', 'qvpo_rllib.serving']"]
 
 
 def test_onnx_gives_the_same_actions(bundle: Path, policy: Any) -> None:

@@ -415,11 +415,14 @@ def test_replacing_a_bundle_fails_no_request(
 
     # A damaged one is not taken; what serves goes on and says so.
     parameters = live / "policy.safetensors"
-    parameters.write_bytes(parameters.read_bytes()[:-1])
+    whole = parameters.read_bytes()
+    parameters.write_bytes(whole[:-1])
     os.utime(live / "policy.json")
     wait_for(lambda: live_models(client)["2"]["problem"] is not None)
     assert "SHA-256" in live_models(client)["2"]["problem"]
     assert client.act("live", observations(1)).shape == (1, 1)
+    parameters.write_bytes(whole)  # as when the last file of a copy arrives
+    wait_for(lambda: live_models(client)["2"]["problem"] is None)
 
 
 def test_deploying_other_arguments_fails_no_request(url: str, bundle: Path, client: Any) -> None:

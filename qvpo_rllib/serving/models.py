@@ -80,13 +80,16 @@ class Models:
         # Absent for a moment while somebody swaps directories: the old one goes on.
         if stamp is None or stamp == place.stamp:
             return False
-        place.stamp = stamp
         try:
             policy = _load_warm(place.path)
         except ValueError as error:
-            place.problem = str(error)
-            logger.error("%s goes on serving %s: %s", place.path, reference(place.policy), error)
-            return True
+            # The stamp stays as it was, so that a bundle still being copied is tried again.
+            changed = place.problem != str(error)
+            if changed:
+                place.problem = str(error)
+                logger.error("%s goes on as %s: %s", place.path, reference(place.policy), error)
+            return changed
+        place.stamp = stamp
         place.problem = None
         if reference(policy) != reference(place.policy):
             place.previous = place.policy
