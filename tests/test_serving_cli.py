@@ -58,20 +58,26 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def served(bundle: Path, checkpoint: Path) -> Iterator[tuple[Any, str, list[str]]]:
     """The process, its address and what it printed until it served."""
+    with serving(str(bundle), str(checkpoint), "--trust-checkpoint") as started:
+        yield started
+
+
+@contextlib.contextmanager
+def serving(*arguments: str) -> Iterator[tuple[Any, str, list[str]]]:
     port = free_port()
-    process = start(
-        "serve", str(bundle), str(checkpoint), "--trust-checkpoint", "--port", str(port)
-    )
+    process = start("serve", *arguments, "--port", str(port))
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith("Serving at"):
             break
-    yield process, f"http://{LOOPBACK}:{port}", lines
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    try:
+        yield process, f"http://{LOOPBACK}:{port}", lines
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 # --- one server, in this order ------------------------------------------------------------------
@@ -124,6 +130,21 @@ def test_a_killed_replica_comes_back(served: Any) -> None:
         except (OSError, RuntimeError):
             assert time.monotonic() < deadline
             time.sleep(0.2)
+
+
+def test_stops_on_sigterm_with_several_replicas(bundle: Path) -> None:
+    """Several replicas are behind Serve's proxy; SIGTERM comes from Kubernetes or systemd."""
+    with serving(str(bundle), "--replicas", "2") as (process, url, lines):
+        assert any(url in line for line in lines), [*lines, process.stderr.read()]
+        with Client(url) as client:
+            for _ in range(4):
+                client.act("hopper", np.zeros((1, 11)), k=1)
+        assert listening_addresses(int(url.rsplit(":", 1)[1])) == {LOOPBACK}
+        os.kill(process.pid, signal.SIGTERM)
+        output, error = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 0, error
+    assert "Stopping" in output
+    assert "SIGTERM" not in error
 
 
 def test_stops_on_ctrl_c(served: Any) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from qvpo_rllib.cli.train import LOOPBACK
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal's; Kubernetes' and systemd's
+
 # Serve's own defaults keep user code and router in threads of their own, for user code that blocks
 # the event loop. Ours never does, and each hop between threads costs time.
 FAST = {
@@ -111,17 +113,23 @@ def _as_bundles(paths: list[Path], trust: bool, scratch: Path) -> list[Path]:
 
 def _run(bundles: list[Path], host: str, port: int, replicas: int) -> int:
     stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
+        _stop_on_signals(stop)
         with serving(bundles, host=host, port=port, replicas=replicas):
+            _stop_on_signals(stop)  # Ray has put a handler of its own for SIGTERM, which aborts
             _print_models(host, port)
             stop.wait()
             print("Stopping: requests that have begun are finished.", flush=True)
     finally:
-        for number, handler in previous.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: stop.set())
 
 
 @contextmanager
