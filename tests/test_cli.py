@@ -21,7 +21,9 @@ TRAIN_OPTIONS = [
     "--env", "--preset", "--seed", "--env-steps", "--num-env-runners", "--num-envs-per-env-runner",
     "--num-gpus", "--run-dir", "--resume", "--eval-interval", "--set",
 ]  # fmt: skip
-EVALUATE_OPTIONS = ["--episodes", "--k", "--seed", "--json"]
+EVALUATE_OPTIONS = ["--episodes", "--k", "--seed", "--json", "--server", "--model", "--env"]
+EXPORT_OPTIONS = ["--name", "--version", "--onnx"]
+SERVE_OPTIONS = ["--host", "--port", "--replicas", "--trust-checkpoint"]
 TINY = ["--set", "warmup_steps=100", "--set", "batch_size=16", "--set", "hidden=16"]
 START_TIMEOUT_S = 120
 
@@ -102,9 +104,12 @@ def trained(tmp_path_factory: Any) -> tuple[Path, tuple[int, str, str]]:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["train", "evaluate", "QVPO"]),
+        ([], ["train", "evaluate", "export", "serve", "bench", "QVPO"]),
         (["train"], TRAIN_OPTIONS),
         (["evaluate"], EVALUATE_OPTIONS),
+        (["export"], EXPORT_OPTIONS),
+        (["serve"], SERVE_OPTIONS),
+        (["bench", "serve"], ["--k", "--seconds", "--port", "--json"]),
     ],
 )
 def test_help_names_every_option(capsys: Any, arguments: list[str], words: list[str]) -> None:
@@ -117,7 +122,12 @@ def test_help_names_every_option(capsys: Any, arguments: list[str], words: list[
 
 
 def test_parser_has_no_option_that_this_file_does_not_know() -> None:
-    for command, options in (("train", TRAIN_OPTIONS), ("evaluate", EVALUATE_OPTIONS)):
+    for command, options in (
+        ("train", TRAIN_OPTIONS),
+        ("evaluate", EVALUATE_OPTIONS),
+        ("export", EXPORT_OPTIONS),
+        ("serve", SERVE_OPTIONS),
+    ):
         known = cli._subparser(argparse.Namespace(command=command))._option_string_actions
         assert set(known) - {"-h", "--help"} == set(options)
 

@@ -1,1 +1,1 @@
-"""Benchmarks that need neither Ray nor Gymnasium: `qvpo bench`."""
+"""What `qvpo bench` measures. Only `serve` needs more than torch and NumPy."""

@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from qvpo_rllib.cli import bench, evaluate, report, train, tune
+from qvpo_rllib.cli import bench, evaluate, export, report, serve, train, tune
 from qvpo_rllib.cli.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.errors import NonFiniteError
 
-COMMANDS = (train, evaluate, tune, report, bench)
+COMMANDS = (train, evaluate, tune, report, export, serve, bench)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,7 +1,9 @@
-"""`qvpo bench learner | act | replay`. Needs torch and NumPy alone."""
+"""`qvpo bench learner | act | replay | serve`. Only `serve` needs more than torch and NumPy."""
 
 import argparse
 from typing import Any
+
+from qvpo_rllib.bench import serve
 
 LEARNER_COLUMNS = {
     "setting": "setting",
@@ -38,7 +40,7 @@ REPLAY_COLUMNS = {
 def add(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
-        help="time updates, acting and the replay on this machine",
+        help="time updates, acting, the replay and the server on this machine",
         description="Time the parts on this machine, side by side with a straightforward "
         "implementation of the same. Figures are medians over rounds that visit both in turn, with "
         "the smallest and the largest round in brackets. The matrix-product bound is the share of "
@@ -63,6 +65,7 @@ def add(commands: Any) -> None:
     act.add_argument("--k", nargs="+", type=_positive, default=[4, 32], metavar="K")
     replay = _part(parts, "replay", "adding to the replay and sampling from it", _replay)
     replay.add_argument("--capacity", type=_positive, default=100_000, metavar="N")
+    serve.add(parts)
 
 
 def _part(parts: Any, name: str, meaning: str, run: Any) -> argparse.ArgumentParser:

@@ -9,14 +9,23 @@ from typing import Any
 def add(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
-        help="play episodes with a checkpoint's policy",
-        description="Play whole episodes with a checkpoint's policy: the best of K actions in each "
-        "state, scaled as in training. Loading a checkpoint runs code: load only your own.",
+        help="play episodes with a checkpoint's, a bundle's or a server's policy",
+        description="Play whole episodes with a policy: the best of K actions in each state, "
+        "scaled as in training. Loading a checkpoint runs code: load only your own. A bundle of "
+        "qvpo export runs none, and --server asks a server for every action.",
         allow_abbrev=False,
     )
     evaluate.add_argument(
-        "checkpoint", type=Path, help="a checkpoint directory, or a run directory (its best)"
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        help="a checkpoint directory, a run directory (its best) or a bundle",
     )
+    evaluate.add_argument(
+        "--server", metavar="URL", help="ask this server instead, such as http://127.0.0.2:8000"
+    )
+    evaluate.add_argument("--model", metavar="NAME", help="with --server: name or name@version")
+    evaluate.add_argument("--env", metavar="ID", help="with --server (default: the model's own)")
     evaluate.add_argument("--episodes", type=int, default=10, metavar="N", help="default 10")
     evaluate.add_argument("--k", type=int, metavar="K", help="default: the checkpoint's k_eval")
     evaluate.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
@@ -25,11 +34,14 @@ def add(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from qvpo_rllib.experiments.evaluation import evaluate_checkpoint
+    from qvpo_rllib.experiments.evaluation import evaluate_checkpoint, evaluate_server
 
-    result = evaluate_checkpoint(
-        options.checkpoint, episodes=options.episodes, k=options.k, seed=options.seed
-    )
+    settings = {"episodes": options.episodes, "k": options.k, "seed": options.seed}
+    _check_source(options)
+    if options.server is not None:
+        result = evaluate_server(options.server, options.model, options.env, **settings)
+    else:
+        result = evaluate_checkpoint(options.checkpoint, **settings)
     if options.json:
         print(json.dumps(result.to_dict()))
         return 0
@@ -41,3 +53,14 @@ def _evaluate(options: argparse.Namespace) -> int:
         )
     print(f"mean {result.mean:.1f}   std {result.std:.1f}   ({len(result.episodes)} episodes)")
     return 0
+
+
+def _check_source(options: argparse.Namespace) -> None:
+    if (options.checkpoint is None) == (options.server is None):
+        raise ValueError(
+            "Give either a checkpoint, run or bundle, or --server URL with --model NAME."
+        )
+    if options.server is not None and options.model is None:
+        raise ValueError("--server needs --model NAME: GET URL/v1/models lists them.")
+    if options.server is None and (options.model or options.env):
+        raise ValueError("--model and --env are for --server; a checkpoint names its own.")

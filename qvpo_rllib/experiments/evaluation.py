@@ -1,6 +1,8 @@
-"""Evaluating a checkpoint, without a cluster: the code behind `qvpo evaluate`."""
+"""Evaluating a policy, without a cluster: the code behind `qvpo evaluate`."""
 
 import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,14 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from ray.rllib.policy.policy import Policy
+from numpy.typing import NDArray
 
-from qvpo_rllib.checkpoint import read_metadata
+from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.experiments.plan import check_environment
-from qvpo_rllib.policy import QVPOTorchPolicy
+from qvpo_rllib.experiments.served import find_checkpoint, load_policy
 from qvpo_rllib.rollout import Episode, run_episodes
-from qvpo_rllib.spaces import action_scale
+from qvpo_rllib.serving.client import Client, ServerError
 
 MAX_ENVS = 10
 
@@ -53,59 +55,127 @@ class Evaluation:
         }
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint meant by `path`: itself, or a run directory's best (else its last)."""
-    path = path.expanduser().resolve()
-    for name in ("best", "last"):
-        if (path / "checkpoints" / name).is_dir():
-            return (path / "checkpoints" / name).resolve()
-    return path
-
-
 def evaluate_checkpoint(
     path: Path, *, episodes: int = 10, k: int | None = None, seed: int = 0
 ) -> Evaluation:
     """Plays whole episodes with the best of k actions, scaled as in training.
 
-    Loading a checkpoint unpickles it, which runs code: load only your own.
+    Loading a checkpoint unpickles it, which runs code: load only your own. A bundle runs none.
 
     Args:
-        path: a checkpoint or a run directory.
-        k: actions drawn per state; the checkpoint's `k_eval` if None.
+        path: a checkpoint, a run directory or a bundle.
+        k: actions drawn per state; the policy's `k_eval` if None.
         seed: of environments and diffusion noise.
 
     Raises:
-        ValueError: no QVPO checkpoint, of another format, or its environment is missing.
+        ValueError: nothing to evaluate there, of another format, or its environment is missing.
     """
+    _check(episodes, k, seed)
+    policy = load_policy(path)
+    d = policy.description
+
+    def act(obs: NDArray[np.float32], step_seed: int) -> NDArray[np.floating]:
+        return policy.act(obs, k, torch.Generator().manual_seed(step_seed))
+
+    episodes_played = _play(
+        d.env, d.env_config, (d.obs_dim, d.act_low, d.act_high), act, episodes, seed
+    )
+    source = str(find_checkpoint(path))
+    return Evaluation(d.env, d.k_eval if k is None else k, seed, source, episodes_played)
+
+
+def evaluate_server(
+    url: str,
+    model: str,
+    env: str | None = None,
+    *,
+    episodes: int = 10,
+    k: int | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """As `evaluate_checkpoint`, with every action asked of a server (`qvpo serve`).
+
+    The returns are those of a local evaluation with the same seed, to the last bit if both machines
+    multiply matrices alike.
+
+    Args:
+        model: name or name@version.
+        env: environment; the model's own if None.
+
+    Raises:
+        ValueError: no server or no such model, or the environment is missing or does not fit.
+    """
+    _check(episodes, k, seed)
+    with Client(url) as client:
+        try:
+            models = {f"{m['name']}@{m['version']}": m for m in client.models()}
+            defaults = {m["name"]: m for m in models.values() if m["default"]}
+            found = (defaults | models).get(model)
+            if found is None:
+                raise ValueError(
+                    f"{url} serves no model {model!r}; it serves "
+                    f"{', '.join(sorted(defaults | models))}."
+                )
+            # One version to the end, whatever is replaced meanwhile.
+            pinned = f"{found['name']}@{found['version']}"
+            env = env or found["env"]
+            episodes_played = _play(
+                env,
+                found["env_config"] if env == found["env"] else {},
+                (found["obs_dim"], found["act_low"], found["act_high"]),
+                lambda obs, step_seed: client.act(pinned, obs, k, step_seed),
+                episodes,
+                seed,
+            )
+        except (OSError, ServerError) as error:
+            raise ValueError(
+                f"The server {url} cannot be used: {error}. Is qvpo serve running there?"
+            ) from error
+    source = f"{url}/v1/models/{pinned}"
+    return Evaluation(env, found["k_eval"] if k is None else k, seed, source, episodes_played)
+
+
+class _InBox(ActionScale):
+    """For actions that are in the environment's box already."""
+
+    def to_env(self, action: NDArray[np.floating]) -> NDArray[np.floating]:
+        return np.asarray(action, self.dtype)
+
+
+def _check(episodes: int, k: int | None, seed: int) -> None:
     for name, value, least in (("episodes", episodes, 1), ("k", k, 1), ("seed", seed, 0)):
         if value is not None and value < least:
             raise ValueError(f"--{name} {value} is not allowed: it must be {least} or more.")
-    directory = find_checkpoint(path)
-    metadata = read_metadata(directory)
-    env_id = metadata["env"]
-    check_environment(env_id, metadata["env_config"])
-    policy = Policy.from_checkpoint(str(directory / "policies" / "default_policy"))
-    assert isinstance(policy, QVPOTorchPolicy)
-    make = functools.partial(gym.make, env_id, **(metadata["env_config"] or {}))
+
+
+def _play(
+    env_id: str,
+    env_config: dict[str, Any],
+    shapes: tuple[int, list[float], list[float]],
+    act: Callable[[NDArray[np.float32], int], NDArray[np.floating]],
+    episodes: int,
+    seed: int,
+) -> list[Episode]:
+    """Episodes with `act(observations, seed of this step's noise)`, actions in the box."""
+    check_environment(env_id, env_config)
+    make = functools.partial(gym.make, env_id, **env_config)
     envs = [make() for _ in range(min(episodes, MAX_ENVS))]
-    shapes = [envs[0].observation_space.shape[0], envs[0].action_space.shape[0]]
-    if shapes != metadata["shapes"]:
-        raise ValueError(
-            f"{env_id} has observation and action sizes {shapes} here, but the checkpoint was "
-            f"trained on {metadata['shapes']}."
-        )
-    k = policy.hp.k_eval if k is None else k
-    generator = torch.Generator(device=policy.device)
-    generator.manual_seed(spawn_seed(seed, Stream.EVALUATION, 0, 1))
+    step_number = itertools.count()
     try:
-        finished = run_episodes(
+        space = envs[0].action_space
+        found = (envs[0].observation_space.shape[0], space.low.tolist(), space.high.tolist())
+        if found != shapes:
+            raise ValueError(
+                f"{env_id} has observation size and action bounds {found} here, but the policy was "
+                f"trained on {shapes}."
+            )
+        return run_episodes(
             envs,
-            lambda obs: policy.act(obs, k, generator),
-            action_scale(envs[0].action_space),
+            lambda obs: act(obs, spawn_seed(seed, Stream.EVALUATION, 0, 1, next(step_number))),
+            _InBox(space.low, space.high),
             episode_seeds(seed, 0, episodes),
             env_id,
         )
     finally:
         for env in envs:
             env.close()
-    return Evaluation(env_id, k, seed, str(directory), finished)

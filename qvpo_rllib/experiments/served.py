@@ -1,0 +1,119 @@
+"""A trained policy for acting: from a checkpoint, a run directory or a bundle."""
+
+import importlib.metadata
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.rllib.policy.policy import Policy
+
+from qvpo_rllib.checkpoint import read_metadata
+from qvpo_rllib.policy import QVPOTorchPolicy
+from qvpo_rllib.serving.bundle import (
+    DESCRIPTION_FILE,
+    build_networks,
+    digest,
+    encode_parameters,
+    load,
+)
+from qvpo_rllib.serving.description import Description
+from qvpo_rllib.serving.policy import ServedPolicy
+
+PACKAGES = ("qvpo_rllib", "torch", "ray", "numpy", "safetensors")
+VERSION_DIGITS = 12  # of the parameters' SHA-256
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint meant by `path`: itself, or a run directory's best (else its last)."""
+    path = path.expanduser().resolve()
+    for name in ("best", "last"):
+        if (path / "checkpoints" / name).is_dir():
+            return (path / "checkpoints" / name).resolve()
+    return path
+
+
+def load_policy(path: Path) -> ServedPolicy:
+    """The policy of a bundle, a checkpoint or a run directory (its best).
+
+    Loading a checkpoint unpickles it, which runs code: load only your own. A bundle runs none.
+
+    Raises:
+        ValueError: there is neither, or it is damaged or of another format.
+    """
+    directory = find_checkpoint(path)
+    if (directory / DESCRIPTION_FILE).is_file():
+        return load(directory)
+    description, parameters = read_checkpoint(directory)
+    return ServedPolicy(description, build_networks(description, parameters))
+
+
+def read_checkpoint(
+    directory: Path, *, name: str | None = None, version: str | None = None
+) -> tuple[Description, bytes]:
+    """A checkpoint's policy as a bundle's description and parameters.
+
+    Args:
+        name: under which it will be served; the environment's id if None.
+        version: of the model; the beginning of the parameters' SHA-256 if None.
+
+    Raises:
+        ValueError: no QVPO checkpoint, of another format, or a name that is not allowed.
+    """
+    metadata = read_metadata(directory)
+    policy = Policy.from_checkpoint(str(directory / "policies" / "default_policy"))
+    assert isinstance(policy, QVPOTorchPolicy)
+    parameters = encode_parameters(policy.networks.state_dict())
+    version = version or digest(parameters)[:VERSION_DIGITS]
+    return _describe(policy, metadata, directory, name, version), parameters
+
+
+def _describe(
+    policy: QVPOTorchPolicy,
+    metadata: dict[str, Any],
+    directory: Path,
+    name: str | None,
+    version: str,
+) -> Description:
+    obs, act = policy.observation_space, policy.action_space_struct
+    env = str(metadata["env"])
+    run = directory.parents[1].name if directory.parent.name == "checkpoints" else None
+    return Description(
+        name=name or env.rsplit("/", 1)[-1].rsplit(":", 1)[-1],
+        version=version,
+        env=env,
+        env_config=metadata["env_config"] or {},
+        obs_dim=policy.obs_dim,
+        obs_dtype=str(obs.dtype),
+        obs_low=_bounds(obs.low),
+        obs_high=_bounds(obs.high),
+        act_low=act.low.tolist(),
+        act_high=act.high.tolist(),
+        act_dtype=str(act.dtype),
+        hidden=list(policy.hp.hidden),
+        diffusion_steps=policy.hp.diffusion_steps,
+        noise_schedule=policy.hp.noise_schedule,
+        k_behavior=policy.hp.k_behavior,
+        k_eval=policy.hp.k_eval,
+        source={
+            "run": run,
+            "checkpoint": directory.name,
+            "seed": metadata.get("seed"),
+            "env_steps": metadata["ledger"].get("ingested"),
+            "updates": metadata["ledger"].get("done"),
+            "trained_with": {
+                "qvpo_rllib": metadata.get("package_version"),
+                "ray": metadata.get("ray_version"),
+                "torch": metadata.get("torch_version"),
+            },
+        },
+        versions={package: importlib.metadata.version(package) for package in PACKAGES}
+        | {"python": platform.python_version()},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _bounds(values: NDArray[Any]) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]

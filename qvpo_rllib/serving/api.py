@@ -1,0 +1,242 @@
+"""The HTTP interface: paths, checks and error sentences. It knows nothing of Ray.
+
+Every reply that is not a success is `{"error": "<sentence>"}`.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from qvpo_rllib import __version__
+from qvpo_rllib.serving.batcher import Batcher, OverloadedError
+from qvpo_rllib.serving.limits import MAX_BODY_BYTES, MAX_K, MAX_ROWS, MAX_SAMPLES
+from qvpo_rllib.serving.models import Models, Snapshot
+from qvpo_rllib.serving.policy import NonFiniteActionError, ServedPolicy
+from qvpo_rllib.serving.schema import (
+    ActReply,
+    ActRequest,
+    ErrorReply,
+    ModelInfo,
+    ModelList,
+    sentence_of,
+)
+
+REFRESH_INTERVAL_S = 2.0
+RETRY_AFTER_S = 1
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorReply, "description": "There is no such model."},
+    413: {"model": ErrorReply, "description": "The body or the request is too large."},
+    422: {"model": ErrorReply, "description": "The body is not a valid request."},
+    503: {"model": ErrorReply, "description": "Too many requests wait, or no model is ready."},
+}
+_ACT_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": ActRequest.model_json_schema()}},
+    }
+}
+
+
+class Engine:
+    """The models and the thread that computes; made and used within one event loop."""
+
+    def __init__(self) -> None:
+        self.models = Models()
+        self.batcher = Batcher()
+        self._changing = asyncio.Lock()
+
+    async def open(self, paths: Sequence[str | Path]) -> None:
+        """Serves exactly these bundles; the ones before serve until they are ready."""
+        async with self._changing:
+            await asyncio.to_thread(self.models.open, paths)
+
+    async def refresh(self) -> None:
+        async with self._changing:
+            await asyncio.to_thread(self.models.refresh)
+
+    async def refresh_forever(self) -> None:
+        """Takes up replaced bundles as long as the server runs."""
+        while True:
+            await asyncio.sleep(REFRESH_INTERVAL_S)
+            await self.refresh()
+
+
+def create_api() -> FastAPI:
+    """The application. `app.state.engine` is there once its lifespan has begun."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.engine = Engine()
+        task = asyncio.create_task(app.state.engine.refresh_forever())
+        yield
+        task.cancel()
+        app.state.engine.batcher.close()
+
+    api = FastAPI(
+        title="QVPO policies",
+        version=__version__,
+        description="The best of K actions of a diffusion policy, for every observation.",
+        lifespan=lifespan,
+    )
+    api.add_exception_handler(HTTPException, _http_error)
+
+    @api.get("/healthz", response_model=None)
+    async def healthz() -> dict[str, str]:
+        """The process lives."""
+        return {"status": "ok"}
+
+    @api.get("/readyz", response_model=None, responses={503: _ERRORS[503]})
+    async def readyz(request: Request) -> dict[str, str]:
+        """Models are loaded and warm."""
+        if not _snapshot(request).policies:
+            raise _not_ready()
+        return {"status": "ready"}
+
+    @api.get("/v1/models")
+    async def models(request: Request) -> ModelList:
+        """Every name and version served."""
+        snapshot = _snapshot(request)
+        return ModelList(
+            models=[
+                _info(policy, snapshot.is_default(policy), problem)
+                for policy, problem in zip(snapshot.policies, snapshot.problems, strict=True)
+            ]
+        )
+
+    @api.post(
+        "/v1/models/{name}/act",
+        response_model=ActReply,
+        responses=_ERRORS,
+        openapi_extra=_ACT_BODY,
+    )
+    async def act(name: str, request: Request) -> Response:
+        """The best of k actions for each observation; `name` or `name@version`."""
+        policy = _find(_snapshot(request), name)
+        body = _parse(await _read_body(request))
+        k = policy.description.k_eval if body.k is None else body.k
+        if len(body.observations) * k > MAX_SAMPLES:
+            raise HTTPException(
+                413,
+                f"{len(body.observations)} observations with k={k} are more than {MAX_SAMPLES:,} "
+                "samples: send fewer observations at a time, or a smaller k.",
+            )
+        obs = _check(policy, body.observations)
+        try:
+            result = await request.app.state.engine.batcher.act(policy, obs, k, body.seed)
+        except NonFiniteActionError as error:
+            raise HTTPException(422, str(error)) from None
+        except OverloadedError:
+            raise HTTPException(
+                503,
+                "Too many requests are waiting: try again later.",
+                headers={"Retry-After": str(RETRY_AFTER_S)},
+            ) from None
+        reply = {
+            "model": policy.description.name,
+            "version": policy.description.version,
+            "k": k,
+            "seed": body.seed,
+            "actions": result.actions.tolist(),
+            "time_ms": {
+                "queued": round(result.queued_s * 1e3, 3),
+                "computing": round(result.computing_s * 1e3, 3),
+            },
+        }
+        return Response(json.dumps(reply, allow_nan=False), media_type="application/json")
+
+    return api
+
+
+def _snapshot(request: Request) -> Snapshot:
+    snapshot: Snapshot = request.app.state.engine.models.snapshot
+    return snapshot
+
+
+def _not_ready() -> HTTPException:
+    return HTTPException(
+        503,
+        "No model is loaded yet: try again later.",
+        headers={"Retry-After": str(RETRY_AFTER_S)},
+    )
+
+
+def _find(snapshot: Snapshot, name: str) -> ServedPolicy:
+    policy = snapshot.by_reference.get(name)
+    if policy is None:
+        if not snapshot.policies:
+            raise _not_ready()
+        served = ", ".join(sorted(snapshot.by_reference))
+        raise HTTPException(404, f"There is no model {name[:200]!r}. Served are: {served}.")
+    return policy
+
+
+async def _read_body(request: Request) -> bytes:
+    """The body, counted as it comes, whatever length it announced."""
+    too_large = HTTPException(
+        413, f"The body is larger than {MAX_BODY_BYTES:,} bytes: send fewer observations at a time."
+    )
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > MAX_BODY_BYTES:
+        raise too_large
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise too_large
+    return bytes(body)
+
+
+def _parse(body: bytes) -> ActRequest:
+    try:
+        return ActRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise HTTPException(422, sentence_of(error)) from None
+
+
+def _check(policy: ServedPolicy, observations: list[list[float]]) -> Any:
+    dim = policy.description.obs_dim
+    for row, numbers in enumerate(observations):
+        if len(numbers) != dim:
+            raise HTTPException(
+                422,
+                f"observations[{row}] has {len(numbers)} numbers; "
+                f"{policy.description.name} needs {dim}.",
+            )
+    try:
+        return policy.check(np.array(observations))
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from None
+
+
+def _info(policy: ServedPolicy, default: bool, problem: str | None) -> ModelInfo:
+    d = policy.description
+    return ModelInfo(
+        name=d.name,
+        version=d.version,
+        default=default,
+        env=d.env,
+        env_config=d.env_config,
+        obs_dim=d.obs_dim,
+        act_low=d.act_low,
+        act_high=d.act_high,
+        k_eval=d.k_eval,
+        k_max=MAX_K,
+        rows_max=MAX_ROWS,
+        source=d.source,
+        problem=problem,
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)

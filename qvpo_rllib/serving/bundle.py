@@ -1,0 +1,186 @@
+"""A bundle: a directory with a policy's parameters and its description, and no code.
+
+    policy.json          the description, the SHA-256 of every other file, and a digest of itself
+    policy.safetensors   actor and critics, float32
+    policy.onnx          optional, for other programs: nothing here reads it
+
+The digests find accidents and careless edits. They are no signature: whoever can write the bundle
+can write them too. What no bundle can do is run code: it is parsed, never unpickled.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from qvpo_rllib.serving import description as description_json
+from qvpo_rllib.serving.description import Description
+from qvpo_rllib.serving.policy import PolicyNetworks, ServedPolicy
+
+DESCRIPTION_FILE = "policy.json"
+PARAMETERS_FILE = "policy.safetensors"
+ONNX_FILE = "policy.onnx"
+# Beyond the parameters themselves: safetensors' header, a few hundred bytes per tensor.
+MAX_HEADER_BYTES = 2**20
+
+
+def encode_parameters(tensors: Mapping[str, Tensor]) -> bytes:
+    """Actor and critics as the bytes of `policy.safetensors`; targets and the like are left out."""
+    kept = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in tensors.items()
+        if name.startswith(("actor.", "critic."))
+    }
+    return safetensors.torch.save(kept)
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_bundle(
+    directory: Path | str,
+    description: Description,
+    parameters: bytes,
+    onnx: bytes | None = None,
+) -> Path:
+    """Writes a bundle whole or not at all.
+
+    Args:
+        directory: must not exist yet; nothing is ever overwritten.
+        parameters: of `encode_parameters`.
+
+    Raises:
+        ValueError: the directory exists or cannot be made, or the parameters do not fit the
+            description.
+    """
+    directory = Path(directory).expanduser().absolute()
+    check_absent(directory)
+    build_networks(description, parameters)
+    files = {PARAMETERS_FILE: parameters}
+    if onnx is not None:
+        files[ONNX_FILE] = onnx
+    digests = {name: digest(content) for name, content in files.items()}
+    files[DESCRIPTION_FILE] = description_json.encode(description, digests)
+    temporary = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        temporary.chmod(0o755)
+        for name, content in files.items():
+            with (temporary / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        os.rename(temporary, directory)  # fails if somebody has filled it meanwhile
+    except OSError as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise ValueError(
+            f"The bundle {str(directory)!r} cannot be written: {error}. Give another directory."
+        ) from error
+    return directory
+
+
+def check_absent(directory: Path) -> None:
+    """Raises `ValueError` if there is something at `directory` already."""
+    if os.path.lexists(directory):
+        raise ValueError(
+            f"{str(directory)!r} exists already, and an export overwrites nothing: give a "
+            "directory that does not exist, or move that one away."
+        )
+
+
+def load(directory: Path | str) -> ServedPolicy:
+    """The policy of a bundle, ready to act.
+
+    Raises:
+        ValueError: there is no bundle, or it is damaged, foreign, or of another format version.
+    """
+    directory = Path(directory).expanduser().absolute()
+    if not directory.is_dir():
+        raise ValueError(f"There is no bundle {str(directory)!r}: no such directory.")
+    if not (directory / DESCRIPTION_FILE).is_file():
+        raise ValueError(
+            f"{str(directory)!r} is not a bundle: it has no {DESCRIPTION_FILE}. Make one with "
+            "qvpo export CHECKPOINT OUT."
+        )
+    try:
+        text = _read(directory / DESCRIPTION_FILE, description_json.MAX_BYTES)
+        description, digests = description_json.decode(text)
+    except ValueError as error:
+        raise _refusal(directory / DESCRIPTION_FILE, str(error)) from error
+    file = directory / PARAMETERS_FILE
+    try:
+        parameters = _read(file, _parameter_bytes(description) + MAX_HEADER_BYTES)
+        if digest(parameters) != digests.get(PARAMETERS_FILE):
+            raise ValueError(
+                "its SHA-256 is not the one in policy.json: it was changed or cut short"
+            )
+        networks = build_networks(description, parameters)
+    except ValueError as error:
+        raise _refusal(file, str(error)) from error
+    return ServedPolicy(description, networks)
+
+
+def _read(file: Path, max_bytes: int) -> bytes:
+    """The file's bytes, read once, so that what is checked is what is used."""
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > max_bytes:
+                raise ValueError(
+                    f"it has {size:,} bytes, longer than the {max_bytes:,} that it may have"
+                )
+            return stream.read(size)
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error})") from error
+
+
+def _refusal(file: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{str(file)!r} is refused: {reason.removesuffix('.')}. Export the policy again with "
+        "qvpo export, or use another copy of the bundle."
+    )
+
+
+def _empty(description: Description) -> PolicyNetworks:
+    """The networks without memory for their parameters, which give names and shapes."""
+    with torch.device("meta"):
+        return PolicyNetworks(description)
+
+
+def _parameter_bytes(description: Description) -> int:
+    return sum(p.numel() * 4 for p in _empty(description).parameters())
+
+
+def build_networks(description: Description, parameters: bytes) -> PolicyNetworks:
+    """The networks with these parameters. Raises `ValueError` if they do not fit."""
+    try:
+        tensors = safetensors.torch.load(parameters)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"it is not a whole safetensors file ({error})") from error
+    expected = {name: p.shape for name, p in _empty(description).named_parameters()}
+    wrong = sorted(expected.keys() ^ tensors.keys())
+    if wrong:
+        raise ValueError(f"these tensors are missing or foreign: {', '.join(wrong[:4])}")
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tensor.dtype != torch.float32 or tensor.shape != shape:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, but policy.json describes "
+                f"torch.float32 {list(shape)}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has a NaN or an infinite parameter")
+    networks = PolicyNetworks(description)
+    networks.load_state_dict(tensors)
+    return networks.requires_grad_(False).eval()

@@ -1,0 +1,213 @@
+"""`policy.json`: what a bundle says about its policy, checked field by field before it is used."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from qvpo_rllib.core.action_scale import ActionScale
+from qvpo_rllib.core.hyperparameters import Hyperparameters
+
+FORMAT = "qvpo-policy"
+FORMAT_VERSION = 1
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+MAX_DIMS = 65_536  # observation or action dimensions
+MAX_STEPS = 10_000  # diffusion steps, and actions per observation
+MAX_BYTES = 16 * 2**20  # a policy.json; Humanoid's takes 10 kB
+FLOATS = ("float16", "float32", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Everything that acting with a policy needs beside its parameters, and where it came from.
+
+    Raises `ValueError` when made with a value that is not allowed.
+    """
+
+    name: str  # the model's name when served
+    version: str  # tells two policies of one name apart
+    env: str
+    env_config: dict[str, Any]
+    obs_dim: int
+    obs_dtype: str
+    obs_low: list[float | None]  # [O]; None: unbounded. For the reader: nothing is clipped
+    obs_high: list[float | None]
+    act_low: list[float]  # [A]
+    act_high: list[float]
+    act_dtype: str
+    hidden: list[int]
+    diffusion_steps: int  # T
+    noise_schedule: str
+    k_behavior: int
+    k_eval: int  # K unless a caller asks for another
+    source: dict[str, Any] = field(default_factory=dict)  # run, env steps, updates, seed, …
+    versions: dict[str, str] = field(default_factory=dict)  # of the packages that wrote it
+    created: str = ""  # ISO 8601, UTC
+
+    def __post_init__(self) -> None:
+        for name, (holds, allowed) in _RULES.items():
+            value = getattr(self, name)
+            if not holds(value):
+                raise ValueError(f"{name}={_short(value)} is not allowed: it must be {allowed}.")
+        for name, size in (
+            ("obs_low", self.obs_dim),
+            ("obs_high", self.obs_dim),
+            ("act_high", self.act_dim),
+        ):
+            if len(getattr(self, name)) != size:
+                raise ValueError(f"{name} has {len(getattr(self, name))} numbers, not {size}.")
+        if not all(low < high for low, high in zip(self.act_low, self.act_high, strict=True)):
+            raise ValueError("act_low must be below act_high in every dimension.")
+        Hyperparameters(  # the one home of what these may be
+            hidden=tuple(self.hidden),
+            diffusion_steps=self.diffusion_steps,
+            noise_schedule=self.noise_schedule,
+            k_behavior=self.k_behavior,
+            k_eval=self.k_eval,
+        )
+
+    @property
+    def act_dim(self) -> int:
+        return len(self.act_low)
+
+    @property
+    def action_scale(self) -> ActionScale:
+        """The map from the networks' [-1, 1] to the environment's box."""
+        dtype = np.dtype(self.act_dtype)
+        return ActionScale(np.array(self.act_low, dtype), np.array(self.act_high, dtype))
+
+
+def encode(description: Description, files: dict[str, str]) -> bytes:
+    """The text of `policy.json`.
+
+    Args:
+        files: SHA-256 in hexadecimal of every other file of the bundle, by name.
+    """
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        **asdict(description),
+        "sha256": files,
+    }
+    content["digest"] = _digest(content)
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+def decode(text: bytes) -> tuple[Description, dict[str, str]]:
+    """The inverse of `encode`. Raises `ValueError` that says what is wrong with the text."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"it does not say format: {FORMAT!r}")
+    if content.get("format_version") != FORMAT_VERSION:
+        written_by = content.get("versions")
+        version = written_by.get("qvpo_rllib") if isinstance(written_by, dict) else None
+        raise ValueError(
+            f"its format version is {_short(content.get('format_version'))}, written by qvpo_rllib "
+            f"{_short(version)}, and this qvpo_rllib reads version {FORMAT_VERSION}: install a "
+            "matching version, or export again"
+        )
+    if content.pop("digest", None) != _digest(content):
+        raise ValueError("its digest does not fit its content: it was changed or cut short")
+    files = content.pop("sha256", None)
+    if not isinstance(files, dict) or not all(_is_text(value) for value in files.values()):
+        raise ValueError("sha256 must map names of files to hexadecimal digests")
+    del content["format"], content["format_version"]
+    names = {f.name for f in fields(Description)}
+    wrong = sorted(names ^ content.keys())
+    if wrong:
+        raise ValueError(f"these fields are missing or unknown: {', '.join(map(_short, wrong))}")
+    return Description(**content), files
+
+
+def _digest(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(NAME_PATTERN, value) is not None
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= float(np.finfo(np.float64).max)
+        and math.isfinite(value)
+    )
+
+
+def _is_vector(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and 1 <= len(value) <= MAX_DIMS
+        and all(_is_number(v) for v in value)
+    )
+
+
+def _is_bound(value: Any) -> bool:
+    return isinstance(value, list) and all(v is None or _is_number(v) for v in value)
+
+
+def _is_float(value: Any) -> bool:
+    return value in FLOATS
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_NAME = (_is_name, "1 to 64 letters, digits, dots, dashes and underscores")
+_COUNT = (lambda value: _is_count(value, MAX_STEPS), f"an integer from 1 to {MAX_STEPS}")
+_BOUND = (_is_bound, "a list of finite numbers or null")
+_VECTOR = (_is_vector, "a list of finite numbers")
+_FLOAT = (_is_float, "one of " + ", ".join(FLOATS))
+_DICT = (_is_dict, "an object")
+_TEXT = (_is_text, "a text")
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": _NAME,
+    "version": _NAME,
+    "env": _TEXT,
+    "env_config": _DICT,
+    "obs_dim": (lambda value: _is_count(value, MAX_DIMS), f"an integer from 1 to {MAX_DIMS}"),
+    "obs_dtype": _TEXT,
+    "obs_low": _BOUND,
+    "obs_high": _BOUND,
+    "act_low": _VECTOR,
+    "act_high": _VECTOR,
+    "act_dtype": _FLOAT,
+    "hidden": (
+        lambda value: (
+            isinstance(value, list) and len(value) <= 64 and all(_is_count(v, 2**20) for v in value)
+        ),
+        "a list of up to 64 positive integers",
+    ),
+    "diffusion_steps": _COUNT,
+    "noise_schedule": _TEXT,
+    "k_behavior": _COUNT,
+    "k_eval": _COUNT,
+    "source": _DICT,
+    "versions": _DICT,
+    "created": _TEXT,
+}

@@ -1,0 +1,87 @@
+"""What a request may say and what a reply says; unknown keys, NaN and infinity are refused."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qvpo_rllib.serving.limits import MAX_K, MAX_ROWS
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Row = Annotated[list[Number], Field(min_length=1)]
+
+
+class ActRequest(BaseModel):
+    """The body of `POST /v1/models/{name}/act`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    observations: Annotated[list[Row], Field(min_length=1, max_length=MAX_ROWS)] = Field(
+        description="One observation per row, each as long as the model's obs_dim."
+    )
+    k: Annotated[int, Field(ge=1, le=MAX_K)] | None = Field(
+        default=None,
+        description="Actions drawn per observation, the best is taken; the model's k_eval if "
+        "left out.",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
+        default=None,
+        description="Of the diffusion noise: the same request with the same seed gets the same "
+        "actions. Fresh noise if left out.",
+    )
+
+
+class TimeMs(BaseModel):
+    """Where a request's time went, in milliseconds."""
+
+    queued: float
+    computing: float  # of the batch that the request was part of
+
+
+class ActReply(BaseModel):
+    """The best of k actions for each observation, in the environment's box."""
+
+    model: str
+    version: str
+    k: int
+    seed: int | None
+    actions: list[list[float]]
+    time_ms: TimeMs
+
+
+class ModelInfo(BaseModel):
+    """One version of a model."""
+
+    name: str
+    version: str
+    default: bool  # answers to the name alone
+    env: str
+    env_config: dict[str, Any]
+    obs_dim: int
+    act_low: list[float]
+    act_high: list[float]
+    k_eval: int
+    k_max: int
+    rows_max: int
+    source: dict[str, Any]
+    problem: str | None  # why a newer bundle at the same place could not be taken
+
+
+class ModelList(BaseModel):
+    models: list[ModelInfo]
+
+
+class ErrorReply(BaseModel):
+    error: str  # one sentence
+
+
+def sentence_of(error: ValidationError) -> str:
+    """The first of pydantic's complaints as a sentence."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ""
+    for part in first["loc"]:
+        if part == "function-after":
+            continue
+        place += f"[{part}]" if isinstance(part, int) else str(part)[:60]
+    message = first["msg"].removesuffix(".")
+    more = error.error_count() - 1
+    return f"{place or 'The body'}: {message}" + (f" (and {more} more)." if more else ".")

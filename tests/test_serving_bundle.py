@@ -1,0 +1,340 @@
+"""Exported bundles: the same actions as the RLlib policy, no code inside, nothing bad loaded."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.rllib.policy.policy import Policy
+
+from qvpo_rllib import cli
+from qvpo_rllib.serving import ServedPolicy, load
+from qvpo_rllib.serving.bundle import digest
+from qvpo_rllib.serving.description import _digest
+from qvpo_rllib.serving.policy import NonFiniteActionError
+
+ROOT = Path(__file__).parents[1]
+WITHOUT_RAY = """
+import json, sys
+import numpy as np, torch
+from qvpo_rllib.serving import load
+policy = load(sys.argv[1])
+actions = policy.act(np.ones((3, 2)), k=4, generator=torch.Generator().manual_seed(5))
+loaded = sorted({m.split(".")[0] for m in sys.modules})
+print(json.dumps({"actions": actions.tolist(), "loaded": loaded}))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(build_shared: Any, tiny_config: Any, tmp_path_factory: Any) -> Path:
+    """A checkpoint of a policy whose action box is lopsided."""
+    algo = build_shared(tiny_config("environments:RecordingActions-v0", diffusion_steps=5))
+    algo.train()
+    directory = tmp_path_factory.mktemp("export") / "checkpoint"
+    algo.save(str(directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rllib_policy(checkpoint: Path) -> Any:
+    return Policy.from_checkpoint(str(checkpoint))["default_policy"]
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    out = checkpoint.parent / "bundle"
+    assert cli.main(["export", str(checkpoint), str(out), "--onnx"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def policy(bundle: Path) -> ServedPolicy:
+    return load(bundle)
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+def observations(num: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(size=(num, 2)).astype(np.float32)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def change(bundle: Path, honest: bool = True, **changes: Any) -> None:
+    """Edits `policy.json`; an honest edit also renews its digest, as a careful forger would."""
+    file = bundle / "policy.json"
+    content = json.loads(file.read_text()) | changes
+    if honest:
+        del content["digest"]
+        content["digest"] = _digest(content)
+    file.write_text(json.dumps(content))
+
+
+# --- the same policy ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 4, 32])
+@pytest.mark.parametrize("num", [1, 7])
+def test_acts_as_the_rllib_policy(policy: Any, rllib_policy: Any, k: int, num: int) -> None:
+    obs = observations(num)
+    normalized = rllib_policy.act(obs, k, seeded(3))
+    low, high = rllib_policy.action_space.low, rllib_policy.action_space.high
+    expected = low + (normalized.astype(np.float64) + 1) / 2 * (high - low)  # RLlib's unsquash
+    actions = policy.act(obs, k, seeded(3))
+    assert actions.dtype == np.float32
+    assert np.abs(normalized).max() > 0.01
+    np.testing.assert_allclose(actions, expected, atol=1e-6 * (high - low).max())
+    assert (actions >= low).all()
+    assert (actions <= high).all()
+
+
+def test_k_left_out_is_the_checkpoints_k_eval(policy: Any) -> None:
+    obs = observations(3)
+    np.testing.assert_array_equal(policy.act(obs, None, seeded(1)), policy.act(obs, 4, seeded(1)))
+    assert not np.array_equal(policy.act(obs, 4, seeded(1)), policy.act(obs, 4, seeded(2)))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 32])
+def test_a_row_is_the_same_bits_in_every_batch(policy: Any, k: int) -> None:
+    obs = torch.as_tensor(observations(40))
+    noise = policy.draw_noise(40, k, seeded(9))
+    together, finite = policy.select(obs, noise)
+    assert finite.all()
+    order = np.random.default_rng(0).permutation(40)
+    shuffled, _ = policy.select(obs[order], noise[:, order])
+    np.testing.assert_array_equal(shuffled, together[order])
+    for rows in (slice(0, 1), slice(5, 8), slice(39, 40)):
+        alone, _ = policy.select(obs[rows], noise[:, rows])
+        np.testing.assert_array_equal(alone, together[rows])
+
+
+def test_blocks_are_single_where_a_position_changes_the_bits(policy: Any, monkeypatch: Any) -> None:
+    """A machine whose matrix products depend on the row's place must not use blocks."""
+    place_dependent = ServedPolicy(policy.description, policy.networks)
+    block = place_dependent._block
+
+    def with_places(obs: Any, noise: Any) -> Any:
+        actions, q = block(obs, noise)
+        return actions, q + torch.arange(len(q)) * 1e-6
+
+    monkeypatch.setattr(place_dependent, "_block", with_places)
+    assert policy._block_states_for(1) > 1
+    assert place_dependent._block_states_for(1) == 1
+
+
+def test_loads_and_acts_without_ray_and_gymnasium(bundle: Path, policy: Any) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, str(bundle)], capture_output=True, text=True, check=True
+    )
+    report = json.loads(run.stdout)
+    assert {"torch", "numpy", "safetensors"} <= set(report["loaded"])
+    assert not {"ray", "gymnasium", "mujoco", "pydantic", "pyarrow", "onnx"} & set(report["loaded"])
+    expected = policy.act(np.ones((3, 2)), 4, seeded(5))
+    np.testing.assert_array_equal(np.float32(report["actions"]), expected)
+
+
+def test_only_the_application_imports_ray() -> None:
+    modules = [f.stem for f in (ROOT / "qvpo_rllib" / "serving").glob("[!_]*.py")]
+    assert {"api", "app", "bundle", "client", "onnx"} <= set(modules)
+    names = [f"qvpo_rllib.serving.{module}" for module in modules if module != "app"]
+    program = f"""
+import importlib, sys
+for name in {names}:
+    importlib.import_module(name)
+print(sorted({{"ray", "gymnasium"}} & set(sys.modules)))
+print(sorted(m for m in sys.modules if m.startswith("qvpo_rllib.") and m.count(".") == 1))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines() == ["[]", "['qvpo_rllib.core', 'qvpo_rllib.serving']"]
+
+
+def test_onnx_gives_the_same_actions(bundle: Path, policy: Any) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession((bundle / "policy.onnx").read_bytes())
+    for num, k in ((1, 1), (1, 32), (6, 4)):
+        obs, noise = observations(num), policy.draw_noise(num, k, seeded(num))
+        actions, q = session.run(None, {"observations": obs, "noise": noise.numpy()})
+        expected = policy.scale.to_env(policy.select(torch.as_tensor(obs), noise)[0])
+        np.testing.assert_allclose(actions, expected, atol=2e-5)
+        assert q.shape == (num,)
+
+
+# --- what is in it ------------------------------------------------------------------------------
+
+
+def test_the_description_says_where_it_comes_from(bundle: Path) -> None:
+    content = json.loads((bundle / "policy.json").read_text())
+    assert content["env"] == "environments:RecordingActions-v0"
+    assert content["name"] == "RecordingActions-v0"
+    assert content["sha256"]["policy.safetensors"].startswith(content["version"])
+    assert content["act_low"] == [-2.0, 0.0, 10.0]
+    assert content["act_high"] == [1.0, 5.0, 10.5]
+    assert content["obs_low"] == [None, None]
+    assert content["source"]["env_steps"] == 60
+    for name, sha256 in content["sha256"].items():
+        assert digest((bundle / name).read_bytes()) == sha256
+    assert {file.name for file in bundle.iterdir()} == {"policy.json", *content["sha256"]}
+
+
+def test_holds_no_pickle(bundle: Path, checkpoint: Path) -> None:
+    def is_pickle(content: bytes) -> bool:
+        if content.startswith((b"PK", b"\x80")):  # torch.save's archive; any modern pickle
+            return True
+        try:
+            pickle.loads(content)
+        except Exception:  # whatever a parser says of what is no pickle
+            return False
+        return True
+
+    assert any(is_pickle(file.read_bytes()) for file in checkpoint.rglob("*.pkl"))
+    assert not any(is_pickle(file.read_bytes()) for file in bundle.iterdir())
+
+
+def test_a_run_directory_means_its_best(checkpoint: Path, tmp_path: Path) -> None:
+    run = tmp_path / "my-run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "best").symlink_to(checkpoint)
+    assert cli.main(["export", str(run), str(tmp_path / "b"), "--name", "m", "--version", "2"]) == 0
+    description = load(tmp_path / "b").description
+    assert (description.name, description.version) == ("m", "2")
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def error_of(capsys: Any, *arguments: str) -> str:
+    assert cli.main([*arguments]) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_overwrites_nothing(capsys: Any, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("kept", "dangling"):
+        assert "exists already" in error_of(capsys, "export", str(checkpoint), str(tmp_path / name))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "kept"]
+
+
+def test_leaves_nothing_behind_when_it_fails(capsys: Any, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "name='../x'" in error_of(capsys, "export", str(checkpoint), str(out), "--name", "../x")
+    assert "no checkpoint" in error_of(capsys, "export", str(tmp_path / "none"), str(out))
+    (tmp_path / "file").touch()
+    inside = str(tmp_path / "file" / "out")
+    assert "cannot be written" in error_of(capsys, "export", str(checkpoint), inside)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("file", ["policy.safetensors", "policy.json"])
+def test_refuses_every_truncation_and_flip(copy: Path, file: str) -> None:
+    content = (copy / file).read_bytes()
+    middle = len(content) // 2
+    bad = [b"", content[:-1], content[:middle], content + b"x", b"\x80\x04" + content]
+    bad += [
+        content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
+        for i in (*range(0, middle, middle // 30), len(content) - 10)
+    ]
+    for damaged in bad:
+        (copy / file).write_bytes(damaged)
+        # A JSON text may change in white space only, which changes no meaning.
+        if file == "policy.json" and _same_json(damaged, content):
+            continue
+        with pytest.raises(ValueError, match="is refused"):
+            load(copy)
+    (copy / file).write_bytes(content)
+    load(copy)
+
+
+def _same_json(a: bytes, b: bytes) -> bool:
+    try:
+        return bool(json.loads(a) == json.loads(b))
+    except ValueError:
+        return False
+
+
+def test_refuses_another_policys_parameters(copy: Path, policy: Any) -> None:
+    from safetensors.torch import save
+
+    tensors = {n: p.clone() for n, p in policy.networks.state_dict().items()}
+    foreign = {
+        "a NaN": tensors | {"critic.q1.layers.0.bias": torch.full((16,), torch.nan)},
+        "missing or foreign": {n: p for n, p in tensors.items() if "q2" not in n},
+        "describes": {n: p.double() for n, p in tensors.items()},
+        "longer than": tensors | {"actor.huge": torch.zeros(2**19)},
+    }
+    for words, parameters in foreign.items():
+        content = save(parameters)
+        (copy / "policy.safetensors").write_bytes(content)
+        change(copy, sha256={"policy.safetensors": digest(content)})
+        with pytest.raises(ValueError, match=words):
+            load(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": "another"}, "does not say format"),
+        ({"format_version": 2, "versions": {"qvpo_rllib": "9.1"}}, "version is 2.*'9.1'"),
+        ({"format_version": None}, "format version is None"),
+        ({"diffusion_steps": 10**9}, "diffusion_steps"),
+        ({"noise_schedule": "mine"}, "noise_schedule"),
+        ({"act_high": [-3.0, 5.0, 10.5]}, "below act_high"),
+        ({"act_low": [0.0]}, "act_high has 3 numbers, not 1"),
+        ({"act_low": "abc"}, "act_low"),
+        ({"obs_dim": 10**12}, "obs_dim"),
+        ({"obs_dim": 3, "obs_low": [None] * 3, "obs_high": [None] * 3}, "describes"),
+        ({"hidden": [2**19, 2**19]}, "actor.mlp|missing or foreign|describes|whole"),
+        ({"k_eval": 0}, "k_eval"),
+        ({"name": "../../etc"}, "name"),
+        ({"surprise": 1}, "surprise"),
+        ({"sha256": {}}, "SHA-256"),
+        ({"sha256": 3}, "sha256"),
+    ],
+)
+def test_refuses_what_the_description_may_not_say(copy: Path, changes: Any, words: str) -> None:
+    change(copy, **changes)
+    with pytest.raises(ValueError, match=words):
+        load(copy)
+
+
+def test_refuses_an_edited_description(copy: Path) -> None:
+    change(copy, honest=False, act_high=[1.0, 5.0, 1000.0])
+    with pytest.raises(ValueError, match="digest"):
+        load(copy)
+
+
+def test_refuses_what_is_no_bundle(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="no such directory"):
+        load(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"no policy\.json"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
+def test_refuses_observations_that_are_not_finite(policy: Any, bad: float) -> None:
+    obs = np.zeros((2, 2))
+    obs[1, 0] = bad
+    with pytest.raises(ValueError, match="Observation 1"):
+        policy.act(obs)
+    with pytest.raises(ValueError, match=r"\[batch, 2\]"):
+        policy.act(obs[:, :1])
+
+
+def test_never_returns_an_action_that_is_not_finite(policy: Any) -> None:
+    with pytest.raises(NonFiniteActionError, match="observation 1"):
+        policy.act(np.array([[0, 0], [3e38, 3e38]]))

@@ -1,0 +1,231 @@
+"""`qvpo serve` and `qvpo bench serve` as processes of their own."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qvpo_rllib import cli
+from qvpo_rllib.bench.http_load import fresh_bundle
+from qvpo_rllib.cli.serve import LOOPBACK
+from qvpo_rllib.serving import load
+from qvpo_rllib.serving.client import Client
+
+START_TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: Any) -> Path:
+    return fresh_bundle(tmp_path_factory.mktemp("cli") / "hopper")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(build_shared: Any, tiny_config: Any, tmp_path_factory: Any) -> Path:
+    algo = build_shared(tiny_config())
+    algo.train()
+    directory = tmp_path_factory.mktemp("cli") / "checkpoint"
+    algo.save(str(directory))
+    return directory
+
+
+def free_port() -> int:
+    with socket.create_server((LOOPBACK, 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "qvpo_rllib", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def served(bundle: Path, checkpoint: Path) -> Iterator[tuple[Any, str, list[str]]]:
+    """The process, its address and what it printed until it served."""
+    with serving(str(bundle), str(checkpoint), "--trust-checkpoint") as started:
+        yield started
+
+
+@contextlib.contextmanager
+def serving(*arguments: str) -> Iterator[tuple[Any, str, list[str]]]:
+    port = free_port()
+    process = start("serve", *arguments, "--port", str(port))
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("Serving at"):
+            break
+    try:
+        yield process, f"http://{LOOPBACK}:{port}", lines
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+# --- one server, in this order ------------------------------------------------------------------
+
+
+def test_serves_bundles_and_trusted_checkpoints(served: Any, bundle: Path) -> None:
+    process, url, lines = served
+    assert any(url in line for line in lines), [*lines, process.stderr.read()]
+    assert any(line.startswith("hopper@fresh") for line in lines)
+    assert any(line.startswith("InvertedPendulum-v5@") for line in lines)  # the checkpoint
+    obs = np.random.default_rng(0).normal(size=(3, 11)).astype(np.float32)
+    with Client(url) as client:
+        actions = client.act("hopper", obs, k=4, seed=1)
+        assert client.act("InvertedPendulum-v5", np.zeros((1, 4))).shape == (1, 1)
+    expected = load(bundle).act(obs, 4, torch.Generator().manual_seed(1))
+    np.testing.assert_array_equal(actions, expected)
+    assert listening_addresses(int(url.rsplit(":", 1)[1])) == {LOOPBACK}
+
+
+def test_bench_serve_reports_loads_and_the_direct_call(
+    served: Any, bundle: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    host, port = served[1].removeprefix("http://").split(":")
+    running = contextlib.nullcontext((host, int(port)))
+    monkeypatch.setattr("qvpo_rllib.cli.serve.serving", lambda *_, **__: running)
+    assert cli.main(["bench", "serve", str(bundle), "--seconds", "0.5", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [load["clients"] for load in report["load"]] == [1, 16, 64]
+    for measured in report["load"]:
+        assert measured["failed"] == 0
+        assert measured["requests_per_s"] > 1
+        assert 0 < measured["p50_ms"] <= measured["p99_ms"]
+    assert len(report["direct"]) == 2
+    assert all(0 < direct["p50_ms"] <= direct["p99_ms"] for direct in report["direct"])
+    assert cli.main(["bench", "serve", str(bundle), "--seconds", "0.2", "--k", "1"]) == 0
+    assert re.search(r" 16 clients .* requests/s, 0 failed", capsys.readouterr().out)
+
+
+def test_a_killed_replica_comes_back(served: Any) -> None:
+    process, url, _ = served
+    victims = [pid for pid in descendants(process.pid) if "ServeReplica" in command_of(pid)]
+    assert len(victims) == 1
+    os.kill(victims[0], signal.SIGKILL)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            with Client(url) as client:
+                assert client.act("hopper", np.zeros((1, 11)), k=1).shape == (1, 3)
+                break
+        except (OSError, RuntimeError):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+def test_stops_on_sigterm_with_several_replicas(bundle: Path) -> None:
+    """Several replicas are behind Serve's proxy; SIGTERM comes from Kubernetes or systemd."""
+    with serving(str(bundle), "--replicas", "2") as (process, url, lines):
+        assert any(url in line for line in lines), [*lines, process.stderr.read()]
+        with Client(url) as client:
+            for _ in range(4):
+                client.act("hopper", np.zeros((1, 11)), k=1)
+        assert listening_addresses(int(url.rsplit(":", 1)[1])) == {LOOPBACK}
+        os.kill(process.pid, signal.SIGTERM)
+        output, error = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 0, error
+    assert "Stopping" in output
+    assert "SIGTERM" not in error
+
+
+def test_stops_on_ctrl_c(served: Any) -> None:
+    process, url, _ = served
+    with Client(url) as client:
+        client.act("hopper", np.zeros((1, 11)), k=1)
+        # A terminal signals the whole group: Ray's processes too. The connection is still open.
+        os.killpg(process.pid, signal.SIGINT)
+        output, error = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 0, error
+    assert "Stopping" in output
+    assert "Traceback" not in error
+
+
+def listening_addresses(port: int) -> set[str]:
+    """Addresses on which somebody listens to this port, by the kernel's table."""
+    found = set()
+    for file in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(file).read_text().splitlines()[1:]:
+            address, state = line.split()[1], line.split()[3]
+            host, _, number = address.partition(":")
+            if state == "0A" and int(number, 16) == port:
+                found.add(socket.inet_ntoa(bytes.fromhex(host)[::-1]) if len(host) == 8 else host)
+    return found
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes of this one's session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getsid(int(entry.name)) == pid:
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def error_of(capsys: Any, *arguments: str) -> str:
+    assert cli.main([*arguments]) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_checkpoint_needs_to_be_trusted(capsys: Any, checkpoint: Path) -> None:
+    message = error_of(capsys, "serve", str(checkpoint))
+    assert "runs code" in message
+    assert "--trust-checkpoint" in message
+
+
+def test_bad_input_is_refused_before_anything_starts(
+    capsys: Any, bundle: Path, tmp_path: Path
+) -> None:
+    assert "no such directory" in error_of(capsys, "serve", str(bundle), str(tmp_path / "none"))
+    assert "not a bundle" in error_of(capsys, "serve", str(tmp_path))
+    assert "--port 70000" in error_of(capsys, "serve", str(bundle), "--port", "70000")
+    assert "--replicas 0" in error_of(capsys, "serve", str(bundle), "--replicas", "0")
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"--port {port}" in error_of(capsys, "serve", str(bundle), "--port", port)
+
+
+def test_evaluate_says_what_is_wrong(capsys: Any, bundle: Path) -> None:
+    url = f"http://{LOOPBACK}:{free_port()}"
+    assert "Give either" in error_of(capsys, "evaluate")
+    assert "Give either" in error_of(capsys, "evaluate", str(bundle), "--server", url)
+    assert "--model" in error_of(capsys, "evaluate", "--server", url)
+    assert "--env" in error_of(capsys, "evaluate", str(bundle), "--env", "Hopper-v5")
+    assert "Is qvpo serve running" in error_of(
+        capsys, "evaluate", "--server", url, "--model", "hopper"
+    )
+    assert "not a server's address" in error_of(
+        capsys, "evaluate", "--server", "here", "--model", "m"
+    )
