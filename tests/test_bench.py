@@ -146,3 +146,25 @@ def test_bad_input(arguments, message, capsys):
         code = exit.code
     assert code == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+# Everything but the replay: parameters, optimisers, noise, activations. In MiB.
+MEMORY = """
+import resource, torch
+from qvpo_rllib.bench.sizes import TASKS, hyperparameters
+from qvpo_rllib.core.learner import Learner, Networks
+from qvpo_rllib.core.replay import ReplayBuffer, Transitions
+task = TASKS["humanoid"]
+hp = hyperparameters("paper", task, engine="eager")
+replay = ReplayBuffer(2000, task.obs_dim, task.act_dim, seed=0, device="cpu")
+replay.add(Transitions(*(torch.randn(2000, *c.shape[1:]) for c in replay.columns)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+learner = Learner(Networks(task.obs_dim, task.act_dim, hp), hp, seed=0, device="cpu")
+learner.train(replay, 2)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_the_learner_takes_less_than_a_gibibyte_at_the_papers_setting():
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert 20 < float(run.stdout) < 1024

@@ -325,19 +325,16 @@ def test_a_cuda_graph_gives_the_updates_of_the_eager_engine():
 
 
 @gpu
-def test_compiled_and_eager_updates_on_a_gpu_equal_those_on_the_cpu():
-    on_cpu = learner()
-    for name in ("eager", "compiled"):
-        on_gpu = learner("cuda", engine=name)
-        on_gpu.networks.load_state_dict(on_cpu.networks.state_dict())
-        mine = copy.deepcopy(on_cpu)
-        for seed in range(3):
-            batches = transitions(80, seed=seed), transitions(80, seed=10 + seed)
-            noise = mine.draw_update_noise(80)
-            mine.update(*batches, noise)
-            moved = [type(t)(*(c.cuda() for c in t)) for t in (*batches, noise)]
-            on_gpu.update(*moved)
-        assert_same_networks(mine.networks, on_gpu.networks, atol=1e-4)
+@pytest.mark.parametrize("name", ["eager", "compiled"])
+def test_updates_on_a_gpu_equal_those_on_the_cpu(name):
+    on_cpu, on_gpu = learner(), learner("cuda", engine=name)
+    for seed in range(3):
+        batches = transitions(80, seed=seed), transitions(80, seed=10 + seed)
+        noise = on_cpu.draw_update_noise(80)
+        on_cpu.update(*batches, noise)
+        moved = [type(t)(*(column.cuda() for column in t)) for t in (*batches, noise)]
+        on_gpu.update(*moved)
+    assert_same_networks(on_cpu.networks, on_gpu.networks, atol=1e-4)
 
 
 @gpu
