@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from qvpo_rllib.cli import bandit, evaluate, train
+from qvpo_rllib.cli import bandit, evaluate, record, theorem2, train
 from qvpo_rllib.cli.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.errors import NonFiniteError
 
-COMMANDS = (train, evaluate, bandit)
+COMMANDS = (train, evaluate, record, bandit, theorem2)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """Evaluating a checkpoint, without a cluster: the code behind `qvpo evaluate`."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from qvpo_rllib.checkpoint import read_metadata
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.experiments.plan import check_environment
 from qvpo_rllib.policy import QVPOTorchPolicy
-from qvpo_rllib.rollout import Episode, run_episodes
+from qvpo_rllib.rollout import Episode, Hooks, run_episodes
 from qvpo_rllib.spaces import action_scale
 
 MAX_ENVS = 10
@@ -63,7 +64,12 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def evaluate_checkpoint(
-    path: Path, *, episodes: int = 10, k: int | None = None, seed: int = 0
+    path: Path,
+    *,
+    episodes: int = 10,
+    k: int | None = None,
+    seed: int = 0,
+    record: Callable[[gym.Env[Any, Any], str], Hooks] | None = None,
 ) -> Evaluation:
     """Plays whole episodes with the best of k actions, scaled as in training.
 
@@ -73,6 +79,8 @@ def evaluate_checkpoint(
         path: a checkpoint or a run directory.
         k: actions drawn per state; the checkpoint's `k_eval` if None.
         seed: of environments and diffusion noise.
+        record: given the environment, which then renders ("rgb_array"), and its id, returns what
+            watches it. The episodes are then played one after the other.
 
     Raises:
         ValueError: no QVPO checkpoint, of another format, or its environment is missing.
@@ -86,8 +94,9 @@ def evaluate_checkpoint(
     check_environment(env_id, metadata["env_config"])
     policy = Policy.from_checkpoint(str(directory / "policies" / "default_policy"))
     assert isinstance(policy, QVPOTorchPolicy)
-    make = functools.partial(gym.make, env_id, **(metadata["env_config"] or {}))
-    envs = [make() for _ in range(min(episodes, MAX_ENVS))]
+    rendering = {} if record is None else {"render_mode": "rgb_array"}
+    make = functools.partial(gym.make, env_id, **(metadata["env_config"] or {}) | rendering)
+    envs = [make() for _ in range(min(episodes, MAX_ENVS if record is None else 1))]
     shapes = [envs[0].observation_space.shape[0], envs[0].action_space.shape[0]]
     if shapes != metadata["shapes"]:
         raise ValueError(
@@ -104,6 +113,7 @@ def evaluate_checkpoint(
             action_scale(envs[0].action_space),
             episode_seeds(seed, 0, episodes),
             env_id,
+            record(envs[0], env_id) if record is not None else None,
         )
     finally:
         for env in envs:
