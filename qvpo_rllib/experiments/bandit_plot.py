@@ -26,7 +26,7 @@ def plot_bandit(without: BanditRun, with_entropy: BanditRun, path: Path) -> None
 
 def bandit_figure(without: BanditRun, with_entropy: BanditRun) -> Figure:
     """Policy samples over the reward's contours, both runs at the same four times."""
-    figure = Figure(figsize=(7.0, 4.1), dpi=200, layout="constrained")
+    figure = Figure(figsize=(7.0, 3.75), dpi=200, layout="constrained")
     axes = figure.subplots(2, 4, sharex=True, sharey=True)
     labels = (
         r"without: $\omega_\mathrm{ent} = 0$",

@@ -37,9 +37,13 @@ def theorem2_figure(results: Sequence[VariantResult]) -> Figure:
         panel.set_xlabel("action $a$", fontsize=9)
     for panel in panels[[0, 3]]:
         panel.set_ylabel("density", fontsize=9)
-    lines = [*panels[2].get_legend_handles_labels()[0]]
-    labels = [*panels[2].get_legend_handles_labels()[1]]
-    figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(
+        *panels[1].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+    )
     return figure
 
 
@@ -47,8 +51,8 @@ def _draw_setting(panel: Axes) -> None:
     panel.plot(GRID, behavior_density(), color="black", linewidth=1.3, linestyle="-.")
     panel.plot(GRID, q_function(GRID), color="#777777", linewidth=1.3)
     panel.axhline(0, color="#bbbbbb", linewidth=0.6, zorder=0)
-    panel.text(0.0, 0.92, "π", ha="center", fontsize=9)
-    panel.text(0.42, 1.0, "$Q$", ha="left", fontsize=9, color="#555555")
+    panel.text(-0.1, 0.92, "π", ha="center", fontsize=9)
+    panel.text(0.42, 1.5, "$Q$", ha="left", fontsize=9, color="#555555")
     panel.set_title("behaviour policy π and Q", fontsize=9)
 
 
@@ -77,4 +81,14 @@ def _draw_result(panel: Axes, result: VariantResult, theorem: VariantResult) -> 
         label="what these weights ask for",
     )
     title = result.variant.title.replace("N_d", "$N_d$")
-    panel.set_title(f"{title}\nKS {result.ks_expected:.3f}", fontsize=9)
+    panel.set_title(title, fontsize=9)
+    panel.text(
+        0.03,
+        0.97,
+        f"KS {result.ks_expected:.3f}\nto Eq. 7 {result.ks_theorem2:.3f}",
+        transform=panel.transAxes,
+        va="top",
+        fontsize=8,
+    )
+    top = max(result.expected.max(), theorem.expected.max())
+    panel.set_ylim(0, 1.35 * top)
