@@ -14,12 +14,12 @@ def add(commands: Any) -> None:
         help="the paper's Theorem 2 in one dimension: what Q-weighted training converges to",
         description="Train diffusion policies on samples of a fixed behaviour policy, weighted by "
         "Eq. 7, by qcut and by qadv, and measure how far each is from the density it should have "
-        "(Kolmogorov-Smirnov distance). About a minute on one core.",
+        "(Kolmogorov-Smirnov distance). About a minute and a half on one core.",
         allow_abbrev=False,
     )
     theorem2.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
     theorem2.add_argument(
-        "--updates", type=int, metavar="N", help="updates per training (default 1500)"
+        "--updates", type=int, metavar="N", help="updates per training (default 3000)"
     )
     theorem2.add_argument(
         "--set",

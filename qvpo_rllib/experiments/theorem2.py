@@ -37,7 +37,7 @@ HYPERPARAMETERS: dict[str, Any] = {
     "num_uniform_samples": 0,
     "entropy_weight": 0.0,
 }
-NUM_UPDATES = 1500
+NUM_UPDATES = 3000
 ROWS_PER_UPDATE = 512  # trained samples of one update
 NUM_MEASURED_SAMPLES = 20_000
 
