@@ -10,11 +10,22 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from qvpo_rllib.cli import bench, evaluate, export, report, serve, train, tune
+from qvpo_rllib.cli import (
+    bandit,
+    bench,
+    evaluate,
+    export,
+    record,
+    report,
+    serve,
+    theorem2,
+    train,
+    tune,
+)
 from qvpo_rllib.cli.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.errors import NonFiniteError
 
-COMMANDS = (train, evaluate, tune, report, export, serve, bench)
+COMMANDS = (train, evaluate, record, tune, report, export, serve, bandit, theorem2, bench)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.experiments.plan import check_environment
 from qvpo_rllib.experiments.served import find_checkpoint, load_policy
-from qvpo_rllib.rollout import Episode, run_episodes
+from qvpo_rllib.rollout import Episode, Hooks, run_episodes
 from qvpo_rllib.serving.client import Client, ServerError
 
 MAX_ENVS = 10
@@ -56,7 +56,12 @@ class Evaluation:
 
 
 def evaluate_checkpoint(
-    path: Path, *, episodes: int = 10, k: int | None = None, seed: int = 0
+    path: Path,
+    *,
+    episodes: int = 10,
+    k: int | None = None,
+    seed: int = 0,
+    record: Callable[[gym.Env[Any, Any], str], Hooks] | None = None,
 ) -> Evaluation:
     """Plays whole episodes with the best of k actions, scaled as in training.
 
@@ -66,6 +71,8 @@ def evaluate_checkpoint(
         path: a checkpoint, a run directory or a bundle.
         k: actions drawn per state; the policy's `k_eval` if None.
         seed: of environments and diffusion noise.
+        record: given the environment, which then renders ("rgb_array"), and its id, returns what
+            watches it. The episodes are then played one after the other.
 
     Raises:
         ValueError: nothing to evaluate there, of another format, or its environment is missing.
@@ -78,7 +85,7 @@ def evaluate_checkpoint(
         return policy.act(obs, k, torch.Generator().manual_seed(step_seed))
 
     episodes_played = _play(
-        d.env, d.env_config, (d.obs_dim, d.act_low, d.act_high), act, episodes, seed
+        d.env, d.env_config, (d.obs_dim, d.act_low, d.act_high), act, episodes, seed, record
     )
     source = str(find_checkpoint(path))
     return Evaluation(d.env, d.k_eval if k is None else k, seed, source, episodes_played)
@@ -155,11 +162,13 @@ def _play(
     act: Callable[[NDArray[np.float32], int], NDArray[np.floating]],
     episodes: int,
     seed: int,
+    record: Callable[[gym.Env[Any, Any], str], Hooks] | None = None,
 ) -> list[Episode]:
     """Episodes with `act(observations, seed of this step's noise)`, actions in the box."""
     check_environment(env_id, env_config)
-    make = functools.partial(gym.make, env_id, **env_config)
-    envs = [make() for _ in range(min(episodes, MAX_ENVS))]
+    rendering = {} if record is None else {"render_mode": "rgb_array"}
+    make = functools.partial(gym.make, env_id, **env_config | rendering)
+    envs = [make() for _ in range(min(episodes, MAX_ENVS if record is None else 1))]
     step_number = itertools.count()
     try:
         space = envs[0].action_space
@@ -175,6 +184,7 @@ def _play(
             _InBox(space.low, space.high),
             episode_seeds(seed, 0, episodes),
             env_id,
+            record(envs[0], env_id) if record is not None else None,
         )
     finally:
         for env in envs:
