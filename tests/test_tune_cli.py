@@ -1,5 +1,6 @@
 """`qvpo tune` on bad input, its table of trials, and what `build_tuner` hands to Ray Tune."""
 
+import argparse
 import io
 import re
 from pathlib import Path
@@ -37,7 +38,7 @@ def refused(capsys: Any, *arguments: str) -> str:
 
 def test_every_option_is_known_and_named_in_the_help(capsys: Any) -> None:
     for command, options in OPTIONS.items():
-        known = cli._subparser(command)._option_string_actions
+        known = cli._subparser(argparse.Namespace(command=command))._option_string_actions
         assert set(known) - {"-h", "--help"} == options
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])

@@ -111,7 +111,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _check_resume(options: argparse.Namespace) -> None:
     parser = argparse.ArgumentParser()
-    add(parser.add_subparsers())
+    add(parser.add_subparsers(dest="command"))
     defaults = vars(parser.parse_args(["train"]))
     for name, value in vars(options).items():
         if name not in ("resume", "env_steps", "run") and value != defaults[name]:

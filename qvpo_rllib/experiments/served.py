@@ -65,6 +65,12 @@ def read_checkpoint(
     metadata = read_metadata(directory)
     policy = Policy.from_checkpoint(str(directory / "policies" / "default_policy"))
     assert isinstance(policy, QVPOTorchPolicy)
+    sizes = [policy.obs_dim, policy.act_dim]
+    if metadata["shapes"] != sizes:
+        raise ValueError(
+            f"{directory} contradicts itself: its policy has observation and action sizes {sizes}, "
+            f"its qvpo.json says {metadata['shapes']}. It was changed, or put together from two."
+        )
     parameters = encode_parameters(policy.networks.state_dict())
     version = version or digest(parameters)[:VERSION_DIGITS]
     return _describe(policy, metadata, directory, name, version), parameters
