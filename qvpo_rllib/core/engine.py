@@ -140,8 +140,10 @@ def _compiled() -> Kernels:
     import torch._functorch.config as functorch
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
-    # Else the backward pass is compiled, and may fail, in the middle of an update.
-    functorch.force_non_lazy_backward_lowering = True
+    # Else the backward pass is compiled, and may fail, in the middle of an update. (Older versions of
+    # PyTorch have no such switch.)
+    if hasattr(functorch, "force_non_lazy_backward_lowering"):
+        functorch.force_non_lazy_backward_lowering = True
     return Kernels(
         sampler.SamplerKernels(*[_compile(f) for f in sampler.EAGER]),
         _compile(EAGER.critic_objective),
