@@ -148,20 +148,26 @@ def test_bad_input(arguments, message, capsys):
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 
-# Everything but the replay: parameters, optimisers, noise, activations. In MiB.
+# Everything but the replay: parameters, optimisers, noise, activations. In MiB. VmHWM is this
+# process's own peak; `getrusage` would begin with the parent's.
 MEMORY = """
-import resource, torch
+import pathlib, torch
 from qvpo_rllib.bench.sizes import TASKS, hyperparameters
 from qvpo_rllib.core.learner import Learner, Networks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
+
+def peak():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
 task = TASKS["humanoid"]
 hp = hyperparameters("paper", task, engine="eager")
 replay = ReplayBuffer(2000, task.obs_dim, task.act_dim, seed=0, device="cpu")
 replay.add(Transitions(*(torch.randn(2000, *c.shape[1:]) for c in replay.columns)))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 learner = Learner(Networks(task.obs_dim, task.act_dim, hp), hp, seed=0, device="cpu")
 learner.train(replay, 2)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(peak() - before)
 """
 
 

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.cli.progress import progress_line
-
 
 def add(commands: Any) -> None:
     bandit = commands.add_parser(
@@ -92,6 +90,7 @@ def _variance(options: argparse.Namespace, default: float) -> float:
 
 def _train_all(hp: Any, seeds: range, num_updates: int, variance: float) -> list[tuple[Any, Any]]:
     """(without, with) the entropy term, for each seed."""
+    from qvpo_rllib.cli.progress import progress_line
     from qvpo_rllib.experiments import bandit
 
     shown = {round(share * num_updates) for share in bandit.SNAPSHOTS}

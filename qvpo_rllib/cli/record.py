@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.cli.progress import progress_line
-
 
 def add(commands: Any) -> None:
     record = commands.add_parser(
@@ -34,6 +32,7 @@ def add(commands: Any) -> None:
 
 
 def _record(options: argparse.Namespace) -> int:
+    from qvpo_rllib.cli.progress import progress_line
     from qvpo_rllib.experiments.renderer import VARIABLE, choose_renderer
 
     # Before anything imports MuJoCo, which reads it once.

@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.cli.progress import progress_line
-
 
 def add(commands: Any) -> None:
     theorem2 = commands.add_parser(
@@ -63,6 +61,7 @@ def _theorem2(options: argparse.Namespace) -> int:
 
 
 def _train_all(hp: Any, seed: int, num_updates: int) -> list[Any]:
+    from qvpo_rllib.cli.progress import progress_line
     from qvpo_rllib.experiments import theorem2
 
     results = []

@@ -140,8 +140,8 @@ def _compiled() -> Kernels:
     import torch._functorch.config as functorch
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
-    # Else the backward pass is compiled, and may fail, in the middle of an update. (Older versions of
-    # PyTorch have no such switch.)
+    # Else the backward pass is compiled, and may fail, in the middle of an update. Older versions
+    # have no such switch.
     if hasattr(functorch, "force_non_lazy_backward_lowering"):
         functorch.force_non_lazy_backward_lowering = True
     return Kernels(
