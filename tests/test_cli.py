@@ -1,6 +1,7 @@
 """`qvpo train` and `qvpo evaluate` as a newcomer runs them, in processes of their own."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 
 from qvpo_rllib import cli
 from qvpo_rllib.checkpoint import read_metadata
+from qvpo_rllib.cli.train import _interrupts_are_kept
 
 TRAIN_OPTIONS = [
     "--env", "--preset", "--seed", "--env-steps", "--num-env-runners", "--num-envs-per-env-runner",
@@ -269,6 +271,17 @@ def test_interrupt_before_anything_is_saved_says_so(tmp_path: Path) -> None:
     assert not (run / "checkpoints" / "last").exists()
     assert "Saved" not in output
     assert "--resume" not in output
+
+
+def test_an_interrupt_that_a_library_swallows_still_counts() -> None:
+    """As an import or Ray's start may do."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), _interrupts_are_kept():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        swallowed = True
+    assert swallowed
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # --- failures ----------------------------------------------------------------------------------

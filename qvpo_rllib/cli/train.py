@@ -3,9 +3,12 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +128,12 @@ def _check_resume(options: argparse.Namespace) -> None:
 def _run_plan(plan: Any, directory: Any, *, resume: bool) -> int:
     training = None
     try:
-        from qvpo_rllib.experiments.training import TrainingRun
+        with _interrupts_are_kept():
+            from qvpo_rllib.experiments.training import TrainingRun
 
-        _start_ray(plan.num_env_runners)
-        print(f"Run directory: {directory.path}")
-        training = TrainingRun(plan, directory, resume=resume)
+            _start_ray(plan.num_env_runners)
+            print(f"Run directory: {directory.path}")
+            training = TrainingRun(plan, directory, resume=resume)
         return _run_training(training, directory.path)
     except KeyboardInterrupt:
         if directory.discard_if_empty():
@@ -142,6 +146,26 @@ def _run_plan(plan: Any, directory: Any, *, resume: bool) -> int:
         raise
     finally:
         _stop(training)
+
+
+@contextmanager
+def _interrupts_are_kept() -> Iterator[None]:
+    """Ctrl-C in the middle of an import or of Ray's start may be swallowed there: then it counts at
+    the end of the block."""
+    interrupted = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _run_training(training: Any, path: Path) -> int:
