@@ -11,7 +11,7 @@ from ray.rllib.policy.sample_batch import SampleBatch
 from ray.rllib.policy.torch_policy import TorchPolicy
 from torch import Generator, Tensor, nn
 
-from qvpo_rllib.core.engine import kernels_of, resolve_engine
+from qvpo_rllib.core.engine import acting_engine, kernels_of
 from qvpo_rllib.core.learner import Learner, Networks
 from qvpo_rllib.core.presets import resolved_hyperparameters
 from qvpo_rllib.core.replay import Transitions
@@ -59,9 +59,7 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
         self.obs_dim, self.act_dim = obs_dim, act_dim
         self.generator = Generator(device=self.device)
         self.seed_actions(0)
-        # A graph needs a fixed batch; acting has any number of observations.
-        acting = "compiled" if self.hp.engine == "cuda_graph" else self.hp.engine
-        self.kernels = kernels_of(resolve_engine(acting, self.device), self.device).sampler
+        self.kernels = kernels_of(acting_engine(self.hp.engine, self.device), self.device).sampler
         self.learner: Learner | None = None
         if self.is_learner:
             self.learner = Learner(

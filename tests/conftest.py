@@ -47,7 +47,7 @@ def ray_session() -> Iterator[None]:
     """The one Ray of a test session, on loopback."""
     import ray
 
-    from qvpo_rllib.cli.train import LOOPBACK
+    from qvpo_rllib.cli.ray_session import LOOPBACK
 
     ray.init(
         address="local",

@@ -19,7 +19,7 @@ import torch
 
 from qvpo_rllib import cli
 from qvpo_rllib.bench.http_load import fresh_bundle
-from qvpo_rllib.cli.serve import LOOPBACK
+from qvpo_rllib.cli.ray_session import LOOPBACK
 from qvpo_rllib.serving import load
 from qvpo_rllib.serving.client import Client
 

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvpo_rllib import cli
-from qvpo_rllib.cli.serve import LOOPBACK, start_serve
+from qvpo_rllib.cli.ray_session import LOOPBACK
+from qvpo_rllib.cli.serve import start_serve
 from qvpo_rllib.experiments.evaluation import evaluate_checkpoint, evaluate_server
 from qvpo_rllib.serving import ServedPolicy, load
 from qvpo_rllib.serving.client import Client, ServerError

@@ -8,7 +8,7 @@ import torch
 from qvpo_rllib.bench.sizes import TASKS, Task, acting_flops, hyperparameters
 from qvpo_rllib.bench.straightforward import Straightforward
 from qvpo_rllib.bench.timing import matrix_product, measure, ratio
-from qvpo_rllib.core.engine import kernels_of, resolve_engine
+from qvpo_rllib.core.engine import acting_engine, kernels_of
 from qvpo_rllib.core.hyperparameters import Hyperparameters
 from qvpo_rllib.core.learner import Networks
 from qvpo_rllib.core.sampler import draw_noise, select_actions
@@ -46,8 +46,7 @@ def _row(
     torch.manual_seed(0)
     networks = Networks(task.obs_dim, task.act_dim, hp).to(device)
     straightforward = Straightforward(networks, hp)
-    acting = "compiled" if hp.engine == "cuda_graph" else hp.engine
-    engine = resolve_engine(acting, device)
+    engine = acting_engine(hp.engine, device)
     kernels = kernels_of(engine, device).sampler
     obs = torch.randn(batch_size, task.obs_dim, device=device)
     generator = torch.Generator(device=device).manual_seed(0)

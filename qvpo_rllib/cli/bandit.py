@@ -51,6 +51,7 @@ def add(commands: Any) -> None:
 
 def _bandit(options: argparse.Namespace) -> int:
     from qvpo_rllib.experiments import bandit
+    from qvpo_rllib.experiments.checks import require_at_least
     from qvpo_rllib.experiments.output_directory import OutputDirectory
     from qvpo_rllib.experiments.plan import parse_settings
     from qvpo_rllib.experiments.single_state import toy_hyperparameters
@@ -62,8 +63,7 @@ def _bandit(options: argparse.Namespace) -> int:
         ("num-seeds", options.num_seeds, 1),
         ("updates", num_updates, bandit.NUM_RECORDS),
     ):
-        if value < least:
-            raise ValueError(f"--{name} {value} is not allowed: it must be {least} or more.")
+        require_at_least(f"--{name}", value, least)
     hp = toy_hyperparameters(bandit.HYPERPARAMETERS, parse_settings(options.settings))
     if hp.entropy_weight == 0 or hp.num_uniform_samples == 0:
         raise ValueError(

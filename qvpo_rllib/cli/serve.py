@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.cli.train import LOOPBACK
+from qvpo_rllib.cli.ray_session import LOOPBACK, start_ray
+from qvpo_rllib.experiments.checks import require_at_least
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal's; Kubernetes' and systemd's
 
@@ -77,8 +78,7 @@ def add(commands: Any) -> None:
 def _serve(options: argparse.Namespace) -> int:
     if not 1 <= options.port <= 65535:
         raise ValueError(f"--port {options.port} is not allowed: it must be from 1 to 65535.")
-    if options.replicas < 1:
-        raise ValueError(f"--replicas {options.replicas} is not allowed: it must be 1 or more.")
+    require_at_least("--replicas", options.replicas, 1)
     with tempfile.TemporaryDirectory(prefix="qvpo-serve-") as scratch:
         bundles = _as_bundles(options.bundles, options.trust_checkpoint, Path(scratch))
         return _run(bundles, options.host, options.port, options.replicas)
@@ -159,19 +159,8 @@ def serving(
     _check_address(host, port)
     paths = [str(bundle.expanduser().absolute()) for bundle in bundles]
     application = build(AppArguments(bundles=paths, num_replicas=replicas))
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            cores = len(os.sched_getaffinity(0))
-            ray.init(
-                address="local",
-                num_cpus=max(cores, replicas + 1),
-                include_dashboard=False,
-                _node_ip_address=LOOPBACK,
-                **quiet,
-            )
+        start_ray(replicas + 1)
         start_serve(host, _free_port(host) if direct else port)
         serve.run(application, name="qvpo")
         yield host, port

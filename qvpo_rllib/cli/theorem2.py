@@ -39,14 +39,14 @@ FIXED = ("q_weights", "num_chosen_samples", "batch_size")
 
 def _theorem2(options: argparse.Namespace) -> int:
     from qvpo_rllib.experiments import theorem2
+    from qvpo_rllib.experiments.checks import require_at_least
     from qvpo_rllib.experiments.output_directory import OutputDirectory
     from qvpo_rllib.experiments.plan import parse_settings
     from qvpo_rllib.experiments.single_state import toy_hyperparameters
 
     num_updates = theorem2.NUM_UPDATES if options.updates is None else options.updates
     for name, value, least in (("seed", options.seed, 0), ("updates", num_updates, 1)):
-        if value < least:
-            raise ValueError(f"--{name} {value} is not allowed: it must be {least} or more.")
+        require_at_least(f"--{name}", value, least)
     settings = parse_settings(options.settings)
     for name in FIXED:
         if name in settings:

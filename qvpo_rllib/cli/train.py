@@ -1,7 +1,6 @@
 """`qvpo train`."""
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -13,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
-
-# Ray replaces 127.0.0.1 by the machine's own address and would listen to the network.
-LOOPBACK = "127.0.0.2"
 
 
 def add(commands: Any) -> None:
@@ -184,25 +180,14 @@ def _run_training(training: Any, path: Path) -> int:
 
 
 def _start_ray(num_env_runners: int) -> None:
-    """The cluster of RAY_ADDRESS if that is set, else a Ray of its own on loopback."""
-    import ray
     import torch
 
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-        return
-    cores = len(os.sched_getaffinity(0))
-    # Enough slots for every worker: on fewer cores they share, instead of waiting for ever.
-    ray.init(
-        address="local",
-        num_cpus=max(cores, num_env_runners + 1),
-        include_dashboard=False,
-        _node_ip_address=LOOPBACK,
-        **quiet,
-    )
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores - num_env_runners))
+    from qvpo_rllib.cli.ray_session import num_cores, start_ray
+
+    start_ray(num_env_runners + 1)
+    on_own_ray = not os.environ.get("RAY_ADDRESS")
+    if on_own_ray and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, num_cores() - num_env_runners))
 
 
 def _stop(training: Any) -> None:

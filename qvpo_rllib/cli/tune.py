@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import logging
 import os
 import signal
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
-from qvpo_rllib.cli.train import LOOPBACK
+from qvpo_rllib.cli.ray_session import start_ray
+from qvpo_rllib.experiments.checks import require_at_least
 
 LOGGERS = ("wandb", "mlflow")
 
@@ -92,10 +92,7 @@ def _spec(options: argparse.Namespace) -> Any:
 
     spec = ExperimentSpec.load(options.file)
     for name in ("num_samples", "max_concurrent"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} {value} is not allowed: it must be 1 or more.")
+        require_at_least("--" + name.replace("_", "-"), getattr(options, name), 1)
     if options.num_samples is not None:
         if spec.search.num_samples is None:
             raise ValueError(
@@ -143,28 +140,13 @@ def _logger(name: str, spec: Any) -> Any:
 
 
 def _start_ray(address: str | None, spec: Any) -> None:
-    """The cluster at `address` or RAY_ADDRESS, else a Ray of its own on loopback."""
-    import ray
-
     # The new output would print a banner beside the table of trials.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # The metric of a search is in every result; RLlib's have more columns than Tune expects.
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     # Tune warns when its state is saved often; every checkpoint saves it.
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, **quiet)
-        return
-    # Enough slots for one trial: on fewer cores its processes share, instead of waiting for ever.
-    cores = max(len(os.sched_getaffinity(0)), spec.num_cpus + spec.num_env_runners)
-    ray.init(
-        address="local",
-        num_cpus=cores,
-        include_dashboard=False,
-        _node_ip_address=LOOPBACK,
-        **quiet,
-    )
+    start_ray(spec.num_cpus + spec.num_env_runners, address)
 
 
 def _stop_ray() -> None:

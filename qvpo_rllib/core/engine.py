@@ -58,6 +58,11 @@ def kernels_of(engine: str, device: torch.device) -> Kernels:
     return EAGER
 
 
+def acting_engine(engine: str, device: torch.device) -> str:
+    """The resolved engine of action selection: a graph needs a fixed batch, acting has none."""
+    return resolve_engine("compiled" if engine in ("auto", "cuda_graph") else engine, device)
+
+
 def describe(engine: str) -> str:
     """A resolved engine in a line, with what to expect of it."""
     if engine == "eager":

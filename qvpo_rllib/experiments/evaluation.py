@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
+from qvpo_rllib.experiments.checks import require_at_least
 from qvpo_rllib.experiments.plan import check_environment
 from qvpo_rllib.experiments.served import find_checkpoint, load_policy
 from qvpo_rllib.rollout import Episode, Hooks, run_episodes
@@ -151,8 +152,7 @@ class _InBox(ActionScale):
 
 def _check(episodes: int, k: int | None, seed: int) -> None:
     for name, value, least in (("episodes", episodes, 1), ("k", k, 1), ("seed", seed, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value} is not allowed: it must be {least} or more.")
+        require_at_least(f"--{name}", value, least)
 
 
 def _play(

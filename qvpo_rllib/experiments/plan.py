@@ -11,6 +11,7 @@ import torch
 from qvpo_rllib.config import QVPOConfig, check_environment_id
 from qvpo_rllib.core.hyperparameters import Hyperparameters, parse_option
 from qvpo_rllib.core.presets import PRESETS, resolve_for_task
+from qvpo_rllib.experiments.checks import require_at_least
 from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.spaces import check_spaces
 
@@ -58,11 +59,7 @@ class TrainingPlan:
             ("num_env_runners", 0),
             ("seed", 0),
         ):
-            if getattr(self, name) < least:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(
-                    f"{option} {getattr(self, name)} is not allowed: it must be {least} or more."
-                )
+            require_at_least("--" + name.replace("_", "-"), getattr(self, name), least)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
