@@ -11,11 +11,12 @@ from ray.rllib.policy.sample_batch import SampleBatch
 from ray.rllib.policy.torch_policy import TorchPolicy
 from torch import Generator, Tensor, nn
 
+from qvpo_rllib.core.acting import ActionSelector
 from qvpo_rllib.core.engine import acting_engine, kernels_of
 from qvpo_rllib.core.learner import Learner, Networks
 from qvpo_rllib.core.presets import resolved_hyperparameters
 from qvpo_rllib.core.replay import Transitions
-from qvpo_rllib.core.sampler import draw_noise, select_actions
+from qvpo_rllib.core.sampler import draw_noise
 from qvpo_rllib.core.seeding import Stream, restore_generator, spawn_seed
 from qvpo_rllib.spaces import check_spaces
 
@@ -59,7 +60,10 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
         self.obs_dim, self.act_dim = obs_dim, act_dim
         self.generator = Generator(device=self.device)
         self.seed_actions(0)
-        self.kernels = kernels_of(acting_engine(self.hp.engine, self.device), self.device).sampler
+        nets, engine = self.networks, acting_engine(self.hp.engine, self.device)
+        kernels = kernels_of(engine, self.device).sampler
+        self._selector = ActionSelector(nets.actor, nets.critic, nets.schedule, kernels)
+        self._updates_seen = 0
         self.learner: Learner | None = None
         if self.is_learner:
             self.learner = Learner(
@@ -96,10 +100,10 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
             generator or self.generator,
             self.device,
         )
-        networks = self.networks
-        actions, _ = select_actions(
-            networks.actor, networks.critic, networks.schedule, obs_tensor, noise, self.kernels
-        )
+        if self.learner is not None and self.learner.num_updates != self._updates_seen:
+            self._updates_seen = self.learner.num_updates
+            self._selector.weights_changed()
+        actions, _ = self._selector.select(obs_tensor, noise)
         array: NDArray[np.float32] = actions.cpu().numpy()
         return array
 

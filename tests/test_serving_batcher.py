@@ -63,7 +63,7 @@ def test_one_bad_observation_spoils_no_other_request(policy: Any) -> None:
     async def scenario() -> Any:
         batcher = Batcher()
         bad = torch.full((1, OBS_DIM), 3e38)
-        jobs = [batcher.act(policy, obs, 1, 0) for obs in (obs_of(0), bad, obs_of(1))]
+        jobs = [batcher.act(policy, obs, 2, 0) for obs in (obs_of(0), bad, obs_of(1))]
         return await asyncio.gather(*jobs, return_exceptions=True)
 
     first, second, third = asyncio.run(scenario())

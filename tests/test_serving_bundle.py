@@ -106,8 +106,10 @@ def test_k_left_out_is_the_checkpoints_k_eval(policy: Any) -> None:
     assert not np.array_equal(policy.act(obs, 4, seeded(1)), policy.act(obs, 4, seeded(2)))
 
 
+@pytest.mark.parametrize("engine", ["native", "eager"])
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 32])
-def test_a_row_is_the_same_bits_in_every_batch(policy: Any, k: int) -> None:
+def test_a_row_is_the_same_bits_in_every_batch(policy: Any, k: int, engine: str) -> None:
+    policy = ServedPolicy(policy.description, policy.networks, engine)
     obs = torch.as_tensor(observations(40))
     noise = policy.draw_noise(40, k, seeded(9))
     together, finite = policy.select(obs, noise)
@@ -122,7 +124,8 @@ def test_a_row_is_the_same_bits_in_every_batch(policy: Any, k: int) -> None:
 
 def test_blocks_are_single_where_a_position_changes_the_bits(policy: Any, monkeypatch: Any) -> None:
     """A machine whose matrix products depend on the row's place must not use blocks."""
-    place_dependent = ServedPolicy(policy.description, policy.networks)
+    policy = ServedPolicy(policy.description, policy.networks, "eager")
+    place_dependent = ServedPolicy(policy.description, policy.networks, "eager")
     block = place_dependent._block
 
     def with_places(obs: Any, noise: Any) -> Any:

@@ -8,10 +8,11 @@ import torch
 from qvpo_rllib.bench.sizes import TASKS, Task, acting_flops, hyperparameters
 from qvpo_rllib.bench.straightforward import Straightforward
 from qvpo_rllib.bench.timing import matrix_product, measure, ratio
+from qvpo_rllib.core.acting import ActionSelector
 from qvpo_rllib.core.engine import acting_engine, kernels_of
 from qvpo_rllib.core.hyperparameters import Hyperparameters
 from qvpo_rllib.core.learner import Networks
-from qvpo_rllib.core.sampler import draw_noise, select_actions
+from qvpo_rllib.core.sampler import draw_noise
 
 
 def run(
@@ -24,7 +25,10 @@ def run(
     device: torch.device,
     repeats: int,
 ) -> Iterator[dict[str, Any]]:
-    """A row per combination. Times include drawing the noise; see `learner.run` for the columns."""
+    """A row per combination. Times include drawing the noise; see `learner.run` for the columns.
+
+    The weights stay as they are from call to call, as between two of a worker's weight updates.
+    """
     for setting in settings:
         for name in tasks:
             for engine in engines:
@@ -48,6 +52,7 @@ def _row(
     straightforward = Straightforward(networks, hp)
     engine = acting_engine(hp.engine, device)
     kernels = kernels_of(engine, device).sampler
+    selector = ActionSelector(networks.actor, networks.critic, networks.schedule, kernels)
     obs = torch.randn(batch_size, task.obs_dim, device=device)
     generator = torch.Generator(device=device).manual_seed(0)
 
@@ -57,9 +62,7 @@ def _row(
     product, product_flops = matrix_product(device)
     times = measure(
         {
-            "act": lambda: select_actions(
-                networks.actor, networks.critic, networks.schedule, obs, noise(), kernels
-            ),
+            "act": lambda: selector.select(obs, noise()),
             "straightforward": lambda: straightforward.select(
                 straightforward.actor, straightforward.critic, obs, noise()
             ),

@@ -106,7 +106,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--engine",
         nargs="+",
         default=["auto"],
-        choices=("auto", "eager", "compiled", "cuda_graph"),
+        choices=("auto", "eager", "native", "compiled", "cuda_graph"),
         help="default auto",
     )
 

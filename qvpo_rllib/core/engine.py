@@ -1,4 +1,11 @@
-"""How an update is executed: eagerly, compiled, or as a CUDA graph. The mathematics is the same."""
+"""How an update is executed; the mathematics is the same.
+
+eager        PyTorch's operations, one by one
+native       sampling and ranking by the library of native.py (CPU), the rest eagerly
+compiled     losses and gradients by torch.compile; sampling and ranking natively on a CPU,
+             compiled on a GPU
+cuda_graph   whole updates captured and replayed (GPU)
+"""
 
 import functools
 import sys
@@ -11,6 +18,7 @@ from torch import Generator
 
 from qvpo_rllib.core import objectives, sampler
 from qvpo_rllib.core.kernels import mish
+from qvpo_rllib.core.native_build import load_library
 
 # Batch sizes of one function that `torch.compile` may meet in a process: the chunks of an update,
 # acting and evaluation with any number of environments, a test session with many learners.
@@ -34,7 +42,10 @@ EAGER = Kernels(sampler.EAGER, objectives.critic_objective, objectives.actor_obj
 
 
 def resolve_engine(engine: str, device: torch.device) -> str:
-    """`auto` is `cuda_graph` on a GPU; on a CPU `compiled` where compiling works, else `eager`.
+    """The engine that `engine` comes to on this machine.
+
+    `auto` is `cuda_graph` on a GPU and `compiled` on a CPU. What needs a compiler that does not
+    work here falls back, with a line that says so: `compiled` to `native`, that to `eager`.
 
     Raises:
         ValueError: `cuda_graph` without a CUDA device.
@@ -42,30 +53,46 @@ def resolve_engine(engine: str, device: torch.device) -> str:
     if engine == "cuda_graph" and device.type != "cuda":
         raise ValueError(
             f"engine='cuda_graph' needs a CUDA device; the learner is on {str(device)!r}. Use "
-            "engine='auto', 'compiled' or 'eager', or give it a GPU (num_gpus=1)."
+            "engine='auto', 'compiled', 'native' or 'eager', or give it a GPU (num_gpus=1)."
         )
     if engine == "auto":
         engine = "cuda_graph" if device.type == "cuda" else "compiled"
-    if engine == "compiled" and not _compiling_works(device.type):
+    if device.type == "cpu":
+        if engine != "eager" and not _native_works():
+            return "eager"
+        if engine == "compiled" and not _compiling_works("cpu", "native"):
+            return "native"
+    elif engine == "native" or (
+        engine == "compiled" and not _compiling_works(device.type, "eager")
+    ):
         return "eager"
     return engine
 
 
 def kernels_of(engine: str, device: torch.device) -> Kernels:
     """The functions of a resolved engine; a CUDA graph captures the compiled ones if it can."""
-    if engine == "compiled" or (engine == "cuda_graph" and _compiling_works(device.type)):
-        return _compiled()
+    if engine == "native":
+        return EAGER._replace(sampler=EAGER.sampler._replace(native=True))
+    if engine == "compiled" or (engine == "cuda_graph" and _compiling_works(device.type, "eager")):
+        kernels = _compiled()
+        return kernels._replace(sampler=kernels.sampler._replace(native=device.type == "cpu"))
     return EAGER
 
 
 def acting_engine(engine: str, device: torch.device) -> str:
-    """The resolved engine of action selection: a graph needs a fixed batch, acting has none."""
-    return resolve_engine("compiled" if engine in ("auto", "cuda_graph") else engine, device)
+    """The resolved engine of action selection.
+
+    On a CPU there is nothing in it to compile beyond the native library; on a GPU a graph would
+    need a fixed batch, which acting has not.
+    """
+    if engine != "eager":
+        engine = "native" if device.type == "cpu" else "compiled"
+    return resolve_engine(engine, device)
 
 
 def describe(engine: str) -> str:
     """A resolved engine in a line, with what to expect of it."""
-    if engine == "eager":
+    if engine in ("eager", "native"):
         return engine
     return (
         f"{engine}; the first update compiles, which takes half a minute to a minute once and some "
@@ -150,7 +177,7 @@ def _compiled() -> Kernels:
     if hasattr(functorch, "force_non_lazy_backward_lowering"):
         functorch.force_non_lazy_backward_lowering = True
     return Kernels(
-        sampler.SamplerKernels(*[_compile(f) for f in sampler.EAGER]),
+        sampler.SamplerKernels(_compile(sampler.denoise), _compile(sampler.lowest_q)),
         _compile(EAGER.critic_objective),
         _compile(EAGER.actor_objective),
     )
@@ -186,15 +213,31 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _compiling_works(device_type: str) -> bool:
+def _native_works() -> bool:
+    """Builds the native library, if that was not done before; where it fails, says so once."""
+    try:
+        load_library()
+    except OSError as error:
+        print(
+            f"engine: eager, since the native library cannot be built here ({_first_line(error)}). "
+            "A C++ compiler (Debian: apt-get install g++) makes updates and acting faster.",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+@functools.cache
+def _compiling_works(device_type: str, instead: str) -> bool:
     """Compiles a small function; where that fails, says so once in one line."""
     try:
         x = torch.zeros(64, device=device_type)
         torch.compile(mish)(x)
     except Exception as error:  # whatever is missing: compiler, headers, a writable cache
         print(
-            f"engine: eager, since torch.compile does not work here ({_first_line(error)}). A C++ "
-            "compiler (Debian: apt-get install g++) makes updates faster.",
+            f"engine: {instead}, since torch.compile does not work here ({_first_line(error)}). A "
+            "C++ compiler and Python's headers (Debian: apt-get install g++ python3-dev) make "
+            "updates faster.",
             file=sys.stderr,
         )
         return False

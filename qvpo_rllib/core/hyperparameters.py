@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "noise_schedule": ("cosine", "linear", "vp"),
     "entropy_reduction": ("sum", "mean"),
     "update_order": ("critic_then_policy", "policy_then_critic"),
-    "engine": ("auto", "eager", "compiled", "cuda_graph"),
+    "engine": ("auto", "eager", "native", "compiled", "cuda_graph"),
     "sampling_precision": ("fp32", "tf32", "bf16"),
 }
 
@@ -94,7 +94,7 @@ class Hyperparameters:
     engine: str = _option(
         "auto",
         "how updates and action selection run; the numbers are the same. auto: a CUDA graph on a "
-        "GPU; compiled by torch.compile on a CPU, or eager where no C++ compiler is found",
+        "GPU; on a CPU compiled, or eager where no C++ compiler is found",
     )
     sampling_precision: str = _option(
         "fp32",

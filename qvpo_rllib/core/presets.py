@@ -37,8 +37,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "q_cut": 1.0,
     },
     # Locomotion on a laptop's CPU: about a hundredth of the default's sampling per update. The
-    # critics and their targets move faster, since they are what limits so short a run.
+    # critics and their targets move faster, and a behaviour of single samples explores more, since
+    # that is what limits so short a run.
     "light": {
+        "k_behavior": 1,
         "k_target": 2,
         "num_policy_samples": 8,
         "num_uniform_samples": 2,
@@ -67,8 +69,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "replay_capacity": 50_000,
         "warmup_steps": 1_000,
-        # Networks this small gain less by compiling than it takes.
-        "engine": "eager",
+        # Losses this small gain less by compiling than it takes.
+        "engine": "native",
     },
 }
 

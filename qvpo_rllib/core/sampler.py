@@ -5,7 +5,7 @@ of a first layer is computed once per state, the step's share once per step, Mis
 exponential and works in place, and states are taken in chunks whose activations stay in cache.
 
 `denoise` and `lowest_q` do the work on one chunk. They are plain functions of tensors; an engine
-may hand in compiled ones (see `engine.py`).
+may hand in compiled ones, or have `native.py` do it all (see `engine.py`).
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from qvpo_rllib.core.diffusion import NoiseSchedule, reverse_step
 from qvpo_rllib.core.kernels import linear, mish_
 from qvpo_rllib.core.losses import best_of
+from qvpo_rllib.core.native import PackedActor, PackedCritic
 from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
 
 # Rows (states × samples) worked on at once on a CPU: 2048 rows of 256 floats are two megabytes that
@@ -101,10 +102,11 @@ def lowest_q(actions: Tensor, firsts: list[Tensor], trunks: list[Trunk]) -> Tens
 
 
 class SamplerKernels(NamedTuple):
-    """What works on a chunk."""
+    """What works on a chunk; with `native`, the library of `native.py` does float32 on a CPU."""
 
     denoise: Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor], Trunk], Tensor] = denoise
     lowest_q: Callable[[Tensor, list[Tensor], list[Trunk]], Tensor] = lowest_q
+    native: bool = False
 
 
 EAGER = SamplerKernels()
@@ -133,6 +135,8 @@ def sample_actions(
     steps, num_states, num_samples, act_dim = noise.shape
     if steps != schedule.diffusion_steps:
         raise ValueError(f"noise has {steps} steps, the schedule {schedule.diffusion_steps}.")
+    if kernels.native and dtype is None:
+        return PackedActor(actor, schedule).sample(obs, noise)
     obs_part = actor.obs_part(obs) + actor.mlp.linears()[0].bias  # [B, H]
     firsts = actor.time_part().flip(0)[:, None] + obs_part  # [T, B, H], in the order of the chain
     if dtype is not None:
@@ -159,6 +163,8 @@ def sample_actions(
 @torch.no_grad()
 def min_q(critic: TwinQ, obs: Tensor, actions: Tensor, kernels: SamplerKernels = EAGER) -> Tensor:
     """The lower of the twins' estimates for N actions per state: [B, O], [B, N, A] → [B, N]."""
+    if kernels.native:
+        return PackedCritic(critic).min_q(obs, actions)
     num_states, num_samples, act_dim = actions.shape
     twins = (critic.q1, critic.q2)
     firsts = [q.first(0, obs) + q.linears()[0].bias for q in twins]
@@ -171,7 +177,6 @@ def min_q(critic: TwinQ, obs: Tensor, actions: Tensor, kernels: SamplerKernels =
     return lowest
 
 
-@torch.no_grad()
 def select_actions(
     actor: NoisePredictor,
     critic: TwinQ,
@@ -179,22 +184,25 @@ def select_actions(
     obs: Tensor,
     noise: Tensor,
     kernels: SamplerKernels = EAGER,
-    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The K-efficient policy π_θ^K (section 4.4): the best of K actions by the critics' minimum.
 
     Args:
         obs: [B, O].
         noise: [T, B, K, A].
-        dtype: see `sample_actions`; the critics compute in their own.
 
     Returns:
         The actions [B, A] in [-1, 1] and their Q [B]; Q is None where K = 1, which ranks nothing.
     """
-    actions = sample_actions(actor, schedule, obs, noise, kernels, dtype)
+    actions = sample_actions(actor, schedule, obs, noise, kernels)
+    return highest(actions, lambda: min_q(critic, obs, actions, kernels))
+
+
+def highest(actions: Tensor, q: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Of actions [B, K, A] those of the highest q() [B, K]; see `select_actions`."""
     if actions.shape[1] == 1:
         return actions[:, 0], None
-    top_q, top = best_of(min_q(critic, obs, actions, kernels), actions)
+    top_q, top = best_of(q(), actions)
     return top[:, 0], top_q[:, 0]
 
 

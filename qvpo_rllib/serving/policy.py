@@ -1,10 +1,11 @@
 """Acting with a policy so that a row's action is the same bits whatever else is in the batch.
 
-A matrix product may round a row differently when the matrix has another height. So observations go
-through the networks in blocks of one fixed height for each K, the last one padded, and a row's
-result must not depend on its place in the block either: that is measured on this machine, for every
-K, before the first block counts. Where it does not hold, higher blocks are tried, and in the end a
-block is a single observation.
+The native library computes every row by itself. Where it cannot be built, PyTorch's matrix products
+may round a row differently when the matrix has another height. So observations then go through the
+networks in blocks of one fixed height for each K, the last one padded, and a row's result must not
+depend on its place in the block either: that is measured on this machine, for every K, before the
+first block counts. Where it does not hold, higher blocks are tried, and in the end a block is a
+single observation.
 """
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
+from qvpo_rllib.core.acting import ActionSelector
 from qvpo_rllib.core.diffusion import NoiseSchedule
+from qvpo_rllib.core.engine import acting_engine, kernels_of
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
-from qvpo_rllib.core.sampler import draw_noise, select_actions
+from qvpo_rllib.core.sampler import draw_noise
 from qvpo_rllib.serving.description import Description
 
 CPU = torch.device("cpu")
@@ -48,12 +51,19 @@ class ServedPolicy:
     """The best of K diffusion samples by the critics, in the environment's own action box.
 
     Letters as in `core`: B observations, O and A their and the actions' dimensions, T steps.
+
+    Args:
+        engine: "auto", which is "native" where that can be built, or "eager".
     """
 
-    def __init__(self, description: Description, networks: PolicyNetworks) -> None:
+    def __init__(
+        self, description: Description, networks: PolicyNetworks, engine: str = "auto"
+    ) -> None:
         self.description = description
         self.networks = networks
-        self.schedule = NoiseSchedule(description.noise_schedule, description.diffusion_steps)
+        schedule = NoiseSchedule(description.noise_schedule, description.diffusion_steps)
+        kernels = kernels_of(acting_engine(engine, CPU), CPU).sampler
+        self._selector = ActionSelector(networks.actor, networks.critic, schedule, kernels)
         self.scale = description.action_scale
         self.generator = Generator()
         self.generator.seed()
@@ -119,6 +129,9 @@ class ServedPolicy:
         Returns:
             actions [B, A] in [-1, 1], and whether an action and its Q are finite, [B].
         """
+        if self._selector.kernels.native:
+            actions, q = self._block(obs, noise)
+            return _with_finite(actions, q)
         threads = torch.get_num_threads()
         # The bits may not depend on the number of cores either; blocks are too small to share.
         torch.set_num_threads(1)
@@ -126,8 +139,7 @@ class ServedPolicy:
             actions, q = self._in_blocks(obs, noise, self._block_states_for(noise.shape[2]))
         finally:
             torch.set_num_threads(threads)
-        finite = torch.isfinite(actions).all(dim=1) & torch.isfinite(q)
-        return actions.numpy(), finite.numpy()
+        return _with_finite(actions, q)
 
     def warm_up(self, *ks: int) -> None:
         """Does what the first call for each K would do: 0.1 s that no caller should wait for."""
@@ -174,7 +186,12 @@ class ServedPolicy:
         return actions, q
 
     def _block(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """`select_actions`, with a Q of 0 where K = 1 ranks nothing."""
-        networks = self.networks
-        actions, q = select_actions(networks.actor, networks.critic, self.schedule, obs, noise)
+        """`ActionSelector.select`, with a Q of 0 where K = 1 ranks nothing."""
+        actions, q = self._selector.select(obs, noise)
         return actions, torch.zeros(obs.shape[0]) if q is None else q
+
+
+def _with_finite(actions: Tensor, q: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """actions [B, A], and whether a row of them and its Q are finite, [B]."""
+    finite = torch.isfinite(actions).all(dim=1) & torch.isfinite(q)
+    return actions.numpy(), finite.numpy()

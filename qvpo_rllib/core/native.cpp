@@ -1,0 +1,317 @@
+// Drawing actions from the diffusion policy and ranking them by the critics, on a CPU in float32.
+//
+// The same mathematics as sampler.py, which documents it; native.py builds this file and calls it.
+// What is gained: weights are packed so that a product reads them in order, Mish is applied to sums
+// that are still in registers, and a block of rows takes all T steps while it and the weights stay
+// in the second-level cache. Every row is computed by itself, in the same order of additions
+// whatever rows are beside it, so that neither the batch nor the number of threads changes a bit.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+// Accumulators of a block (ROWS x COLUMNS vectors) must fit the registers beside a row of weights.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, COLUMNS = 4;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, COLUMNS = 4;
+#else
+constexpr int LANES = 8, COLUMNS = 2;
+#endif
+constexpr int ROWS = 6;
+// Rows that go through the networks together; a multiple of ROWS.
+constexpr int BLOCK_ROWS = 96;
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+struct Layer {
+    int64_t in, out;      // features; `out` is padded to a multiple of LANES with zeros
+    const float *weight;  // panels of up to COLUMNS vectors, each [in, vectors * LANES]
+    const float *bias;    // [out], or null
+};
+
+struct Network {
+    int64_t num_layers;      // behind the first one
+    const Layer *observation;  // the first layer's part that meets the observation, with its bias
+    const Layer *action;       // its part that meets the action, without
+    const Layer *layers;
+};
+
+namespace {
+
+Vector load(const float *from) {
+    Vector v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+void store(float *to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
+Vector broadcast(float x) { return x - Vector{}; }
+
+// e to the x for -87 < x <= 20, to about one unit in the last place.
+Vector exponential(Vector x) {
+    // Adding 1.5 * 2^23 rounds to an integer.
+    const float rounder = 12582912.0f;
+    const Vector shifted = x * 1.44269504f + rounder;
+    const Vector n = shifted - rounder;
+    const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vector p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const Integers exponent = (__builtin_convertvector(n, Integers) + 127) << 23;
+    Vector power;
+    std::memcpy(&power, &exponent, sizeof power);
+    return p * power;
+}
+
+// x * m / (m + 2) with m = e^2 + 2e, e = exp(x): see kernels.py.
+Vector mish(Vector x) {
+    // Far below zero it is zero, from 20 on it is x. The comparisons leave a NaN what it is.
+    const Vector lowest = broadcast(-87.0f), highest = broadcast(20.0f);
+    x = x < lowest ? lowest : x;
+    const Vector e = exponential(x < highest ? x : highest);
+    const Vector m = e * (e + 2.0f);
+    return x * (m / (m + 2.0f));
+}
+
+// A block of sums: `rows` rows of the input times a panel of the weights, onto what `start` holds.
+template <int R, int C, bool ACTIVATE>
+void multiply(const float *x, int64_t x_stride, const float *panel, int64_t in,
+              const float *const *start, const float *bias, float *out, int64_t out_stride) {
+    Vector sums[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) {
+            sums[r][c] = start ? load(start[r] + c * LANES) : Vector{};
+            if (bias) sums[r][c] += load(bias + c * LANES);
+        }
+    for (int64_t i = 0; i < in; ++i) {
+        Vector weights[C];
+        for (int c = 0; c < C; ++c) weights[c] = load(panel + (i * C + c) * LANES);
+        for (int r = 0; r < R; ++r) {
+            const Vector value = broadcast(x[r * x_stride + i]);
+            for (int c = 0; c < C; ++c) sums[r][c] += value * weights[c];
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c)
+            store(out + r * out_stride + c * LANES, ACTIVATE ? mish(sums[r][c]) : sums[r][c]);
+}
+
+template <int C, bool ACTIVATE>
+void multiply_rows(int64_t rows, const float *x, int64_t x_stride, const float *panel, int64_t in,
+                   const float *const *start, int64_t column, const float *bias, float *out,
+                   int64_t out_stride) {
+    const float *starts[ROWS];
+    for (int64_t row = 0; row < rows; row += ROWS) {
+        const int64_t now = std::min<int64_t>(ROWS, rows - row);
+        if (start)
+            for (int64_t r = 0; r < now; ++r) starts[r] = start[row + r] + column;
+        const float *const *from = start ? starts : nullptr;
+        const float *in_rows = x + row * x_stride;
+        float *out_rows = out + row * out_stride;
+        switch (now) {
+#define CASE(R)                                                                                  \
+    case R:                                                                                      \
+        multiply<R, C, ACTIVATE>(in_rows, x_stride, panel, in, from, bias, out_rows, out_stride); \
+        break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#undef CASE
+        }
+    }
+}
+
+// out[r] = activation(start[r] + bias + x[r] W) for `rows` rows; `start` may be null.
+template <bool ACTIVATE>
+void apply(const Layer &layer, int64_t rows, const float *x, int64_t x_stride,
+           const float *const *start, float *out, int64_t out_stride) {
+    for (int64_t column = 0; column < layer.out;) {
+        const int64_t vectors = std::min<int64_t>(COLUMNS, (layer.out - column) / LANES);
+        const float *panel = layer.weight + column * layer.in;
+        const float *bias = layer.bias ? layer.bias + column : nullptr;
+        float *to = out + column;
+        switch (vectors) {
+#define CASE(C)                                                                                 \
+    case C:                                                                                     \
+        multiply_rows<C, ACTIVATE>(rows, x, x_stride, panel, layer.in, start, column, bias, to, \
+                                   out_stride);                                                 \
+        break;
+            CASE(1) CASE(2)
+#if !defined(__AVX512F__) && !defined(__aarch64__)
+        }
+#else
+            CASE(3) CASE(4)
+        }
+#endif
+#undef CASE
+        column += vectors * LANES;
+    }
+}
+
+int64_t widest(const Network &network) {
+    int64_t width = network.observation->out;
+    for (int64_t i = 0; i < network.num_layers; ++i)
+        width = std::max(width, network.layers[i].out);
+    return width;
+}
+
+// One thread's working memory.
+struct Scratch {
+    int64_t width;
+    std::vector<float> one, other;
+    std::vector<const float *> start;
+    explicit Scratch(int64_t width)
+        : width(width), one(BLOCK_ROWS * width), other(BLOCK_ROWS * width), start(BLOCK_ROWS) {}
+
+    // The network behind its first layer's observation part (scratch.start, a pointer per row).
+    // Returns the output, [rows, width].
+    const float *run(const Network &network, int64_t rows, const float *actions,
+                     int64_t action_stride) {
+        apply<true>(*network.action, rows, actions, action_stride, start.data(), one.data(),
+                      width);
+        float *from = one.data(), *to = other.data();
+        for (int64_t i = 0; i < network.num_layers; ++i) {
+            if (i + 1 < network.num_layers)
+                apply<true>(network.layers[i], rows, from, width, nullptr, to, width);
+            else
+                apply<false>(network.layers[i], rows, from, width, nullptr, to, width);
+            std::swap(from, to);
+        }
+        return from;
+    }
+};
+
+// Work on [0, count) in contiguous parts, one per thread.
+template <typename Work>
+void in_parallel(int64_t count, int64_t threads, Work work) {
+    threads = std::max<int64_t>(1, std::min(threads, count));
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < threads; ++i)
+        others.emplace_back(work, count * i / threads, count * (i + 1) / threads);
+    work(0, count / threads);
+    for (auto &thread : others) thread.join();
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t qvpo_lanes() { return LANES; }
+
+// [out, in] with row stride `stride` -> the panels of `Layer::weight`, with zeros up to
+// [padded_out, padded_in], which are Layer::out and Layer::in.
+void qvpo_pack(const float *weight, int64_t stride, int64_t out, int64_t in, int64_t padded_out,
+               int64_t padded_in, float *packed) {
+    std::fill(packed, packed + padded_out * padded_in, 0.0f);
+    for (int64_t column = 0; column < padded_out;) {
+        const int64_t width = std::min<int64_t>(COLUMNS * LANES, padded_out - column);
+        float *panel = packed + column * padded_in;
+        const int64_t columns = std::min(width, out - column);
+        // A few inputs at a time, lest every number read be on a cache line of its own.
+        for (int64_t begin = 0; begin < in; begin += 16)
+            for (int64_t j = 0; j < columns; ++j) {
+                const float *row = weight + (column + j) * stride;
+                for (int64_t i = begin; i < std::min(begin + 16, in); ++i)
+                    panel[i * width + j] = row[i];
+            }
+        column += width;
+    }
+}
+
+// The reverse process: sampler.sample_actions.
+//   step_parts  [T, H]  each step's share of the first layer, in the order of the chain
+//   constants   [T, 5]  rows of NoiseSchedule.reverse_steps, in the same order
+//   noise       [T, S, N, A]
+//   actions     [S, N, A], written
+void qvpo_sample(const Network *actor, int64_t steps, const float *step_parts,
+                 const float *constants, const float *obs, int64_t obs_dim, const float *noise,
+                 int64_t states, int64_t samples, int64_t act_dim, float *actions,
+                 int64_t threads) {
+    const int64_t hidden = actor->observation->out;
+    std::vector<float> obs_parts(states * hidden);
+    const int64_t all_rows = states * samples;
+    const int64_t blocks = (all_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    in_parallel(states, threads, [&](int64_t begin, int64_t end) {
+        apply<false>(*actor->observation, end - begin, obs + begin * obs_dim, obs_dim, nullptr,
+                     obs_parts.data() + begin * hidden, hidden);
+    });
+    in_parallel(blocks, threads, [&](int64_t begin, int64_t end) {
+        Scratch scratch(widest(*actor));
+        // The first layer's sums before the action's part: one row per state of the block.
+        std::vector<float> first((BLOCK_ROWS + 1) * hidden);
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t row = block * BLOCK_ROWS;
+            const int64_t rows = std::min<int64_t>(BLOCK_ROWS, all_rows - row);
+            const int64_t state = row / samples;
+            const int64_t block_states = (row + rows - 1) / samples - state + 1;
+            float *x = actions + row * act_dim;
+            std::memcpy(x, noise + row * act_dim, rows * act_dim * sizeof(float));
+            for (int64_t r = 0; r < rows; ++r)
+                scratch.start[r] = first.data() + ((row + r) / samples - state) * hidden;
+            for (int64_t step = 0; step < steps; ++step) {
+                const float *part = step_parts + step * hidden;
+                for (int64_t s = 0; s < block_states; ++s) {
+                    const float *from = obs_parts.data() + (state + s) * hidden;
+                    for (int64_t j = 0; j < hidden; ++j)
+                        first[s * hidden + j] = part[j] + from[j];
+                }
+                const float *predicted = scratch.run(*actor, rows, x, act_dim);
+                const float *c = constants + step * 5;
+                // The last step adds no noise: its sigma is zero, any noise will do.
+                const int64_t slice = step + 1 < steps ? step + 1 : 0;
+                const float *z = noise + (slice * all_rows + row) * act_dim;
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t a = 0; a < act_dim; ++a) {
+                        float &value = x[r * act_dim + a];
+                        float x0 = c[0] * value - c[1] * predicted[r * scratch.width + a];
+                        // Written so that a NaN stays one.
+                        x0 = x0 > 1.0f ? 1.0f : x0 < -1.0f ? -1.0f : x0;
+                        value = c[2] * x0 + c[3] * value + c[4] * z[r * act_dim + a];
+                    }
+            }
+            for (int64_t i = 0; i < rows * act_dim; ++i)
+                x[i] = x[i] > 1.0f ? 1.0f : x[i] < -1.0f ? -1.0f : x[i];
+        }
+    });
+}
+
+// The lower of the twins' estimates: sampler.min_q. actions [S, N, A] -> q [S, N].
+void qvpo_min_q(const Network *twins, const float *obs, int64_t obs_dim, const float *actions,
+                int64_t states, int64_t samples, int64_t act_dim, float *q, int64_t threads) {
+    const int64_t all_rows = states * samples;
+    const int64_t blocks = (all_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    in_parallel(blocks, threads, [&](int64_t begin, int64_t end) {
+        const int64_t hidden = twins->observation->out;
+        Scratch scratch(widest(*twins));
+        std::vector<float> first((BLOCK_ROWS + 1) * hidden);
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t row = block * BLOCK_ROWS;
+            const int64_t rows = std::min<int64_t>(BLOCK_ROWS, all_rows - row);
+            const int64_t state = row / samples;
+            const int64_t block_states = (row + rows - 1) / samples - state + 1;
+            for (int64_t r = 0; r < rows; ++r)
+                scratch.start[r] = first.data() + ((row + r) / samples - state) * hidden;
+            for (int twin = 0; twin < 2; ++twin) {
+                apply<false>(*twins[twin].observation, block_states, obs + state * obs_dim,
+                             obs_dim, nullptr, first.data(), hidden);
+                const float *out =
+                    scratch.run(twins[twin], rows, actions + row * act_dim, act_dim);
+                for (int64_t r = 0; r < rows; ++r) {
+                    const float value = out[r * scratch.width];
+                    float &lowest = q[row + r];
+                    // A NaN of either wins, as in torch.minimum.
+                    if (twin == 0 || value < lowest || value != value) lowest = value;
+                }
+            }
+        }
+    });
+}
+}

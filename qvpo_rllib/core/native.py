@@ -1,0 +1,144 @@
+"""`native.cpp`: sampling and ranking on a CPU by a small library, built once with the C++ compiler.
+
+The numbers are those of `sampler.py` to rounding, and the same bits for every row whatever rows are
+beside it and however many threads there are.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from qvpo_rllib.core.diffusion import NoiseSchedule
+from qvpo_rllib.core.native_build import load_library
+from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
+
+# A thread is worth starting from this many multiplications (about 50 microseconds of work).
+PRODUCTS_PER_THREAD = 5_000_000
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class _Network(ctypes.Structure):
+    _fields_ = (
+        ("num_layers", ctypes.c_int64),
+        ("observation", ctypes.POINTER(_Layer)),
+        ("action", ctypes.POINTER(_Layer)),
+        ("layers", ctypes.POINTER(_Layer)),
+    )
+
+
+class PackedMLP:
+    """A copy of a `SplitMLP`'s weights in the order in which the library reads them.
+
+    Args:
+        mlp: float32, on the CPU.
+        obs_part, action_part: which parts of its input these are.
+    """
+
+    def __init__(self, mlp: SplitMLP, obs_part: int, action_part: int) -> None:
+        self._kept: list[object] = []  # the memory that the structures point to
+        parts = mlp.first_weights()
+        first, *behind = mlp.linears()
+        observation = self._pack(parts[obs_part], first.bias)
+        action = self._pack(parts[action_part], None)
+        # The padding of a hidden layer is zero, which Mish leaves, and meets zeros in the next one.
+        layers = [self._pack(x.weight, x.bias, _padded(x.in_features)) for x in behind]
+        self.hidden = int(observation.outputs)
+        self.products_per_row = sum(x.inputs * x.outputs for x in (action, *layers))
+        array = (_Layer * len(layers))(*layers)
+        self._kept += [observation, action, array]
+        self.network = _Network(
+            len(layers), ctypes.pointer(observation), ctypes.pointer(action), array
+        )
+
+    def _pack(self, weight: Tensor, bias: Tensor | None, inputs: int | None = None) -> _Layer:
+        weight = weight.detach()
+        rows, columns = weight.shape
+        outputs, inputs = _padded(rows), inputs or columns
+        packed = torch.empty(outputs * inputs)
+        load_library().qvpo_pack(
+            weight.data_ptr(), weight.stride(0), rows, columns, outputs, inputs, packed.data_ptr()
+        )
+        self._kept.append(packed)
+        if bias is None:
+            return _Layer(inputs, outputs, packed.data_ptr(), None)
+        padded_bias = torch.zeros(outputs)
+        padded_bias[:rows] = bias.detach()
+        self._kept.append(padded_bias)
+        return _Layer(inputs, outputs, packed.data_ptr(), padded_bias.data_ptr())
+
+
+class PackedActor:
+    """`sampler.sample_actions` for weights as they are now."""
+
+    @torch.no_grad()
+    def __init__(self, actor: NoisePredictor, schedule: NoiseSchedule) -> None:
+        self._mlp = PackedMLP(actor.mlp, 2, 0)
+        time_part = actor.time_part().flip(0)  # in the order of the chain
+        self._step_parts = torch.zeros(time_part.shape[0], self._mlp.hidden)
+        self._step_parts[:, : time_part.shape[1]] = time_part
+        self._constants = schedule.reverse_steps.flip(0).float().contiguous()
+
+    def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """obs [B, O], noise [T, B, N, A] → [B, N, A]; float32."""
+        steps, num_states, num_samples, act_dim = noise.shape
+        obs, noise = obs.contiguous(), noise.contiguous()
+        actions = torch.empty(num_states, num_samples, act_dim)
+        load_library().qvpo_sample(
+            ctypes.byref(self._mlp.network),
+            steps,
+            self._step_parts.data_ptr(),
+            self._constants.data_ptr(),
+            obs.data_ptr(),
+            obs.shape[1],
+            noise.data_ptr(),
+            num_states,
+            num_samples,
+            act_dim,
+            actions.data_ptr(),
+            _threads(steps * num_states * num_samples * self._mlp.products_per_row),
+        )
+        return actions
+
+
+class PackedCritic:
+    """`sampler.min_q` for weights as they are now."""
+
+    def __init__(self, critic: TwinQ) -> None:
+        self._twins = [PackedMLP(critic.q1, 0, 1), PackedMLP(critic.q2, 0, 1)]
+        self._networks = (_Network * 2)(*(mlp.network for mlp in self._twins))
+
+    def min_q(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """obs [B, O], actions [B, N, A] → [B, N]; float32."""
+        num_states, num_samples, act_dim = actions.shape
+        obs, actions = obs.contiguous(), actions.contiguous()
+        q = torch.empty(num_states, num_samples)
+        load_library().qvpo_min_q(
+            self._networks,
+            obs.data_ptr(),
+            obs.shape[1],
+            actions.data_ptr(),
+            num_states,
+            num_samples,
+            act_dim,
+            q.data_ptr(),
+            _threads(2 * num_states * num_samples * self._twins[0].products_per_row),
+        )
+        return q
+
+
+def _padded(width: int) -> int:
+    lanes: int = load_library().qvpo_lanes()
+    return -(-width // lanes) * lanes
+
+
+def _threads(products: int) -> int:
+    return max(1, min(torch.get_num_threads(), products // PRODUCTS_PER_THREAD))

@@ -1,0 +1,215 @@
+"""The native library: the numbers of the eager sampler, the same bits for a row everywhere."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qvpo_rllib.core import engine, native, native_build, sampler
+from qvpo_rllib.core.acting import ActionSelector
+from qvpo_rllib.core.hyperparameters import Hyperparameters
+from qvpo_rllib.core.learner import Learner, Networks
+from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions, select_actions
+from tests.test_core_engine import ACT, CPU, OBS, assert_same_updates, learner, transitions
+
+NATIVE = sampler.EAGER._replace(native=True)
+SIZES = [(1, 1), (1, 4), (7, 4), (64, 4), (3, 32), (5, 1), (33, 3), (2, 100)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def builds():
+    """The machine that runs the tests is to have a compiler, as `.ci/run` sees to."""
+    assert engine.resolve_engine("native", CPU) == "native"
+
+
+def networks(obs_dim=OBS, act_dim=ACT, seed=0, **options):
+    options = {"hidden": (50, 37), "diffusion_steps": 6, "engine": "eager", **options}
+    torch.manual_seed(seed)
+    nets = Networks(obs_dim, act_dim, Hyperparameters(**options))
+    for parameter in nets.parameters():  # biases begin at zero
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return nets
+
+
+def inputs(nets, num_states, num_samples, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    steps = nets.schedule.diffusion_steps
+    obs_dim = nets.critic.q1.part_dims[0]
+    obs = torch.randn(num_states, obs_dim, generator=generator)
+    return obs, draw_noise(steps, num_states, num_samples, nets.act_dim, generator, CPU)
+
+
+@pytest.mark.parametrize(("num_states", "num_samples"), SIZES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"obs_dim": 348, "act_dim": 17, "hidden": (64, 64, 64)},
+        {"obs_dim": 1, "act_dim": 1, "hidden": (5,), "diffusion_steps": 1},
+        {"hidden": (256, 256), "diffusion_steps": 20, "noise_schedule": "vp"},
+    ],
+    ids=lambda shape: str(shape.get("hidden", "")),
+)
+def test_samples_and_values_equal_the_eager_ones(num_states, num_samples, shape):
+    nets = networks(**shape)
+    obs, noise = inputs(nets, num_states, num_samples)
+    with torch.no_grad():
+        actions = sample_actions(nets.actor, nets.schedule, obs, noise, NATIVE)
+        expected = sample_actions(nets.actor, nets.schedule, obs, noise)
+        torch.testing.assert_close(actions, expected, atol=1e-4, rtol=0)
+        q = min_q(nets.critic, obs, actions, NATIVE)
+        torch.testing.assert_close(q, min_q(nets.critic, obs, actions), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"k_target": 1, "q_weights": "qexp"}])
+def test_updates_equal_eager_ones(options):
+    mine = learner(**options, engine="native")
+    assert mine.engine == "native"
+    assert_same_updates(learner(**options), mine)
+
+
+def test_a_row_is_the_same_bits_in_every_batch_and_on_any_number_of_threads():
+    nets = networks(hidden=(256, 256))
+    actor, critic = native.PackedActor(nets.actor, nets.schedule), native.PackedCritic(nets.critic)
+    obs, noise = inputs(nets, 300, 5)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            actions = actor.sample(obs, noise)
+            results.append((actions, critic.min_q(obs, actions)))
+        torch.set_num_threads(1)
+        for start, end in ((0, 1), (17, 40), (299, 300)):
+            part = actor.sample(obs[start:end], noise[:, start:end])
+            assert torch.equal(part, results[0][0][start:end])
+            assert torch.equal(critic.min_q(obs[start:end], part), results[0][1][start:end])
+    finally:
+        torch.set_num_threads(threads)
+    # Else three threads are never used, and the test shows nothing.
+    assert 6 * 300 * 5 * actor._mlp.products_per_row > 3 * native.PRODUCTS_PER_THREAD
+    for actions, q in results[1:]:
+        assert torch.equal(actions, results[0][0])
+        assert torch.equal(q, results[0][1])
+
+
+def test_mish_over_the_whole_range_of_float32():
+    """A network of one unit: Q(a) = mish(a)."""
+    nets = networks(obs_dim=1, act_dim=1, hidden=(1,))
+    for q in (nets.critic.q1, nets.critic.q2):
+        for layer in q.linears():
+            layer.weight.data.fill_(1.0)
+            layer.bias.data.zero_()
+        q.linears()[0].weight.data[0, 0] = 0.0
+    values = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([-3e38, -1e4, 0.0, 3e38])])
+    q = native.PackedCritic(nets.critic).min_q(torch.zeros(len(values), 1), values.view(-1, 1, 1))
+    x = values.double()
+    expected = x * torch.tanh(torch.nn.functional.softplus(x))
+    torch.testing.assert_close(q.flatten().double(), expected, atol=1e-30, rtol=5e-6)
+
+
+def test_what_is_not_a_number_stays_none():
+    nets = networks()
+    obs, noise = inputs(nets, 4, 3)
+    obs[2, 0] = math.nan
+    actions = sample_actions(nets.actor, nets.schedule, obs, noise, NATIVE)
+    assert torch.isnan(actions[2]).all()
+    assert torch.isfinite(actions[[0, 1, 3]]).all()
+    fine = actions.nan_to_num()
+    assert torch.isnan(min_q(nets.critic, obs, fine, NATIVE)[2]).all()
+    # A single broken twin is enough.
+    nets.critic.q2.linears()[-1].bias.data.fill_(math.nan)
+    assert torch.isnan(min_q(nets.critic, obs, fine, NATIVE)).all()
+    nets.critic.q1, nets.critic.q2 = nets.critic.q2, nets.critic.q1
+    assert torch.isnan(min_q(nets.critic, obs, fine, NATIVE)).all()
+
+
+# --- Acting ------------------------------------------------------------------------------------
+
+
+def selector(nets):
+    return ActionSelector(nets.actor, nets.critic, nets.schedule, NATIVE)
+
+
+@pytest.mark.parametrize(("num_states", "num_samples"), SIZES)
+def test_the_selected_action_is_the_eager_one(num_states, num_samples):
+    nets = networks()
+    obs, noise = inputs(nets, num_states, num_samples)
+    action, q = selector(nets).select(obs, noise)
+    expected, expected_q = select_actions(nets.actor, nets.critic, nets.schedule, obs, noise)
+    torch.testing.assert_close(action, expected, atol=2e-5, rtol=0)
+    if num_samples == 1:
+        assert q is None
+    else:
+        torch.testing.assert_close(q, expected_q, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_weights_that_are_loaded_are_noticed(part):
+    nets, other = networks(), networks(seed=1)
+    obs, noise = inputs(nets, 6, 8)
+    mine = selector(nets)
+    before, _ = mine.select(obs, noise)
+    getattr(nets, part).load_state_dict(getattr(other, part).state_dict())
+    after, _ = mine.select(obs, noise)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, selector(nets).select(obs, noise)[0])
+
+
+def test_weights_an_optimiser_moved_are_taken_when_told():
+    hp = Hyperparameters(engine="eager", hidden=(32,), k_target=1, diffusion_steps=4, batch_size=64,
+                         actor_lr=0.1, critic_lr=0.1)  # fmt: skip
+    mine = Learner(Networks(OBS, ACT, hp), hp, seed=0, device="cpu")
+    nets = mine.networks
+    obs, noise = inputs(nets, 6, 8)
+    select = selector(nets)
+    before, _ = select.select(obs, noise)
+    mine.update(transitions(64, seed=0))
+    select.weights_changed()
+    after, _ = select.select(obs, noise)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, selector(nets).select(obs, noise)[0])
+
+
+# --- Building ----------------------------------------------------------------------------------
+
+ACT_ONCE = (
+    "from qvpo_rllib.core.native_build import load_library, cache_dir;"
+    "print(load_library().qvpo_lanes(), len(list(cache_dir().iterdir())))"
+)
+
+
+def test_processes_that_build_at_once_all_get_the_library(tmp_path):
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", ACT_ONCE],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        )
+        for _ in range(3)
+    ]
+    lanes = {int(run.communicate()[0].split()[0]) for run in runs}
+    assert lanes == {native_build.load_library().qvpo_lanes()}
+    assert [f.suffix for f in (tmp_path / "qvpo_rllib").iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("reason", ["no compiler", "it fails", "nowhere to write"])
+def test_what_keeps_it_from_being_built_is_an_oserror_with_the_reason(
+    tmp_path, monkeypatch, reason
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if reason == "no compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        expected = "no-such-compiler"
+    elif reason == "it fails":
+        monkeypatch.setenv("CXX", "false")
+        expected = "false.*failed"
+    else:
+        (tmp_path / "qvpo_rllib").write_text("a file is in the way")
+        expected = "exists"
+    with pytest.raises(OSError, match=expected):
+        native_build._built()
