@@ -4,11 +4,11 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,11 +49,15 @@ class RayNodes:
     def start_node(self, ip: str, num_cpus: int) -> None:
         self._start(ip, num_cpus, [f"--address={HEAD_IP}:{self.port}"])
 
-    def kill_node(self, ip: str) -> None:
-        """At once, as a power cut does: nothing of the node gets a chance to say goodbye."""
-        for process in tree(self._nodes.pop(ip)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+    def wait_for_nodes(self, number: int) -> None:
+        script = (
+            "import ray, time; ray.init('auto', logging_level='ERROR')\n"
+            f"while sum(n['Alive'] for n in ray.nodes()) < {number}: time.sleep(0.2)"
+        )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.run(sys.executable, "-c", script, timeout_s=START_TIMEOUT_S).returncode != 0:
+            logs = [log.read_text()[-2000:] for log in self.directory.glob("*.log")]
+            assert time.monotonic() < deadline, "\n".join(logs)
 
     def stop(self) -> None:
         processes = [process for node in self._nodes.values() for process in tree(node)]
