@@ -37,9 +37,9 @@ export RAY_AUTH_TOKEN_PATH=$HOME/.ray/slurm-$SLURM_JOB_ID
 mkdir -p "$HOME/.ray"
 python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
 
-# The address of the cluster's own network, under which the nodes know the head.
-head=$(scontrol show hostnames "${SLURM_JOB_NODELIST_HET_GROUP_0}" | head -n 1)
-head_ip=$(srun --het-group=0 hostname --ip-address | tr ' ' '\n' | grep -v '^127\.' | head -n 1)
+# The address under which the rollout nodes know the head.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0" | head -n 1)
+head_ip=$(srun --het-group=1 --nodes=1 --ntasks=1 getent ahostsv4 "$head" | awk 'NR == 1 {print $1}')
 export RAY_ADDRESS=$head_ip:$port
 echo "Head: $head ($RAY_ADDRESS)"
 

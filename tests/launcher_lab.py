@@ -121,7 +121,7 @@ class Lab:
         """The output of a `ray` command on the laptop, in the package's folder."""
         return self.finish(self.start_ray(*arguments))
 
-    def finish(self, process: subprocess.Popen[str], timeout_s: float = 120) -> str:
+    def finish(self, process: subprocess.Popen[str], timeout_s: float = 300) -> str:
         try:
             output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -227,7 +227,7 @@ def check_lost_rollout_node(lab: Lab) -> None:
     wait_for("evaluation at 400 env steps", training)
     lab.kill_host("rollout")
     say("the rollout node has no power any more")
-    lab.finish(training, timeout_s=240)
+    lab.finish(training, timeout_s=400)
     last = snapshots(lab.fetch() / "c")[-1]
     assert last["env_steps"] >= 2000
     assert [w["hostname"] for w in last["workers"]] == ["head"]
