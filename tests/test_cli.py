@@ -22,6 +22,7 @@ from qvpo_rllib.cli.train import _interrupts_are_kept
 TRAIN_OPTIONS = [
     "--env", "--preset", "--seed", "--env-steps", "--num-env-runners", "--num-envs-per-env-runner",
     "--num-gpus", "--run-dir", "--resume", "--eval-interval", "--set",
+    "--or-resume", "--address",
 ]  # fmt: skip
 EVALUATE_OPTIONS = ["--episodes", "--k", "--seed", "--json", "--server", "--model", "--env"]
 EXPORT_OPTIONS = ["--name", "--version", "--onnx"]

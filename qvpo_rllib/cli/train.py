@@ -59,6 +59,17 @@ def add(commands: Any) -> None:
         help="go on with the run in directory RUN; only --env-steps can be given anew",
     )
     train.add_argument(
+        "--or-resume",
+        action="store_true",
+        help="go on with the run in --run-dir if this very run was begun there: for a command that "
+        "a cluster runs again",
+    )
+    train.add_argument(
+        "--address",
+        metavar="ADDR",
+        help="of a running Ray cluster for the rollout workers, or auto (default: start one here)",
+    )
+    train.add_argument(
         "--eval-interval", type=int, metavar="N", help="env steps between two evaluations"
     )
     train.add_argument(
@@ -74,9 +85,15 @@ def add(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from qvpo_rllib.experiments.plan import TrainingPlan, make_plan
+    from qvpo_rllib.experiments.rerun import begun
     from qvpo_rllib.experiments.run_directory import RunDirectory
 
     command = ["qvpo", *sys.argv[1:]]
+    if options.or_resume and options.run_dir is None:
+        raise ValueError(
+            "--or-resume needs --run-dir: without it every start gets a directory of its own. Give "
+            "the same --run-dir each time."
+        )
     if options.resume is not None:
         _check_resume(options)
         directory = RunDirectory.open(options.resume, command)
@@ -103,9 +120,15 @@ def _train(options: argparse.Namespace) -> int:
             settings=options.settings,
         )
         path = options.run_dir or Path("runs") / f"{plan.env}-{time.strftime('%Y%m%d-%H%M%S')}"
-        directory = RunDirectory.create(path, plan.to_dict(), command)
+        if options.or_resume and begun(path, plan.to_dict()):
+            options.resume = path
+            directory = RunDirectory.open(path, command)
+        else:
+            directory = RunDirectory.create(path, plan.to_dict(), command)
     with directory:
-        return _run_plan(plan, directory, resume=options.resume is not None)
+        return _run_plan(
+            plan, directory, resume=options.resume is not None, address=options.address
+        )
 
 
 def _check_resume(options: argparse.Namespace) -> None:
@@ -113,23 +136,24 @@ def _check_resume(options: argparse.Namespace) -> None:
     add(parser.add_subparsers(dest="command"))
     defaults = vars(parser.parse_args(["train"]))
     for name, value in vars(options).items():
-        if name not in ("resume", "env_steps", "run") and value != defaults[name]:
+        if name not in ("resume", "env_steps", "address", "run") and value != defaults[name]:
             option = "--set" if name == "settings" else "--" + name.replace("_", "-")
             raise ValueError(
                 f"{option} cannot be changed on --resume: a run goes on with the settings in its "
-                "config.json. Only --env-steps can be given anew."
+                "config.json. Only --env-steps and --address can be given anew."
             )
 
 
-def _run_plan(plan: Any, directory: Any, *, resume: bool) -> int:
+def _run_plan(plan: Any, directory: Any, *, resume: bool, address: str | None) -> int:
     training = None
     try:
         with _interrupts_are_kept():
             from qvpo_rllib.experiments.training import TrainingRun
 
-            _start_ray(plan.num_env_runners)
+            _start_ray(plan.num_env_runners, address)
             print(f"Run directory: {directory.path}")
             training = TrainingRun(plan, directory, resume=resume)
+            _record_placement(training)
         return _run_training(training, directory.path)
     except KeyboardInterrupt:
         if directory.discard_if_empty():
@@ -170,6 +194,7 @@ def _run_training(training: Any, path: Path) -> int:
     except ValueError:  # not the user's input any more
         traceback.print_exc()
         return EXIT_FAILED
+    _record_placement(training)
     print(
         f"Done: best evaluation return {training.best:.1f}, last {training.last or 0:.1f}.\n"
         f"  {path}/learning_curve.png   the learning curve\n"
@@ -179,13 +204,22 @@ def _run_training(training: Any, path: Path) -> int:
     return 0
 
 
-def _start_ray(num_env_runners: int) -> None:
+def _record_placement(training: Any) -> None:
+    """At the start and at the end: a worker whose node was lost may have come back elsewhere."""
+    from qvpo_rllib.experiments.placement import PlacementRecord, describe
+
+    if training.plan.num_env_runners > 0:
+        snapshot = PlacementRecord(training.directory.path).take(training.algorithm)
+        print(describe(snapshot), flush=True)
+
+
+def _start_ray(num_env_runners: int, address: str | None) -> None:
     import torch
 
     from qvpo_rllib.cli.ray_session import num_cores, start_ray
 
-    start_ray(num_env_runners + 1)
-    on_own_ray = not os.environ.get("RAY_ADDRESS")
+    start_ray(num_env_runners + 1, address)
+    on_own_ray = not address and not os.environ.get("RAY_ADDRESS")
     if on_own_ray and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, num_cores() - num_env_runners))
 

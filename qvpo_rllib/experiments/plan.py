@@ -83,6 +83,9 @@ class TrainingPlan:
             num_envs_per_env_runner=self.num_envs_per_env_runner,
         )
         config.resources(num_gpus=self.num_gpus)
+        # Before every training step RLlib asks each lost worker whether it is back; one whose node
+        # is gone would cost the default, 30 s, every time.
+        config.fault_tolerance(env_runner_health_probe_timeout_s=0.1)
         config.debugging(seed=self.seed, log_level="ERROR")
         config.reporting(
             min_sample_timesteps_per_iteration=self.iteration_steps(),
