@@ -8,7 +8,7 @@ import reference
 import torch
 
 from qvpo_rllib.core.hyperparameters import Hyperparameters
-from qvpo_rllib.core.learner import Learner, Networks, UpdateNoise
+from qvpo_rllib.core.learner import Learner, Networks, UpdateNoise, nearest_sample_distance
 from qvpo_rllib.core.replay import Transitions
 
 OBS, ACT, BATCH, UPDATES = 3, 2, 4, 3
@@ -219,6 +219,19 @@ def test_noise_that_is_not_given_comes_from_the_learners_generator():
         other_seed.update(batch(i, torch.float32))
     assert_identical(drawing, given)
     assert differ(drawing, other_seed)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (1, 2, 1), (5, 7, 2)])
+def test_the_distance_to_the_nearest_sample(shape):
+    samples = np.random.default_rng(0).uniform(-1, 1, shape)
+    nearest = [
+        min(np.linalg.norm(row[i] - row[j]) for j in range(len(row)) if j != i)
+        for row in samples
+        for i in range(len(row))
+        if len(row) > 1
+    ]
+    result = nearest_sample_distance(torch.from_numpy(samples))
+    assert float(result) == pytest.approx(np.mean(nearest) if nearest else 0.0)
 
 
 def test_metrics_are_detached_finite_scalars():

@@ -6,6 +6,7 @@ It knows nothing of how it is driven: batches come in, detached scalar tensors g
 import copy
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ from qvpo_rllib.core.seeding import restore_generator
 # Rate of the running mean and standard deviation of Q that `qexp` normalises with (the authors'
 # program's alpha_mean and alpha_std).
 Q_STATISTICS_RATE = 1e-3
+# States of a batch whose samples' distances are taken, N_d² each: a batch's states are in no order.
+DISTANCE_STATES = 16
 
 
 class UpdateNoise(NamedTuple):
@@ -270,6 +273,7 @@ class Learner:
             "q_weight_mean": weights.mean(),
             "q_weight_zero_share": (weights <= 0).float().mean(),
             "sample_std": samples.std(dim=1, correction=0).mean(),
+            "nearest_sample_distance": nearest_sample_distance(samples[:DISTANCE_STATES]),
         }
 
     def _sample_actions(self, actor: NoisePredictor, obs: Tensor, noise: Tensor) -> Tensor:
@@ -322,6 +326,19 @@ class Learner:
         self.q_std.copy_(state["q_std"])
         self._graphs = None  # the optimisers' state has moved
         self.configure(self.hp)
+
+
+def nearest_sample_distance(samples: Tensor) -> Tensor:
+    """Mean Euclidean distance of a sample to the nearest other one of its state: [B, N, A] → [].
+
+    It is zero where the N samples of a state have collapsed into clusters; 0 for N = 1.
+    """
+    num_samples = samples.shape[1]
+    if num_samples == 1:
+        return samples.new_zeros(())
+    squared = (samples[:, :, None] - samples[:, None]).square().sum(-1)  # [B, N, N]
+    to_itself = torch.eye(num_samples, dtype=torch.bool, device=samples.device)
+    return squared.masked_fill(to_itself, math.inf).amin(-1).sqrt().mean()
 
 
 def _constants_of_a_graph(hp: Hyperparameters) -> Hyperparameters:
