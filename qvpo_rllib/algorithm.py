@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,8 @@ class QVPO(Algorithm):  # type: ignore[misc]
         # Set it from a signal handler to end training between two steps, with a state to save.
         self.stop_requested = False
         self._replay_missing = False
+        # Set once a running evaluation needs nothing of the learner any more.
+        self._evaluation_is_underway = threading.Event()
         self.collector: Collector = make_collector(
             self.env_runner_group,
             self.config,
@@ -193,22 +197,49 @@ class QVPO(Algorithm):  # type: ignore[misc]
         return self._summarize_evaluation([env_runner.evaluate_episodes(seeds, action_seed)])
 
     def _evaluate_with_fixed_duration(self) -> tuple[Any, int, int, list[Any]]:
-        seeds = self._evaluation_seeds()
-        workers = self.eval_env_runner_group.healthy_worker_ids()
-        # Worker w plays episodes w, w + W, …; each has its own stream of diffusion noise.
-        calls = [
+        group, seeds = self.eval_env_runner_group, self._evaluation_seeds()
+        workers = group.healthy_worker_ids()
+        # Worker w plays episodes w, w + W, …; each has its own stream of diffusion noise. The share
+        # of a worker that dies goes to another one, which plays the very same episodes.
+        shares = [
             functools.partial(
-                _evaluate_on, seeds=seeds[i :: len(workers)], action_seed=self._action_seed(i)
+                _evaluate_on,
+                share=i,
+                seeds=seeds[i :: len(workers)],
+                action_seed=self._action_seed(i),
             )
             for i in range(len(workers))
         ]
-        results = self.eval_env_runner_group.foreach_env_runner(
-            calls,
-            local_env_runner=False,
-            remote_worker_ids=workers,
-            timeout_seconds=self.config.evaluation_sample_timeout_s,
-        )
-        return self._summarize_evaluation(results)
+        self._evaluation_is_underway.set()
+        results: dict[int, Any] = {}
+        while workers and len(results) < len(shares):
+            missing = [s for i, s in enumerate(shares) if i not in results][: len(workers)]
+            answers = group.foreach_env_runner(
+                missing,
+                kwargs=[{}] * len(missing),
+                local_env_runner=False,
+                remote_worker_ids=workers[: len(missing)],
+                timeout_seconds=self.config.evaluation_sample_timeout_s,
+            )
+            results |= dict(answers)
+            workers, before = group.healthy_worker_ids(), workers
+            if len(answers) < len(missing) and workers == before:
+                break  # out of time
+        return self._summarize_evaluation([results[i] for i in sorted(results)])
+
+    def _run_one_training_iteration_and_evaluation_in_parallel(self) -> tuple[Any, Any, Any]:
+        """Evaluates the policy that the iteration begins with, on the evaluation workers.
+
+        RLlib's own trains in the second thread, which reads the weights and the env steps in the
+        midst of an update, and leaves the learner without its number of threads.
+        """
+        self._evaluation_is_underway.clear()
+        with ThreadPoolExecutor(1) as executor:
+            evaluation = executor.submit(self._run_one_evaluation)
+            evaluation.add_done_callback(lambda _: self._evaluation_is_underway.set())
+            self._evaluation_is_underway.wait()
+            trained, context = self._run_one_training_iteration_old_api_stack()
+            return trained, evaluation.result(), context
 
     def _evaluation_seeds(self) -> list[int]:
         """Seeds that depend on the run's seed and the env steps alone, so that evaluating more or
@@ -332,8 +363,8 @@ def _restart_streams(worker: Any, env_steps: int) -> None:
     worker.restart_streams(env_steps)
 
 
-def _evaluate_on(worker: Any, seeds: list[int], action_seed: int) -> Any:
-    return worker.evaluate_episodes(seeds, action_seed)
+def _evaluate_on(worker: Any, share: int, seeds: list[int], action_seed: int) -> tuple[int, Any]:
+    return share, worker.evaluate_episodes(seeds, action_seed)
 
 
 register_trainable("QVPO", QVPO)

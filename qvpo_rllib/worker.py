@@ -53,7 +53,8 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         self._hooks = EpisodeCallbacks(self)
         self._process_id = uuid.uuid4().hex
         self._failed = False
-        if self.config.in_evaluation and self.config.evaluation_parallel_to_training:
+        beside_training = self.config.in_evaluation and self.config.evaluation_parallel_to_training
+        if beside_training and self.worker_index > 0:
             os.nice(EVALUATION_NICENESS)
         self.restart_streams(0)
         if self.envs:

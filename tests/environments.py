@@ -123,11 +123,12 @@ class Traceable(gym.Env):
 
     def __init__(self, commands: str | None = None, length: int = 50) -> None:
         self.commands, self.length = commands, length
-        self.name, self.step_number = (0, 0), 0
+        self.name, self.step_number = (0.0, 0.0), 0
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        self.name, self.step_number = tuple(self.np_random.integers(2**24, size=2)), 0
+        self.name = tuple(self.np_random.integers(2**24, size=2) / 2**24)  # float32 holds 24 bits
+        self.step_number = 0
         return self._observe(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:

@@ -98,7 +98,7 @@ def soak(minutes: float, kill_every_s: float, mode: str, seed: int) -> dict[str,
         saboteur = Saboteur(cluster, seed)
         ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
         algorithm = make_algorithm(mode, seed)
-        trace = Trace(algorithm, keep=200_000)
+        trace = Trace(algorithm)
         start = next_kill = time.monotonic()
         next_kill += kill_every_s
         memory: list[float] = []
