@@ -1,7 +1,10 @@
 """Workers that are killed, raise, hang or are slow: training goes on, nothing is counted twice."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 from tracing import Trace
 
+TESTS = Path(__file__).parent
 TRACEABLE = "environments:Traceable-v0"
 FRAGMENT = 32  # env steps
 # Fragments that a worker owes at most, by mode.
@@ -127,3 +131,17 @@ def test_an_environment_that_always_raises_ends_the_run(
     with pytest.raises(RuntimeError, match=f"(?s){message}"):
         algorithm.train()
     assert algorithm.collector.faults.restarts == 1
+
+
+def test_workers_and_nodes_are_killed_at_random() -> None:
+    """A short run of the soak test, on a cluster of its own: the first to go is a node."""
+    soak = subprocess.run(
+        [sys.executable, TESTS / "soak.py", "--minutes", "0.3", "--kill-every", "5"],
+        capture_output=True,
+        text=True,
+    )
+    assert soak.returncode == 0, soak.stdout + soak.stderr
+    summary = json.loads(soak.stdout.splitlines()[-1])
+    assert summary["kills"]["node"] >= 1
+    assert summary["faults"]["workers_lost"] >= 1
+    assert summary["faults"]["fragments_lost"] <= 2 * summary["faults"]["workers_lost"]

@@ -41,6 +41,7 @@ def run(
     num_envs: int,
     num_workers: Sequence[int],
     modes: Sequence[str],
+    engine: str,
     seconds: float,
     repeats: int,
 ) -> Iterator[dict[str, Any]]:
@@ -54,22 +55,34 @@ def run(
     for _ in range(repeats):
         for mode, n in kinds:
             row = {"mode": mode, "workers": n, "num_envs": num_envs}
-            yield row | _measure(TASKS[task], setting, num_envs, mode, n, seconds)
+            yield row | _measure(TASKS[task], setting, num_envs, mode, n, engine, seconds)
 
 
 def _measure(
-    task: Task, setting: str, num_envs: int, mode: str, num_workers: int, seconds: float
+    task: Task,
+    setting: str,
+    num_envs: int,
+    mode: str,
+    num_workers: int,
+    engine: str,
+    seconds: float,
 ) -> dict[str, Any]:
-    hp = hyperparameters(setting, task, warmup_steps=WARMUP_STEPS, replay_capacity=100_000)
+    local = mode == "local"
+    hp = hyperparameters(
+        setting,
+        task,
+        warmup_steps=WARMUP_STEPS,
+        replay_capacity=100_000,
+        engine=engine if local else "eager",
+        sampling_mode="sync" if local else mode,
+    )
     config = QVPOConfig().environment(task.env).training(**hp.to_dict())
-    if mode != "local":
-        config.training(sampling_mode=mode, engine="eager")
     config.env_runners(num_env_runners=num_workers, num_envs_per_env_runner=num_envs)
     config.reporting(min_sample_timesteps_per_iteration=200)
     config.evaluation(evaluation_interval=None).debugging(seed=0, log_level="ERROR")
     algorithm = config.build_algo()
     try:
-        clock = _instrument(algorithm, stand_in=mode != "local")
+        clock = _instrument(algorithm, stand_in=not local)
         while algorithm.ledger.done < 200:  # past the warm-up, and compiled
             algorithm.train()
         return _shares(algorithm, clock, seconds, _limit_of(mode))

@@ -116,6 +116,12 @@ def _add_runtime(parts: Any) -> None:
     runtime.add_argument("--num-envs", type=_positive, default=8, metavar="N", help="per worker")
     runtime.add_argument("--num-env-runners", nargs="+", type=_positive, default=[1], metavar="N")
     runtime.add_argument("--mode", nargs="+", default=["async", "sync"], choices=("async", "sync"))
+    runtime.add_argument(
+        "--engine",
+        default="auto",
+        choices=("auto", "eager", "compiled"),
+        help="of the learner in one process (default auto)",
+    )
     runtime.add_argument("--seconds", type=float, default=10.0, help="of each row (default 10)")
 
 
@@ -250,6 +256,7 @@ def _runtime(options: argparse.Namespace) -> int:
             num_envs=options.num_envs,
             num_workers=options.num_env_runners,
             modes=options.mode,
+            engine=options.engine,
             seconds=options.seconds,
             repeats=options.repeats,
         )
