@@ -128,7 +128,8 @@ class Hyperparameters:
         if self.k_target is not None:
             _require("k_target", self.k_target, self.k_target >= 1, "an integer of 1 or more")
         if self.max_staleness is not None:
-            _require("max_staleness", self.max_staleness, self.max_staleness >= 0, "0 or more")
+            holds = self.max_staleness >= 0
+            _require("max_staleness", self.max_staleness, holds, "an integer of 0 or more, or none")
         for name in ("num_uniform_samples", "warmup_steps"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer of 0 or more")
         for name in ("actor_lr", "critic_lr", "adam_eps", "update_ratio", "q_cut"):
