@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from qvpo_rllib.core.replay import ReplayBuffer, replay_bytes
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.memory import available_bytes
 from qvpo_rllib.policy import QVPOTorchPolicy, to_transitions
+from qvpo_rllib.sampling.collectors import Collector, make_collector
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +97,18 @@ class QVPO(Algorithm):  # type: ignore[misc]
         # Set it from a signal handler to end training between two steps, with a state to save.
         self.stop_requested = False
         self._replay_missing = False
+        # Set once a running evaluation needs nothing of the learner any more.
+        self._evaluation_is_underway = threading.Event()
+        self.collector: Collector = make_collector(
+            self.env_runner_group,
+            self.config,
+            self.ledger,
+            self.policy.get_weights,
+            interrupted=lambda: self.stop_requested,
+        )
 
     def training_step(self) -> dict[str, Any]:
-        """Collect a fragment from every worker, take it in, do the updates owed."""
+        """Takes in what the collector has next, and does all the updates owed for it."""
         if self.stop_requested:
             raise KeyboardInterrupt
         if self._replay_missing:
@@ -107,11 +119,20 @@ class QVPO(Algorithm):  # type: ignore[misc]
                 "replay where it was saved; RLlib's `Algorithm.from_checkpoint` cannot.",
                 self.ledger.warmup_steps,
             )
-        for fragment in self._collect():
-            self.replay.add(to_transitions(fragment, self.hp.truncation_as_terminal))
-            self.ledger.ingested += fragment.count
-            self._counters[NUM_ENV_STEPS_SAMPLED] += fragment.count
-            self._counters[NUM_AGENT_STEPS_SAMPLED] += fragment.count
+        self._learn_from(self.collector.collect())
+        # The metrics are read once per iteration, in `_compile_iteration_results_old_api_stack`.
+        return {}
+
+    def settle(self) -> None:
+        """Brings sampling to rest: takes in what is in flight and does the updates owed for it."""
+        self._learn_from(self.collector.drain())
+
+    def _learn_from(self, batches: list[SampleBatch]) -> None:
+        for batch in batches:
+            self.replay.add(to_transitions(batch, self.hp.truncation_as_terminal))
+            self.ledger.ingested += batch.count
+            self._counters[NUM_ENV_STEPS_SAMPLED] += batch.count
+            self._counters[NUM_AGENT_STEPS_SAMPLED] += batch.count
         owed = self.ledger.owed
         if owed:
             self.learner.set_env_steps(self.ledger.ingested)
@@ -120,24 +141,18 @@ class QVPO(Algorithm):  # type: ignore[misc]
             self._counters[NUM_ENV_STEPS_TRAINED] += owed * self.hp.batch_size
             self._counters[NUM_AGENT_STEPS_TRAINED] += owed * self.hp.batch_size
             self._check_losses()
-        # The metrics are read once per iteration, in `_compile_iteration_results_old_api_stack`.
-        return {}
 
-    def _collect(self) -> list[SampleBatch]:
-        random_actions = self.ledger.warming_up
-        group = self.env_runner_group
-        if group.num_remote_env_runners() == 0:
-            return [self.env_runner.collect(random_actions=random_actions)]
-        kwargs = {"random_actions": random_actions}
-        if not random_actions:
-            kwargs["weights"] = ray.put(self.policy.get_weights())
-        results = group.foreach_env_runner(
-            "collect_remotely", kwargs=kwargs, local_env_runner=False
-        )
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
-        return list(results)
+    def restore_env_runners(self, env_runner_group: Any) -> list[int]:
+        """RLlib's waits for lost workers before every training step; the collector does not."""
+        if env_runner_group is self.env_runner_group:
+            return []
+        restored: list[int] = super().restore_env_runners(env_runner_group)
+        return restored
+
+    def cleanup(self) -> None:
+        if hasattr(self, "collector"):  # `setup` may have failed
+            self.collector.close()
+        super().cleanup()
 
     def _check_losses(self) -> None:
         """Weights go to the workers next, which waits for the device anyway."""
@@ -158,7 +173,7 @@ class QVPO(Algorithm):  # type: ignore[misc]
             stats["entropy_weight"] = float(self.learner.entropy_weight)
         iteration_results[DEFAULT_POLICY_ID] = {LEARNER_STATS_KEY: stats}
         results: dict[str, Any] = super()._compile_iteration_results_old_api_stack(
-            episodes_this_iter=episodes_this_iter,
+            episodes_this_iter=episodes_this_iter + self.collector.pop_episodes(),
             step_ctx=step_ctx,
             iteration_results=iteration_results,
         )
@@ -166,7 +181,9 @@ class QVPO(Algorithm):  # type: ignore[misc]
             "ingested": self.ledger.ingested,
             "done": self.ledger.done,
             "owed": self.ledger.owed,
+            **self.collector.pop_staleness(),
         }
+        results["faults"] = self.collector.faults.to_dict()
         results["replay_size"] = len(self.replay)
         return results
 
@@ -180,22 +197,49 @@ class QVPO(Algorithm):  # type: ignore[misc]
         return self._summarize_evaluation([env_runner.evaluate_episodes(seeds, action_seed)])
 
     def _evaluate_with_fixed_duration(self) -> tuple[Any, int, int, list[Any]]:
-        seeds = self._evaluation_seeds()
-        workers = self.eval_env_runner_group.healthy_worker_ids()
-        # Worker w plays episodes w, w + W, …; each has its own stream of diffusion noise.
-        calls = [
+        group, seeds = self.eval_env_runner_group, self._evaluation_seeds()
+        workers = group.healthy_worker_ids()
+        # Worker w plays episodes w, w + W, …; each has its own stream of diffusion noise. The share
+        # of a worker that dies goes to another one, which plays the very same episodes.
+        shares = [
             functools.partial(
-                _evaluate_on, seeds=seeds[i :: len(workers)], action_seed=self._action_seed(i)
+                _evaluate_on,
+                share=i,
+                seeds=seeds[i :: len(workers)],
+                action_seed=self._action_seed(i),
             )
             for i in range(len(workers))
         ]
-        results = self.eval_env_runner_group.foreach_env_runner(
-            calls,
-            local_env_runner=False,
-            remote_worker_ids=workers,
-            timeout_seconds=self.config.evaluation_sample_timeout_s,
-        )
-        return self._summarize_evaluation(results)
+        self._evaluation_is_underway.set()
+        results: dict[int, Any] = {}
+        while workers and len(results) < len(shares):
+            missing = [s for i, s in enumerate(shares) if i not in results][: len(workers)]
+            answers = group.foreach_env_runner(
+                missing,
+                kwargs=[{}] * len(missing),
+                local_env_runner=False,
+                remote_worker_ids=workers[: len(missing)],
+                timeout_seconds=self.config.evaluation_sample_timeout_s,
+            )
+            results |= dict(answers)
+            workers, before = group.healthy_worker_ids(), workers
+            if len(answers) < len(missing) and workers == before:
+                break  # out of time
+        return self._summarize_evaluation([results[i] for i in sorted(results)])
+
+    def _run_one_training_iteration_and_evaluation_in_parallel(self) -> tuple[Any, Any, Any]:
+        """Evaluates the policy that the iteration begins with, on the evaluation workers.
+
+        RLlib's own trains in the second thread, which reads the weights and the env steps in the
+        midst of an update, and leaves the learner without its number of threads.
+        """
+        self._evaluation_is_underway.clear()
+        with ThreadPoolExecutor(1) as executor:
+            evaluation = executor.submit(self._run_one_evaluation)
+            evaluation.add_done_callback(lambda _: self._evaluation_is_underway.set())
+            self._evaluation_is_underway.wait()
+            trained, context = self._run_one_training_iteration_old_api_stack()
+            return trained, evaluation.result(), context
 
     def _evaluation_seeds(self) -> list[int]:
         """Seeds that depend on the run's seed and the env steps alone, so that evaluating more or
@@ -226,6 +270,7 @@ class QVPO(Algorithm):  # type: ignore[misc]
         return summary, steps, steps, []
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        self.settle()
         super().save_checkpoint(checkpoint_dir)
         directory = Path(checkpoint_dir)
         if self.config.replay_in_checkpoints:
@@ -271,6 +316,7 @@ class QVPO(Algorithm):  # type: ignore[misc]
             self._go_on_without_replay()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.collector.forget()
         super().__setstate__(state)
         # The counters alone say how far the run is; `_load_run_state` puts the rest in place.
         self.ledger.ingested = int(self._counters[NUM_ENV_STEPS_SAMPLED])
@@ -317,8 +363,8 @@ def _restart_streams(worker: Any, env_steps: int) -> None:
     worker.restart_streams(env_steps)
 
 
-def _evaluate_on(worker: Any, seeds: list[int], action_seed: int) -> Any:
-    return worker.evaluate_episodes(seeds, action_seed)
+def _evaluate_on(worker: Any, share: int, seeds: list[int], action_seed: int) -> tuple[int, Any]:
+    return share, worker.evaluate_episodes(seeds, action_seed)
 
 
 register_trainable("QVPO", QVPO)

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from typing import Any, Self
 
 import gymnasium as gym
@@ -22,6 +23,8 @@ REPLACED_OPTIONS = {
     "model": "hidden",
     "optimizer": "actor_lr, critic_lr and adam_eps",
 }
+# Env steps of a fragment in asynchronous sampling: enough that sending one costs little beside it.
+ASYNC_FRAGMENT_STEPS = 32
 # The switches of the API stack, which is fixed: RLlib's update would warn about them.
 UNUSED_STATE = ("enable_rl_module_and_learner", "enable_env_runner_and_connector_v2")
 
@@ -55,9 +58,22 @@ class QVPOConfig(AlgorithmConfig):  # type: ignore[misc]
             env_runner_cls=QVPORolloutWorker,
             num_env_runners=0,
             num_envs_per_env_runner=1,
-            rollout_fragment_length=1,
+            rollout_fragment_length="auto",
+            # A worker that takes longer is restarted. Its first action may compile for a minute.
+            sample_timeout_s=300.0,
         )
-        self.reporting(min_sample_timesteps_per_iteration=1000, min_time_s_per_iteration=0)
+        self.fault_tolerance(
+            delay_between_env_runner_restarts_s=1.0,
+            num_consecutive_env_runner_failures_tolerance=3,
+            env_runner_restore_timeout_s=600.0,
+        )
+        self.reporting(
+            min_sample_timesteps_per_iteration=1000,
+            min_time_s_per_iteration=0,
+            # Episodes come with the fragments; RLlib's own question to remote workers would wait
+            # behind those in flight.
+            metrics_episode_collection_timeout_s=0.0,
+        )
         self.evaluation(
             evaluation_interval=10,
             evaluation_duration=10,
@@ -100,6 +116,19 @@ class QVPOConfig(AlgorithmConfig):  # type: ignore[misc]
     def hyperparameters(self) -> Hyperparameters:
         """The checked hyperparameters with what is left to the task resolved (K_t)."""
         return resolved_hyperparameters(self)
+
+    def get_rollout_fragment_length(self, worker_index: int = 0) -> int:
+        """Steps of each environment in a fragment.
+
+        "auto" is 1, with an update's weights at once in force; in asynchronous sampling it is what
+        makes a fragment `ASYNC_FRAGMENT_STEPS` env steps.
+        """
+        if self.rollout_fragment_length != "auto":
+            return int(self.rollout_fragment_length)
+        if self.num_env_runners == 0 or self.sampling_mode == "sync":
+            return 1
+        length: int = math.ceil(ASYNC_FRAGMENT_STEPS / self.num_envs_per_env_runner)
+        return length
 
     def validate(self) -> None:
         super().validate()

@@ -1,8 +1,9 @@
 """The rollout worker: many environments, one batch of columns."""
 
-import traceback
+import os
+import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from ray.rllib.evaluation.metrics import RolloutMetrics
 from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
 
-from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
 from qvpo_rllib.core.seeding import Stream, sequence, spawn_seed
 from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.policy import QVPOTorchPolicy
@@ -21,6 +22,16 @@ from qvpo_rllib.rollout import check_finite, run_episodes
 from qvpo_rllib.spaces import action_scale, check_spaces
 
 EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
+# Evaluation beside training yields to it where processes share cores.
+EVALUATION_NICENESS = 10
+
+
+class Fragment(NamedTuple):
+    """What a remote worker sends."""
+
+    batch: SampleBatch
+    episodes: list[RolloutMetrics]  # that ended since the last fragment
+    process: str  # `process_id` of the sender
 
 
 class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
@@ -40,6 +51,11 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         self._lengths = np.zeros(len(self.envs), dtype=np.int64)
         self._finished: list[RolloutMetrics] = []
         self._hooks = EpisodeCallbacks(self)
+        self._process_id = uuid.uuid4().hex
+        self._failed = False
+        beside_training = self.config.in_evaluation and self.config.evaluation_parallel_to_training
+        if beside_training and self.worker_index > 0:
+            os.nice(EVALUATION_NICENESS)
         self.restart_streams(0)
         if self.envs:
             # The environment's own spaces: RLlib would flatten dict observations for the policy.
@@ -78,6 +94,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
 
         Raises:
             NonFiniteError: an observation, reward or action is NaN or infinite.
+            EnvironmentFailure: an environment raised anything.
         """
         if weights is not None:
             self.policy.set_weights(weights)
@@ -110,16 +127,32 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         self.callbacks.on_sample_end(worker=self, samples=batch)
         return batch
 
-    def collect_remotely(self, **kwargs: Any) -> SampleBatch | Exception:
-        """`collect`, but an error is returned: raised, it would restart the worker, silently."""
+    def collect_fragment(
+        self,
+        weights: dict[str, NDArray[np.float32]] | None = None,
+        random_actions: bool = False,
+        stream: int | None = None,
+    ) -> Fragment:
+        """`collect` for a driver that may have asked for more already.
+
+        Args:
+            stream: of the random numbers, if this process is not the worker's first one: `collect`
+                would repeat the first one's episodes.
+        """
+        if self._failed:
+            raise RuntimeError("A fragment was asked of a worker that has failed.")
+        if stream is not None and stream != self._started_at:
+            self.restart_streams(stream)
         try:
-            return self.collect(**kwargs)
-        except NonFiniteError as error:
-            return error
+            batch = self.collect(weights, random_actions)
         except Exception:
-            return RuntimeError(
-                f"Rollout worker {self.worker_index} failed:\n{traceback.format_exc()}"
-            )
+            self._failed = True  # between two environments' steps: nothing fits together any more
+            raise
+        return Fragment(batch, self.get_metrics(), self._process_id)
+
+    def process_id(self) -> str:
+        """A name for this process: a restarted worker has another one."""
+        return self._process_id
 
     def evaluate_episodes(
         self, seeds: Sequence[int], action_seed: int
@@ -164,7 +197,10 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
     def _step(
         self, i: int, action: NDArray[np.floating]
     ) -> tuple[NDArray[np.float32], float, bool, bool]:
-        observed, reward, terminated, truncated, _ = self.envs[i].step(action)
+        try:
+            observed, reward, terminated, truncated, _ = self.envs[i].step(action)
+        except Exception as error:
+            raise self._failure(i, error) from error
         self._lengths[i] += 1
         next_obs = np.asarray(observed, dtype=np.float32)
         if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
@@ -189,9 +225,18 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
 
     def _reset(self, i: int, seed: int | None) -> NDArray[np.float32]:
         self._returns[i], self._lengths[i] = 0.0, 0
-        obs, _ = self._hooks.start(i, lambda: self.envs[i].reset(seed=seed))
+        try:
+            obs, _ = self._hooks.start(i, lambda: self.envs[i].reset(seed=seed))
+        except Exception as error:
+            raise self._failure(i, error) from error
         check_finite(obs, "observation", self._where(i), 0)
         return np.asarray(obs, dtype=np.float32)
+
+    def _failure(self, i: int, error: Exception) -> EnvironmentFailure:
+        step = int(self._lengths[i])
+        return EnvironmentFailure(
+            f"{self._where(i)}: {type(error).__name__}: {error} (after {step} steps of the episode)"
+        )
 
     def _env_seed(self, i: int) -> int:
         return spawn_seed(

@@ -4,6 +4,8 @@ Importing this module registers them with Gymnasium; another process names one a
 "environments:Counting-v0".
 """
 
+import time
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -105,6 +107,54 @@ class Raising(Counting):
         return super().step(action)
 
 
+class Traceable(gym.Env):
+    """Observes (high, low, step): 48 random bits that name the episode, and its step.
+
+    A transition that is collected twice, or again from the same seed, is seen twice.
+
+    Args:
+        commands: a directory; the environment that finds a file "raise", "hang" or "slow" in it
+            takes it away and does so, once.
+        length: steps of each episode.
+    """
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = UNIT_ACTION
+
+    def __init__(self, commands: str | None = None, length: int = 50) -> None:
+        self.commands, self.length = commands, length
+        self.name, self.step_number = (0.0, 0.0), 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.name = tuple(self.np_random.integers(2**24, size=2) / 2**24)  # float32 holds 24 bits
+        self.step_number = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.step_number += 1
+        if self._told_to("raise"):
+            raise RuntimeError("the motor is on fire")
+        if self._told_to("hang"):
+            while True:
+                pass
+        if self._told_to("slow"):
+            time.sleep(2)
+        return self._observe(), 1.0, False, self.step_number == self.length, {}
+
+    def _told_to(self, command: str) -> bool:
+        if self.commands is None:
+            return False
+        try:
+            (Path(self.commands) / command).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _observe(self) -> Any:
+        return np.array([*self.name, self.step_number], np.float32)
+
+
 class Spaces(gym.Env):
     """Has the given spaces, and an episode of one step."""
 
@@ -136,6 +186,7 @@ _register("Counting", Counting)
 _register("RecordingActions", RecordingActions)
 _register("NanObservation", NonFinite, quantity="observation", at_step=70, length=100)
 _register("LateNan", NonFinite, quantity="observation", at_step=70, length=6)
+_register("Traceable", Traceable)
 _register("Raising", Raising, length=100)
 _register("InfiniteReward", NonFinite, quantity="reward", at_step=70, length=100)
 for _name, (_observation_space, _action_space) in UNSUITED_SPACES.items():

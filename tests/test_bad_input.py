@@ -283,10 +283,12 @@ def test_non_finite_environment_stops_training(
     started_s = time.monotonic()
     with pytest.raises(NonFiniteError, match=f"{env}.*non-finite {quantity} at step 70 ") as found:
         algorithm.train()
-    # A remote worker that raised would be restarted, 60 s later.
+    # Another exception of a remote worker would restart it.
     assert time.monotonic() - started_s < 20
     assert f"worker {num_workers}" in str(found.value)
-    assert algorithm.ledger.ingested == len(algorithm.replay) == 69
+    # A remote worker's fragments of 32 env steps: the third one is never sent.
+    expected = 69 if num_workers == 0 else 64
+    assert algorithm.ledger.ingested == len(algorithm.replay) == expected
     assert all(column.isfinite().all() for column in reference.in_order(algorithm.replay))
 
 

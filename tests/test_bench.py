@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from qvpo_rllib import cli
-from qvpo_rllib.bench import sizes
+from qvpo_rllib.bench import rollout, runtime, sizes
 from qvpo_rllib.bench.timing import measure, ratio
 from qvpo_rllib.core.learner import Learner, Networks
 from qvpo_rllib.core.replay import Transitions
@@ -128,6 +128,27 @@ def test_act_and_replay_as_tables():
     assert [line.split()[1] for line in lines[2:]] == ["add", "sample"]
 
 
+def test_rollouts_beside_the_stock_worker(ray_session):
+    (row,) = rollout.run(task="hopper", num_envs=[8], setting="light", repeats=2)
+    assert row["speedup"] > 1.5  # four times and more on a quiet machine
+    low, high = row["columnar_per_s_range"]
+    assert low <= row["columnar_per_s"] <= high
+    assert row["acting_per_s"] < row["columnar_per_s"]
+
+
+def test_the_runtimes_time_is_accounted_for(ray_session):
+    local, beside = runtime.run(
+        task="hopper", setting="light", num_envs=8, num_workers=[1], modes=["async"],
+        engine="eager", seconds=1.0, repeats=1,
+    )  # fmt: skip
+    assert local["limit"] == "update"
+    assert 0 <= local["other_share"] < 0.15
+    assert 0 < beside["update_share"] + beside["waiting_share"] <= 1
+    assert beside["staleness_max"] > 0
+    for row in (local, beside):
+        assert row["updates_per_s"] == pytest.approx(row["env_steps_per_s"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -135,6 +156,8 @@ def test_act_and_replay_as_tables():
         (["learner", "--engine", "cuda_graph"], "cuda_graph.*needs a CUDA device"),
         (["learner", "--precision", "tf32"], "tf32.*needs an NVIDIA GPU"),
         (["act", "--k", "0"], "0 is not allowed"),
+        (["runtime", "--seconds", "0"], "--seconds 0 is not allowed"),
+        (["rollout", "--num-envs", "0"], "0 is not allowed"),
         (["act", "--task", "hoper"], "hoper"),
         (["replay", "--capacty", "9"], "Did you mean --capacity"),
     ],

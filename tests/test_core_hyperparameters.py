@@ -28,15 +28,15 @@ POSITIVE_INTEGERS = (
     "replay_capacity",
     "entropy_decay_steps",
 )
-COUNTS = ("num_uniform_samples", "warmup_steps")
+COUNTS = ("num_uniform_samples", "warmup_steps", "max_staleness")
 POSITIVE_NUMBERS = ("actor_lr", "critic_lr", "adam_eps", "update_ratio", "q_cut", "grad_clip")
 WEIGHTS = ("entropy_weight", "entropy_weight_end", "entropy_weight_floor")
 FLAGS = ("vlo_coefficient", "target_actor", "truncation_as_terminal")
 INTEGERS = POSITIVE_INTEGERS + COUNTS
 NUMBERS = (*POSITIVE_NUMBERS, *WEIGHTS, "gamma", "tau")
 NOT_OPTIONAL = sorted(
-    set(option_names()) - {"k_target", "grad_clip", "entropy_weight_end"}
-)  # None is a value of these three alone
+    set(option_names()) - {"k_target", "grad_clip", "entropy_weight_end", "max_staleness"}
+)  # None is a value of these alone
 
 BAD = [
     *[(name, value, "1 or more") for name in POSITIVE_INTEGERS for value in (0, -3)],
@@ -177,6 +177,7 @@ def test_defaults_are_the_documented_ones():
         "target_actor": True, "update_order": "critic_then_policy", "batch_size": 256,
         "replay_capacity": 1_000_000, "warmup_steps": 10_000, "update_ratio": 1.0,
         "truncation_as_terminal": False, "engine": "auto", "sampling_precision": "fp32",
+        "sampling_mode": "async", "max_staleness": None,
     }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from qvpo_rllib.experiments.plan import parse_settings
 
 EVALUATION_EPISODES = 3
 ENV = "InvertedPendulum-v5"
+LEDGER = {"owed": 0, "staleness_mean": 0.0, "staleness_max": 0.0}
 OBS = np.array([0.01, -0.02, 0.03, 0.04], np.float32)
 
 
@@ -148,7 +149,8 @@ def test_result_has_rllibs_usual_keys(trained: Any) -> None:
     returns = result["env_runners"]["hist_stats"]["episode_reward"]
     assert result["env_runners"]["episode_return_mean"] == pytest.approx(np.mean(returns))
     assert result["env_runners"]["episode_len_mean"] > 0
-    assert result["ledger"] == {"ingested": 120, "done": 80, "owed": 0}
+    assert result["ledger"] == LEDGER | {"ingested": 120, "done": 80}
+    assert set(result["faults"].values()) == {0}
     assert result["replay_size"] == 120
 
 
@@ -293,4 +295,4 @@ def test_tuner_runs_trials(
     assert not results.errors
     assert sorted(result.config["k_behavior"] for result in results) == values
     for result in results:
-        assert result.metrics["ledger"] == {"ingested": 60, "done": 40, "owed": 0}
+        assert result.metrics["ledger"] == LEDGER | {"ingested": 60, "done": 40}

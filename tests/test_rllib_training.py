@@ -20,7 +20,7 @@ COUNTING = "environments:Counting-v0"
 
 
 def two_workers_config(tiny_config: Any, seed: int) -> Any:
-    config = tiny_config(update_ratio=0.5)
+    config = tiny_config(update_ratio=0.5, sampling_mode="sync")
     config.env_runners(num_env_runners=2, num_envs_per_env_runner=3)
     return config.debugging(seed=seed)
 

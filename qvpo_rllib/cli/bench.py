@@ -1,4 +1,4 @@
-"""`qvpo bench learner | act | replay | serve`. Only `serve` needs more than torch and NumPy."""
+"""`qvpo bench …`. The parts `learner`, `act` and `replay` need torch and NumPy alone."""
 
 import argparse
 from typing import Any
@@ -36,11 +36,36 @@ REPLAY_COLUMNS = {
     "speedup": "times as fast",
 }
 
+ROLLOUT_COLUMNS = {
+    "task": "task",
+    "num_envs": "environments",
+    "environment_per_s": "environments alone, steps/s",
+    "columnar_per_s": "columnar worker, steps/s",
+    "stock_per_s": "stock worker, steps/s",
+    "speedup": "times as fast",
+    "acting_per_s": "best of K_b, steps/s",
+    "limit": "most time",
+}
+RUNTIME_COLUMNS = {
+    "mode": "mode",
+    "workers": "workers",
+    "num_envs": "environments",
+    "env_steps_per_s": "env steps/s",
+    "updates_per_s": "updates/s",
+    "update_share": "updating",
+    "environment_share": "environment",
+    "action_share": "choosing",
+    "waiting_share": "collecting",
+    "other_share": "other",
+    "staleness_max": "staleness",
+    "limit": "limit",
+}
+
 
 def add(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
-        help="time updates, acting, the replay and the server on this machine",
+        help="time the parts on this machine: updates, acting, replay, rollouts, server",
         description="Time the parts on this machine, side by side with a straightforward "
         "implementation of the same. Figures are medians over rounds that visit both in turn, with "
         "the smallest and the largest round in brackets. The matrix-product bound is the share of "
@@ -66,6 +91,52 @@ def add(commands: Any) -> None:
     replay = _part(parts, "replay", "adding to the replay and sampling from it", _replay)
     replay.add_argument("--capacity", type=_positive, default=100_000, metavar="N")
     serve.add(parts)
+    _add_rollout(parts)
+    _add_runtime(parts)
+
+
+def _add_rollout(parts: Any) -> None:
+    rollout = _sampling_part(
+        parts,
+        "rollout",
+        "env steps of a rollout worker beside RLlib's stock worker, random actions",
+        _rollout,
+    )
+    rollout.add_argument("--num-envs", nargs="+", type=_positive, default=[1, 8, 64], metavar="N")
+
+
+def _add_runtime(parts: Any) -> None:
+    runtime = _sampling_part(
+        parts,
+        "runtime",
+        "where the time goes: in one process, and with workers beside a stand-in for the learner "
+        "that takes 1 ms per update",
+        _runtime,
+    )
+    runtime.add_argument("--num-envs", type=_positive, default=8, metavar="N", help="per worker")
+    runtime.add_argument("--num-env-runners", nargs="+", type=_positive, default=[1], metavar="N")
+    runtime.add_argument("--mode", nargs="+", default=["async", "sync"], choices=("async", "sync"))
+    runtime.add_argument(
+        "--engine",
+        default="auto",
+        choices=("auto", "eager", "compiled"),
+        help="of the learner in one process (default auto)",
+    )
+    runtime.add_argument("--seconds", type=float, default=10.0, help="of each row (default 10)")
+
+
+def _sampling_part(parts: Any, name: str, meaning: str, run: Any) -> argparse.ArgumentParser:
+    from qvpo_rllib.bench.sizes import SETTINGS, TASKS
+
+    parser: argparse.ArgumentParser = parts.add_parser(name, help=meaning, allow_abbrev=False)
+    parser.add_argument("--task", default="hopper", choices=list(TASKS), help="default hopper")
+    parser.add_argument(
+        "--setting", default="light", choices=list(SETTINGS), help="sizes (default light)"
+    )
+    parser.add_argument("--repeats", type=_positive, default=3, metavar="N", help="default 3")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+    return parser
 
 
 def _part(parts: Any, name: str, meaning: str, run: Any) -> argparse.ArgumentParser:
@@ -150,6 +221,48 @@ def _replay(options: argparse.Namespace) -> int:
         tasks=options.task, capacity=options.capacity, device=device, repeats=options.repeats
     )
     return _show(rows, REPLAY_COLUMNS, options, device)
+
+
+def _rollout(options: argparse.Namespace) -> int:
+    import torch
+
+    from qvpo_rllib.bench import rollout
+
+    torch.set_num_threads(1)
+    rows = rollout.run(
+        task=options.task,
+        num_envs=options.num_envs,
+        setting=options.setting,
+        repeats=options.repeats,
+    )
+    return _show(rows, ROLLOUT_COLUMNS, options, torch.device("cpu"))
+
+
+def _runtime(options: argparse.Namespace) -> int:
+    import ray
+    import torch
+
+    from qvpo_rllib.bench import runtime
+    from qvpo_rllib.cli.ray_session import start_ray
+
+    if not 0 < options.seconds <= 3600:
+        raise ValueError(f"--seconds {options.seconds:g} is not allowed: from 0 to 3600.")
+    torch.set_num_threads(1)
+    start_ray(max(options.num_env_runners) + 1)
+    try:
+        rows = runtime.run(
+            task=options.task,
+            setting=options.setting,
+            num_envs=options.num_envs,
+            num_workers=options.num_env_runners,
+            modes=options.mode,
+            engine=options.engine,
+            seconds=options.seconds,
+            repeats=options.repeats,
+        )
+        return _show(rows, RUNTIME_COLUMNS, options, torch.device("cpu"))
+    finally:
+        ray.shutdown()
 
 
 def _prepare(options: argparse.Namespace, threads: int | None) -> Any:

@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "update_order": ("critic_then_policy", "policy_then_critic"),
     "engine": ("auto", "eager", "native", "compiled", "cuda_graph"),
     "sampling_precision": ("fp32", "tf32", "bf16"),
+    "sampling_mode": ("async", "sync"),
 }
 
 
@@ -101,6 +102,16 @@ class Hyperparameters:
         "matrix products that draw an update's action samples (weights and losses stay fp32): "
         "tf32 needs an NVIDIA GPU",
     )
+    sampling_mode: str = _option(
+        "async",
+        "remote workers: async: they go on while the learner updates; sync: in step with it, the "
+        "same bits for the same seed. Without remote workers sampling is always in step",
+    )
+    max_staleness: int | None = _option(
+        None,
+        "async: fragments whose weights are more updates old than this are dropped and counted; "
+        "none: all are taken in",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.hidden, list):
@@ -116,6 +127,9 @@ class Hyperparameters:
             _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer of 1 or more")
         if self.k_target is not None:
             _require("k_target", self.k_target, self.k_target >= 1, "an integer of 1 or more")
+        if self.max_staleness is not None:
+            holds = self.max_staleness >= 0
+            _require("max_staleness", self.max_staleness, holds, "an integer of 0 or more, or none")
         for name in ("num_uniform_samples", "warmup_steps"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer of 0 or more")
         for name in ("actor_lr", "critic_lr", "adam_eps", "update_ratio", "q_cut"):

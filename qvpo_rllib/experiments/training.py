@@ -104,6 +104,18 @@ class TrainingRun:
             "episode_return_mean": _number(episode_return),
             "episode_length_mean": _number(episode_length),
             **{f"learner/{name}": value for name, value in stats.items()},
+            **self._of_workers(result),
+        }
+
+    def _of_workers(self, result: dict[str, Any]) -> dict[str, float]:
+        """How far remote workers were behind, and what went wrong with them."""
+        if self.plan.num_env_runners == 0:
+            return {}
+        ledger = result["ledger"]
+        return {
+            "sampling/staleness_mean": ledger["staleness_mean"],
+            "sampling/staleness_max": ledger["staleness_max"],
+            **{f"faults/{name}": float(count) for name, count in result["faults"].items()},
         }
 
     def _evaluate(self, row: dict[str, Any]) -> bool:
@@ -136,6 +148,7 @@ class TrainingRun:
             self._time_before_s = float(rows[-1]["time_total_s"])
 
     def _save(self, *, is_best: bool) -> None:
+        self.algorithm.settle()  # first, since it adds env steps
         if self.env_steps == self._saved_at:
             return
 
