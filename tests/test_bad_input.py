@@ -12,6 +12,7 @@ import reference
 import torch
 
 from qvpo_rllib import QVPO, QVPOConfig, cli
+from qvpo_rllib.checkpoint import write_metadata
 from qvpo_rllib.core.errors import NonFiniteError
 
 ENV = "InvertedPendulum-v5"
@@ -210,8 +211,10 @@ def altered(checkpoint: Path, tmp_path: Path) -> Any:
 
     def make(**values: Any) -> Path:
         directory = Path(shutil.copytree(checkpoint, tmp_path / "altered"))
-        file = directory / "qvpo.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        metadata = json.loads((directory / "qvpo.json").read_text()) | values
+        write_metadata(directory, metadata)
+        if "format" in values:
+            (directory / "qvpo.json").write_text(json.dumps(metadata))
         return directory
 
     return make
@@ -220,7 +223,7 @@ def altered(checkpoint: Path, tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"format": 99}, ["format 99", "reads format 1"]),
+        ({"format": 99}, ["format 99", "reads format 2"]),
         ({"env": "NoSuchEnv-v0"}, ["'NoSuchEnv-v0'"]),
         ({"shapes": [4, 2]}, ["[4, 1]", "[4, 2]"]),
     ],
@@ -247,7 +250,7 @@ def test_evaluate_refuses_what_is_no_checkpoint(capsys: Any, tmp_path: Path) -> 
     [
         ({"env": "Hopper-v5"}, "env='Hopper-v5'.*env='InvertedPendulum-v5'"),
         ({"shapes": [9, 1]}, r"shapes=\[9, 1\]"),
-        ({"format": 99}, "format 99.*reads format 1"),
+        ({"format": 99}, "format 99.*reads format 2"),
     ],
 )
 def test_restore_refuses_a_foreign_checkpoint_and_changes_nothing(

@@ -165,7 +165,7 @@ def test_run_directory_explains_itself(trained: Any) -> None:
         metadata = read_metadata(run / "checkpoints" / name)
         assert metadata["env"] == "InvertedPendulum-v5"
         assert_ledger_exact(metadata)
-    assert (run / "checkpoints" / "last" / "replay.arrow").exists()
+    assert (run / "checkpoints" / "last" / "replay").exists()
 
 
 def test_train_evaluates_at_the_interval(trained: Any) -> None:

@@ -22,14 +22,14 @@ def evaluating(config: Any) -> Any:
     return config.evaluation(evaluation_interval=10**9, evaluation_duration=3)
 
 
-def test_a_restored_run_does_not_collect_the_same_episodes_again(
+def test_going_on_with_another_seed_collects_other_episodes(
     build: Any, tiny_config: Any, tmp_path: Path
 ) -> None:
     config = tiny_config(ENV, warmup_steps=500).debugging(seed=0)
     original = build(config)
     original.train()
     original.save(str(tmp_path))
-    restored = build(config.copy(copy_frozen=False))
+    restored = build(config.copy(copy_frozen=False).debugging(seed=1))
     restored.restore(str(tmp_path))
     restored.train()
     columns = reference.in_order(restored.replay)

@@ -313,7 +313,7 @@ def test_checkpoint_without_replay_fills_it_anew_before_updates(
     original.train()
     assert original.ledger.done == 20
     path = Path(original.save(str(tmp_path)).checkpoint.path)
-    assert not (path / "replay.arrow").exists()
+    assert not (path / "replay").exists()
     restored = build(config.copy())
     restored.restore(str(path))
     assert len(restored.replay) == 0

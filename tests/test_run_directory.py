@@ -23,6 +23,10 @@ COMMAND = ["qvpo", "train", "--env", "Hopper-v5"]
 REPLAY = "replay.arrow"
 
 
+def prune(directory: Path) -> None:
+    (directory / REPLAY).unlink(missing_ok=True)
+
+
 def commit(run: RunDirectory, step: int) -> Path:
     """A checkpoint that says which was the best when it was saved, with a checksum of its data."""
     best_step = step - step % 3
@@ -35,7 +39,7 @@ def commit(run: RunDirectory, step: int) -> Path:
         state = {"step": step, "best_step": best_step, "sha": hashlib.sha256(data).hexdigest()}
         (directory / "state.json").write_text(json.dumps(state))
 
-    return run.commit_checkpoint(step, write, best=step == best_step, prune=[REPLAY])
+    return run.commit_checkpoint(step, write, best=step == best_step, prune=prune)
 
 
 # Commits checkpoints as fast as it can, until it is killed. It imports little, to start fast.
@@ -46,6 +50,7 @@ from qvpo_rllib.experiments.run_directory import RunDirectory
 
 REPLAY = {REPLAY!r}
 
+{inspect.getsource(prune)}
 {inspect.getsource(commit)}
 run = RunDirectory(Path(sys.argv[1]), {{}})
 print("ready", flush=True)
@@ -285,6 +290,19 @@ def test_names_are_relative_links_and_only_what_they_name_is_kept(run: RunDirect
     assert not (run.checkpoint("best") / REPLAY).exists()
     moved = run.path.rename(run.path.with_name("moved"))
     assert check_whole(RunDirectory.open(moved, COMMAND)) == 5
+
+
+def test_the_newest_are_kept_as_many_as_asked_for(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {"keep_checkpoints": 3}, COMMAND)
+    for step in (3, 4, 5, 7, 8):
+        commit(run, step)
+    (run.path / "checkpoints" / "000000009").mkdir()  # a crash before `last` was re-pointed
+    for resumed in (run, reopen(run)):
+        resumed._clean_checkpoints()
+        kept = {entry.name for entry in (run.path / "checkpoints").iterdir()}
+        assert kept == {"last", "best", "000000003", "000000005", "000000007", "000000008"}
+    assert not (run.path / "checkpoints" / "000000003" / REPLAY).exists()
+    assert (run.path / "checkpoints" / "000000005" / REPLAY).exists()
 
 
 def test_the_same_step_saved_twice_replaces_the_first(run: RunDirectory) -> None:

@@ -62,6 +62,18 @@ def add(commands: Any) -> None:
         "--eval-interval", type=int, metavar="N", help="env steps between two evaluations"
     )
     train.add_argument(
+        "--checkpoint-interval",
+        metavar="N|Nmin",
+        help="a checkpoint every N env steps or N minutes, beside the one at every evaluation",
+    )
+    train.add_argument(
+        "--keep-checkpoints",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many of the newest checkpoints are kept (default 1); the best is kept anyway",
+    )
+    train.add_argument(
         "--set",
         action="append",
         default=[],
@@ -101,6 +113,8 @@ def _train(options: argparse.Namespace) -> int:
             num_envs_per_env_runner=options.num_envs_per_env_runner,
             num_gpus=options.num_gpus,
             settings=options.settings,
+            checkpoint_interval=options.checkpoint_interval,
+            keep_checkpoints=options.keep_checkpoints,
         )
         path = options.run_dir or Path("runs") / f"{plan.env}-{time.strftime('%Y%m%d-%H%M%S')}"
         directory = RunDirectory.create(path, plan.to_dict(), command)

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qvpo_rllib.algorithm import QVPO
-from qvpo_rllib.checkpoint import REPLAY_FILE
+from qvpo_rllib.checkpoint import REPLAY_DIRECTORY, drop_replay
 from qvpo_rllib.experiments.plan import TrainingPlan
 from qvpo_rllib.experiments.plots import plot_learning_curve
 from qvpo_rllib.experiments.run_directory import RunDirectory
@@ -42,6 +43,7 @@ class TrainingRun:
             directory.change_config(plan.to_dict())
         self.status = TrainingStatus(plan.env_steps, title=f"{plan.env} {plan.preset}")
         self._saved_at = self.env_steps if resume else -1
+        self._saved_at_s = time.monotonic()
 
     @property
     def env_steps(self) -> int:
@@ -64,11 +66,15 @@ class TrainingRun:
                         next_evaluation = self._next_evaluation()
                         self.directory.append(row)
                         self._save(is_best=is_best)
+                        self._draw()
                     else:
                         self.directory.append(row)
+                        if self._checkpoint_is_due():
+                            self._save(is_best=False)
             except KeyboardInterrupt:
                 self.status.note("Interrupted: saving the run …")
                 self._save(is_best=False)
+                self._draw()
                 raise
 
     def close(self) -> None:
@@ -142,9 +148,21 @@ class TrainingRun:
         def write(path: Path) -> None:
             self.algorithm.save_checkpoint(str(path))
 
-        # Only `last` is trained on, so `best` needs no replay.
-        self.directory.commit_checkpoint(self.env_steps, write, best=is_best, prune=[REPLAY_FILE])
-        self._saved_at = self.env_steps
+        # Only the last ones are trained on, so `best` needs no replay.
+        saved = self.directory.commit_checkpoint(
+            self.env_steps, write, best=is_best, prune=drop_replay
+        )
+        self.algorithm.replay_files.moved_to(saved / REPLAY_DIRECTORY)
+        self._saved_at, self._saved_at_s = self.env_steps, time.monotonic()
+
+    def _checkpoint_is_due(self) -> bool:
+        steps, minutes = self.plan.checkpoint_env_steps, self.plan.checkpoint_minutes
+        if steps is not None:
+            return self.env_steps // steps > max(0, self._saved_at) // steps
+        waited_s = time.monotonic() - self._saved_at_s
+        return minutes is not None and waited_s >= 60 * minutes
+
+    def _draw(self) -> None:
         self.directory.compact()
         plot_learning_curve(
             self.directory.rows(),
