@@ -258,6 +258,7 @@ class QVPO(Algorithm):  # type: ignore[misc]
             "env": str(self.config.env),
             "env_config": self._plain_env_config(),
             "shapes": [self.policy.obs_dim, self.policy.act_dim],
+            "action_box": [bound.tolist() for bound in self._action_box()],
             "seed": self.config.seed,
             "hyperparameters": hp,
             "ledger": self.ledger.state_dict(),
@@ -305,6 +306,10 @@ class QVPO(Algorithm):  # type: ignore[misc]
         self.config = config
         self.setup(config)
         return True
+
+    def _action_box(self) -> tuple[Any, Any]:
+        space = self.policy.action_space_struct
+        return space.low, space.high
 
     def _plain_env_config(self) -> dict[str, Any] | None:
         """The environment's arguments for `qvpo evaluate`, or None if JSON cannot hold them."""

@@ -105,6 +105,13 @@ class Raising(Counting):
         return super().step(action)
 
 
+class Elsewhere(Counting):
+    """Its state is said to be in another process: it cannot be captured."""
+
+    def __getstate__(self) -> Any:
+        raise TypeError("the state is in another process")
+
+
 class Spaces(gym.Env):
     """Has the given spaces, and an episode of one step."""
 
@@ -136,6 +143,7 @@ _register("Counting", Counting)
 _register("RecordingActions", RecordingActions)
 _register("NanObservation", NonFinite, quantity="observation", at_step=70, length=100)
 _register("LateNan", NonFinite, quantity="observation", at_step=70, length=6)
+_register("Elsewhere", Elsewhere, length=50)
 _register("Raising", Raising, length=100)
 _register("InfiniteReward", NonFinite, quantity="reward", at_step=70, length=100)
 for _name, (_observation_space, _action_space) in UNSUITED_SPACES.items():
