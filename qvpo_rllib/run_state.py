@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CAPTURE_TIMEOUT_S = 60.0
+
 
 def write(algorithm: "QVPO", directory: Path) -> list[Segment] | None:
     """Writes environments, replay and `qvpo.json` beside RLlib's files in `directory`.
@@ -24,8 +26,11 @@ def write(algorithm: "QVPO", directory: Path) -> list[Segment] | None:
     environments = directory / checkpoint.ENVIRONMENTS_DIRECTORY
     environments.mkdir()
     group = algorithm.env_runner_group
+    # A worker that is dead or hangs is not waited for: it starts anew when the run goes on.
     captured = group.foreach_env_runner(
-        worker_state.capture, local_env_runner=group.num_remote_env_runners() == 0
+        worker_state.capture,
+        local_env_runner=group.num_remote_env_runners() == 0,
+        timeout_seconds=CAPTURE_TIMEOUT_S,
     )
     for worker in captured:
         _worker_file(directory, worker.worker_index).write_bytes(worker.state)
@@ -33,9 +38,8 @@ def write(algorithm: "QVPO", directory: Path) -> list[Segment] | None:
     if texts and not algorithm.told_of_new_episodes:
         algorithm.told_of_new_episodes = True
         logger.warning(
-            "A run that goes on from %s will start a new episode in %d of its environments, whose "
-            "state cannot be captured. %s",
-            directory.parent,
+            "The state of %d environments cannot be captured: when a run goes on from a checkpoint "
+            "they start a new episode. %s",
             len(texts),
             texts[0],
         )

@@ -270,6 +270,30 @@ def test_from_checkpoint_refuses_another_format(altered: Any) -> None:
         QVPO.from_checkpoint(str(altered(format=99)))
 
 
+def test_resume_refuses_a_damaged_checkpoint_and_changes_nothing(
+    capsys: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "checkpoints" / "000000060")
+    (run / "checkpoints" / "last").symlink_to("000000060")
+    (run / "config.json").write_text("{}")
+    files = [f for f in (run / "checkpoints" / "000000060").rglob("*") if f.is_file()]
+    assert {"algorithm_state.pkl", "policy_state.pkl", "worker-0.zst"} <= {f.name for f in files}
+    before = {entry.name for entry in run.iterdir()}
+    for file in files:
+        content = file.read_bytes()
+        for damage in (content[:-3], content[:40] + b"?" + content[41:], None):
+            file.unlink()
+            if damage is not None:
+                file.write_bytes(damage)
+            words = ["not a QVPO checkpoint" if damage is None else "is damaged"]
+            if damage is None and file.name != "qvpo.json":
+                words = ["lacks its file", file.name]
+            assert_refused(capsys, ["train", "--resume", str(run)], words)
+        file.write_bytes(content)
+    assert {entry.name for entry in run.iterdir()} == before
+
+
 # --- NaN and infinity --------------------------------------------------------------------------
 
 NON_FINITE = [("NanObservation", "observation"), ("InfiniteReward", "reward")]

@@ -91,7 +91,7 @@ def _train(options: argparse.Namespace) -> int:
     command = ["qvpo", *sys.argv[1:]]
     if options.resume is not None:
         _check_resume(options)
-        directory = RunDirectory.open(options.resume, command)
+        directory = RunDirectory.open(options.resume, command, check=_check_checkpoint)
         values = dict(directory.config)
         if options.env_steps is not None:
             values["env_steps"] = options.env_steps
@@ -120,6 +120,14 @@ def _train(options: argparse.Namespace) -> int:
         directory = RunDirectory.create(path, plan.to_dict(), command)
     with directory:
         return _run_plan(plan, directory, resume=options.resume is not None)
+
+
+def _check_checkpoint(directory: Path) -> None:
+    """Every file is whole, before Ray and the algorithm are started."""
+    from qvpo_rllib.run_state import RunState
+    from qvpo_rllib.staging import whole
+
+    RunState.read(whole(directory))
 
 
 def _check_resume(options: argparse.Namespace) -> None:

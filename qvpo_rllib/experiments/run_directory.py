@@ -76,10 +76,20 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path | str, command: Sequence[str]) -> "RunDirectory":
+    def open(
+        cls,
+        path: Path | str,
+        command: Sequence[str],
+        check: Callable[[Path], None] | None = None,
+    ) -> "RunDirectory":
         """The run in `path`, to be resumed; repairs what a crash left half done.
 
-        Raises `ValueError` if `path` holds no run, or a run without a whole `checkpoints/last`.
+        Args:
+            check: is called with the directory of `checkpoints/last` before anything is changed,
+                and raises `ValueError` unless a run can go on from it.
+
+        Raises:
+            ValueError: `path` holds no run, or a run without a whole `checkpoints/last`.
         """
         path = Path(path)
         missing = [name for name in ("config.json", "checkpoints") if not (path / name).exists()]
@@ -95,7 +105,9 @@ class RunDirectory:
                 f"Cannot resume {str(path)!r}: its config.json is damaged ({error}). Restore that "
                 "file, or start a new run in another --run-dir."
             ) from None
-        run.checkpoint("last")
+        last_checkpoint = run.checkpoint("last")
+        if check is not None:
+            check(last_checkpoint)
         whole_bytes = _read_metrics(run._metrics)[1]
         if run._metrics.exists():
             os.truncate(run._metrics, whole_bytes)
