@@ -270,6 +270,15 @@ def test_from_checkpoint_refuses_another_format(altered: Any) -> None:
         QVPO.from_checkpoint(str(altered(format=99)))
 
 
+def test_a_policy_of_the_format_before_still_acts(
+    build: Any, tiny_config: Any, altered: Any
+) -> None:
+    directory = str(altered(format=1))
+    assert cli.main(["evaluate", directory, "--episodes", "1"]) == 0
+    with pytest.raises(ValueError, match=r"format 1, .*reads format 2"):
+        build(tiny_config()).restore(directory)
+
+
 def test_resume_refuses_a_damaged_checkpoint_and_changes_nothing(
     capsys: Any, checkpoint: Path, tmp_path: Path
 ) -> None:

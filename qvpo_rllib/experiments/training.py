@@ -12,6 +12,7 @@ import numpy as np
 
 from qvpo_rllib.algorithm import QVPO
 from qvpo_rllib.checkpoint import REPLAY_DIRECTORY, drop_replay
+from qvpo_rllib.experiments.checkpoint_clock import CheckpointClock
 from qvpo_rllib.experiments.plan import TrainingPlan
 from qvpo_rllib.experiments.plots import plot_learning_curve
 from qvpo_rllib.experiments.run_directory import RunDirectory
@@ -43,7 +44,8 @@ class TrainingRun:
             directory.change_config(plan.to_dict())
         self.status = TrainingStatus(plan.env_steps, title=f"{plan.env} {plan.preset}")
         self._saved_at = self.env_steps if resume else -1
-        self._saved_at_s = time.monotonic()
+        self._clock = CheckpointClock(plan.checkpoint_env_steps, plan.checkpoint_minutes)
+        self._clock.saved(self.env_steps, time.monotonic())
 
     @property
     def env_steps(self) -> int:
@@ -69,7 +71,7 @@ class TrainingRun:
                         self._draw()
                     else:
                         self.directory.append(row)
-                        if self._checkpoint_is_due():
+                        if self._clock.is_due(self.env_steps, time.monotonic()):
                             self._save(is_best=False)
             except KeyboardInterrupt:
                 self.status.note("Interrupted: saving the run …")
@@ -153,14 +155,8 @@ class TrainingRun:
             self.env_steps, write, best=is_best, prune=drop_replay
         )
         self.algorithm.replay_files.moved_to(saved / REPLAY_DIRECTORY)
-        self._saved_at, self._saved_at_s = self.env_steps, time.monotonic()
-
-    def _checkpoint_is_due(self) -> bool:
-        steps, minutes = self.plan.checkpoint_env_steps, self.plan.checkpoint_minutes
-        if steps is not None:
-            return self.env_steps // steps > max(0, self._saved_at) // steps
-        waited_s = time.monotonic() - self._saved_at_s
-        return minutes is not None and waited_s >= 60 * minutes
+        self._saved_at = self.env_steps
+        self._clock.saved(self.env_steps, time.monotonic())
 
     def _draw(self) -> None:
         self.directory.compact()
