@@ -47,6 +47,8 @@ class QVPO(Algorithm):  # type: ignore[misc]
     are under `info/learner/default_policy/learner_stats`, the update ledger under `ledger`.
     """
 
+    config: Any
+
     @classmethod
     def get_default_config(cls) -> QVPOConfig:
         return QVPOConfig()
@@ -68,7 +70,10 @@ class QVPO(Algorithm):  # type: ignore[misc]
 
     def restore(self, checkpoint_path: Any) -> None:
         """Goes on from a checkpoint: a directory, or what `save()` returned."""
-        local = tune.Checkpoint.from_directory(str(_directory_of(checkpoint_path)))
+        directory = _directory_of(checkpoint_path)
+        # Before Tune's part of the restore sets iteration and times to the checkpoint's.
+        RunState.read(whole(directory), own=self.metadata())
+        local = tune.Checkpoint.from_directory(str(directory))
         metrics = getattr(checkpoint_path, "metrics", None)  # Tune's: iteration and times so far
         super().restore(local if metrics is None else type(checkpoint_path)(local, metrics))
 
@@ -295,13 +300,14 @@ class QVPO(Algorithm):  # type: ignore[misc]
         Networks, replay, workers and counters are new; Tune restores a checkpoint afterwards where
         the trial has one.
         """
-        self.cleanup()
-        self._timers.clear()
-        self._counters.clear()
-        self._episode_history, self._episodes_to_be_collected = [], []
         config = self.get_default_config().update_from_dict(new_config)
         config.validate()
         config.freeze()
+        self.cleanup()
+        del self.replay  # there may be no room for two
+        self._timers.clear()
+        self._counters.clear()
+        self._episode_history, self._episodes_to_be_collected = [], []
         self._env_id, self.env_creator = self._get_env_id_and_creator(config.env, config)
         self.config = config
         self.setup(config)

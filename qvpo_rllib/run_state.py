@@ -95,10 +95,7 @@ class RunState:
     def put_into(self, algorithm: "QVPO") -> None:
         """Ledger, replay and workers; RLlib has restored the rest."""
         self._put_ledger(algorithm)
-        if self.segments is None:
-            algorithm.go_on_without_replay()
-        else:
-            self._put_replay(algorithm, self.segments)
+        self._put_replay(algorithm)
         texts = self._put_workers(algorithm)
         if texts:
             logger.warning(
@@ -115,12 +112,18 @@ class RunState:
         if theirs != [hp.update_ratio, hp.warmup_steps]:
             ledger.settle(refill=False)
 
-    def _put_replay(self, algorithm: "QVPO", segments: list[Segment]) -> None:
+    def _put_replay(self, algorithm: "QVPO") -> None:
         state = checkpoint.decode_replay_state(self.metadata["replay"])
+        if self.segments is None:
+            algorithm.replay.load({**state, "num_added": 0}, [])
+            algorithm.replay_files.forget()
+            algorithm.go_on_without_replay()
+            return
         algorithm.replay.load(state, self.transitions)
         algorithm.replay_missing = False
         if state["capacity"] == algorithm.replay.capacity:
-            algorithm.replay_files.found_in(self.directory / checkpoint.REPLAY_DIRECTORY, segments)
+            files = self.directory / checkpoint.REPLAY_DIRECTORY
+            algorithm.replay_files.found_in(files, self.segments)
         else:
             algorithm.replay_files.forget()
 

@@ -257,10 +257,12 @@ def test_restore_refuses_a_foreign_checkpoint_and_changes_nothing(
     build: Any, tiny_config: Any, altered: Any, values: dict[str, Any], words: str
 ) -> None:
     algorithm = build(tiny_config().debugging(seed=3))
+    algorithm.train()
     before = algorithm.policy.get_weights()
     with pytest.raises(ValueError, match=words):
         algorithm.restore(str(altered(**values)))
-    assert algorithm.ledger.ingested == algorithm.iteration == 0
+    assert algorithm.ledger.ingested == len(algorithm.replay) == 60
+    assert algorithm.iteration == 1
     for name, value in algorithm.policy.get_weights().items():
         assert (value == before[name]).all()
 
