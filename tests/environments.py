@@ -4,6 +4,7 @@ Importing this module registers them with Gymnasium; another process names one a
 "environments:Counting-v0".
 """
 
+import os
 from typing import Any
 
 import gymnasium as gym
@@ -105,6 +106,13 @@ class Raising(Counting):
         return super().step(action)
 
 
+class Lasting(Counting):
+    """Its episodes take as many steps as the variable EPISODE_LENGTH says."""
+
+    def __init__(self) -> None:
+        super().__init__(length=int(os.environ["EPISODE_LENGTH"]))
+
+
 class Elsewhere(Counting):
     """Its state is said to be in another process: it cannot be captured."""
 
@@ -143,6 +151,7 @@ _register("Counting", Counting)
 _register("RecordingActions", RecordingActions)
 _register("NanObservation", NonFinite, quantity="observation", at_step=70, length=100)
 _register("LateNan", NonFinite, quantity="observation", at_step=70, length=6)
+_register("Lasting", Lasting)
 _register("Elsewhere", Elsewhere, length=50)
 _register("Raising", Raising, length=100)
 _register("InfiniteReward", NonFinite, quantity="reward", at_step=70, length=100)

@@ -21,6 +21,7 @@ from ray.rllib.policy.policy import Policy
 from qvpo_rllib import cli
 from qvpo_rllib.checkpoint import read_metadata
 from qvpo_rllib.cli.train import _interrupts_are_kept
+from qvpo_rllib.experiments.training import RETURN
 from qvpo_rllib.replay_files import Segment, read_segments
 
 TRAIN_OPTIONS = [
@@ -305,6 +306,33 @@ def test_resume_interrupt_and_resume(trained: Any, capsys: Any) -> None:
     assert evaluated_at(rows) == list(range(200, end + 1, 200))
     assert_ledger_exact(read_metadata(run / "checkpoints" / "last"))
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 3
+
+
+def test_sigterm_does_not_wait_for_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node that is taken away; the evaluation is made when the run goes on."""
+    monkeypatch.setenv("EPISODE_LENGTH", "1000000000")
+    run = tmp_path / "run"
+    process = start(
+        "train", "--env", "environments:Lasting-v0", "--preset", "quick", "--env-steps", "40",
+        "--eval-interval", "20", *TINY, "--run-dir", str(run),
+    )  # fmt: skip
+    wait_for_row(run, 15, process)  # the next one comes with the evaluation
+    time.sleep(2)
+    process.terminate()
+    code, output, error = finish(process)
+    assert code == 130, error
+    assert f"qvpo train --resume {run}" in output
+    assert read_metadata(run / "checkpoints" / "last")["ledger"]["ingested"] == 20
+    assert evaluated_at(rows_of(run)) == []
+
+    monkeypatch.setenv("EPISODE_LENGTH", "5")
+    code, output, error = finish(start("train", "--resume", str(run)))
+    assert code == 0, error
+    assert evaluated_at(rows_of(run)) == [20, 40]
+    assert rows_of(run)[-1][RETURN] == 5.0
+    assert (run / "checkpoints" / "best").resolve() == (run / "checkpoints" / "last").resolve()
 
 
 def test_interrupt_before_anything_is_saved_says_so(tmp_path: Path) -> None:
