@@ -195,7 +195,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         actions = self.policy.act(self._obs, self.policy.hp.k_behavior)
         if not np.isfinite(actions).all():
             bad = int(np.argmin(np.isfinite(actions).all(axis=1)))
-            check_finite(actions[bad], "action", self.where(bad), int(self._lengths[bad]))
+            check_finite(actions[bad], "action", self._where(bad), int(self._lengths[bad]))
         return actions
 
     def _step(
@@ -206,8 +206,8 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         next_obs = np.asarray(observed, dtype=np.float32)
         if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
             step = int(self._lengths[i])
-            check_finite(next_obs, "observation", self.where(i), step)
-            check_finite(reward, "reward", self.where(i), step)
+            check_finite(next_obs, "observation", self._where(i), step)
+            check_finite(reward, "reward", self._where(i), step)
         self._returns[i] += reward
         self._hooks.step(i, float(reward))
         assert self._obs is not None
@@ -227,7 +227,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
     def _reset(self, i: int, seed: int | None) -> NDArray[np.float32]:
         self._returns[i], self._lengths[i] = 0.0, 0
         obs, _ = self._hooks.start(i, lambda: self.envs[i].reset(seed=seed))
-        check_finite(obs, "observation", self.where(i), 0)
+        check_finite(obs, "observation", self._where(i), 0)
         return np.asarray(obs, dtype=np.float32)
 
     def _env_seed(self, i: int) -> int:
@@ -235,8 +235,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             self.config.seed, Stream.ENVIRONMENT, self._started_at, self.worker_index, i
         )
 
-    def where(self, i: int) -> str:
-        """How messages name environment `i`."""
+    def _where(self, i: int) -> str:
         return f"{self.config.env} (worker {self.worker_index}, environment {i})"
 
 

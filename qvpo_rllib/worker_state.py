@@ -36,7 +36,7 @@ def capture(worker: "QVPORolloutWorker") -> Captured:
             envs.append(env_state.capture(env))
         except env_state.NotCapturableError as error:
             envs.append(None)
-            not_captured.append(f"{worker.where(i)}: {error}")
+            not_captured.append(f"{_name(worker, i)}: {error}")
     state = {
         "envs": envs,
         "progress": worker.progress(),
@@ -82,7 +82,11 @@ def put_back(worker: "QVPORolloutWorker", packed: bytes, env_steps: int) -> list
             env_state.put_back(worker.envs[i], env)
         except env_state.NotCapturableError as error:
             worker.start_episode(i, env_steps)
-            new.append(f"{worker.where(i)}: {error}")
+            new.append(f"{_name(worker, i)}: {error}")
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     return new
+
+
+def _name(worker: "QVPORolloutWorker", i: int) -> str:
+    return f"worker {worker.worker_index}, environment {i}"
