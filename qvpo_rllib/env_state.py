@@ -95,7 +95,7 @@ def _kept(layers: list[gym.Env[Any, Any]]) -> dict[tuple[int, str], Any]:
     kept: dict[tuple[int, str], Any] = {(i, ""): layer for i, layer in enumerate(layers)}
     for i, layer in enumerate(layers):
         for name, value in vars(layer).items():
-            if isinstance(value, MujocoRenderer) or (name in CONSTANT and value is not None):
+            if isinstance(value, MujocoRenderer) or name in CONSTANT:
                 kept[i, name] = value
     return kept
 
@@ -103,7 +103,8 @@ def _kept(layers: list[gym.Env[Any, Any]]) -> dict[tuple[int, str], Any]:
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO, layers: list[gym.Env[Any, Any]]) -> None:
         super().__init__(file)
-        self._names = {id(value): name for name, value in _kept(layers).items()}
+        kept = _kept(layers).items()  # a spec that nobody has asked for yet is None
+        self._names = {id(value): name for name, value in kept if value is not None}
 
     def persistent_id(self, value: Any) -> tuple[int, str] | None:
         name = self._names.get(id(value))

@@ -138,6 +138,8 @@ class RunState:
         indices = group.healthy_worker_ids() if group.num_remote_env_runners() else [0]
         texts = [f"Worker {i} is new" for i in indices if i not in self.workers]
         known = [i for i in indices if i in self.workers]
+        if not known:
+            return texts
         calls = [
             functools.partial(worker_state.put_back, packed=self.workers[i], env_steps=env_steps)
             for i in known

@@ -75,6 +75,16 @@ def test_any_environment_that_is_made_of_python() -> None:
     assert play(other, 250, seed=2) == play(original, 250, seed=2)
 
 
+def test_a_spec_that_was_asked_for_in_one_only() -> None:
+    original, other = gym.make("Pendulum-v1"), gym.make("Pendulum-v1")
+    assert original.spec is not None  # wrappers remember it from now on
+    original.reset(seed=1)
+    put_back(other, capture(original))
+    assert other.spec == original.spec
+    put_back(original, capture(other))
+    assert play(other, 5, seed=2) == play(original, 5, seed=2)
+
+
 class Handle(gym.Wrapper):
     """Its state is behind a handle, which it says by refusing to be pickled."""
 
