@@ -12,6 +12,8 @@ from typing import Any
 
 import ray
 import torch
+from pyarrow.fs import LocalFileSystem
+from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.evaluation.metrics import summarize_episodes
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
@@ -24,7 +26,7 @@ from ray.rllib.utils.metrics import (
 from ray.rllib.utils.metrics.learner_info import LEARNER_STATS_KEY
 from ray.tune.registry import register_trainable
 
-from qvpo_rllib import __version__, checkpoint
+from qvpo_rllib import __version__, checkpoint, run_state
 from qvpo_rllib.config import QVPOConfig
 from qvpo_rllib.core.engine import describe
 from qvpo_rllib.core.errors import NonFiniteError
@@ -33,7 +35,10 @@ from qvpo_rllib.core.replay import ReplayBuffer, replay_bytes
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.memory import available_bytes
 from qvpo_rllib.policy import QVPOTorchPolicy, to_transitions
+from qvpo_rllib.replay_files import ReplayFiles
+from qvpo_rllib.run_state import RunState
 from qvpo_rllib.sampling.collectors import Collector, make_collector
+from qvpo_rllib.staging import staged, whole
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +49,8 @@ class QVPO(Algorithm):  # type: ignore[misc]
     Build it from `QVPOConfig`. A result of `train()` has RLlib's usual keys; the learner's metrics
     are under `info/learner/default_policy/learner_stats`, the update ledger under `ledger`.
     """
+
+    config: Any
 
     @classmethod
     def get_default_config(cls) -> QVPOConfig:
@@ -59,15 +66,19 @@ class QVPO(Algorithm):  # type: ignore[misc]
 
         RLlib's `Algorithm.from_checkpoint` works too, but cannot know of the replay.
         """
-        directory = _directory_of(path)
-        checkpoint.read_metadata(directory)
-        algorithm: QVPO = super().from_checkpoint(str(directory), *args, **kwargs)
-        algorithm._load_run_state(directory)
+        found = RunState.read(whole(_directory_of(path)))
+        algorithm: QVPO = super().from_checkpoint(str(found.directory), *args, **kwargs)
+        found.put_into(algorithm)
         return algorithm
 
     def restore(self, checkpoint_path: Any) -> None:
         """Goes on from a checkpoint: a directory, or what `save()` returned."""
-        super().restore(str(_directory_of(checkpoint_path)))
+        directory = _directory_of(checkpoint_path)
+        # Before Tune's part of the restore sets iteration and times to the checkpoint's.
+        RunState.read(whole(directory), own=self.metadata())
+        local = tune.Checkpoint.from_directory(str(directory))
+        metrics = getattr(checkpoint_path, "metrics", None)  # Tune's: iteration and times so far
+        super().restore(local if metrics is None else type(checkpoint_path)(local, metrics))
 
     def setup(self, config: Any) -> None:
         if self.config.num_gpus and not torch.cuda.is_available():
@@ -96,7 +107,9 @@ class QVPO(Algorithm):  # type: ignore[misc]
         )
         # Set it from a signal handler to end training between two steps, with a state to save.
         self.stop_requested = False
-        self._replay_missing = False
+        self.replay_missing = False
+        self.replay_files = ReplayFiles()
+        self.told_of_new_episodes = False
         # Set once a running evaluation needs nothing of the learner any more.
         self._evaluation_is_underway = threading.Event()
         self.collector: Collector = make_collector(
@@ -111,8 +124,8 @@ class QVPO(Algorithm):  # type: ignore[misc]
         """Takes in what the collector has next, and does all the updates owed for it."""
         if self.stop_requested:
             raise KeyboardInterrupt
-        if self._replay_missing:
-            self._replay_missing = False
+        if self.replay_missing:
+            self.replay_missing = False
             logger.warning(
                 "Training goes on from a checkpoint without its replay: it is filled with %d env "
                 "steps before the next update. `algo.restore` and `QVPO.from_checkpoint` load the "
@@ -271,21 +284,21 @@ class QVPO(Algorithm):  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         self.settle()
-        super().save_checkpoint(checkpoint_dir)
-        directory = Path(checkpoint_dir)
-        if self.config.replay_in_checkpoints:
-            checkpoint.save_replay(directory / checkpoint.REPLAY_FILE, self.replay)
-        checkpoint.write_metadata(directory, self._metadata())
+        target = Path(checkpoint_dir)
+        with staged(target) as directory:
+            super().save_checkpoint(str(directory))
+            segments = run_state.write(self, directory)
+        if segments is not None:
+            self.replay_files.found_in(target / checkpoint.REPLAY_DIRECTORY, segments)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        directory = Path(checkpoint_dir)
-        found = checkpoint.read_metadata(directory)
-        checkpoint.check_compatible(found, self._metadata(), directory)
+        found = RunState.read(whole(Path(checkpoint_dir)), own=self.metadata())
         # RLlib calls `on_checkpoint_loaded` at the end of its part, the replay comes after.
-        super().load_checkpoint(checkpoint_dir)
-        self._load_run_state(directory)
+        super().load_checkpoint(str(found.directory))
+        found.put_into(self)
 
-    def _metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
+        """What `qvpo.json` says of this run now; `run_state.write` adds what it has written."""
         hp = self.hp.to_dict()
         hp["hidden"] = list(hp["hidden"])
         return {
@@ -295,39 +308,60 @@ class QVPO(Algorithm):  # type: ignore[misc]
             "env": str(self.config.env),
             "env_config": self._plain_env_config(),
             "shapes": [self.policy.obs_dim, self.policy.act_dim],
+            "action_box": [bound.tolist() for bound in self._action_box()],
             "seed": self.config.seed,
             "hyperparameters": hp,
             "ledger": self.ledger.state_dict(),
-            "replay": checkpoint.encode_replay_state(self.replay.state_dict()),
+            "replay": {
+                **checkpoint.encode_replay_state(self.replay.state_dict()),
+                "segments": None,
+            },
         }
 
-    def _load_run_state(self, directory: Path) -> None:
-        found = checkpoint.read_metadata(directory)
-        self.ledger.load_state_dict(found["ledger"])
-        theirs = [found["hyperparameters"][name] for name in ("update_ratio", "warmup_steps")]
-        if theirs != [self.hp.update_ratio, self.hp.warmup_steps]:
-            self.ledger.settle(refill=False)
-        file = directory / checkpoint.REPLAY_FILE
-        if file.exists():
-            state = checkpoint.decode_replay_state(found["replay"])
-            self.replay.load(state, checkpoint.load_replay(file))
-            self._replay_missing = False
-        else:
-            self._go_on_without_replay()
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        # Smoothed results look back at these episodes.
+        state["episodes"] = (self._episode_history, self._episodes_to_be_collected)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.collector.forget()
         super().__setstate__(state)
-        # The counters alone say how far the run is; `_load_run_state` puts the rest in place.
+        self._episode_history, self._episodes_to_be_collected = state.get("episodes", ([], []))
+        # The counters alone say how far the run is; `RunState` puts the rest in place.
         self.ledger.ingested = int(self._counters[NUM_ENV_STEPS_SAMPLED])
         self.ledger.done = self.learner.num_updates
-        self._go_on_without_replay()
+        self.go_on_without_replay()
         restart = functools.partial(_restart_streams, env_steps=self.ledger.ingested)
         self.env_runner_group.foreach_env_runner(restart)
 
-    def _go_on_without_replay(self) -> None:
+    def go_on_without_replay(self) -> None:
+        """What was restored has no replay: one warm-up fills it before the next update."""
         self.ledger.settle(refill=True)
-        self._replay_missing = True
+        self.replay_missing = True
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Starts afresh with another configuration in the same process (Tune's `reuse_actors`).
+
+        Networks, replay, workers and counters are new; Tune restores a checkpoint afterwards where
+        the trial has one.
+        """
+        config = self.get_default_config().update_from_dict(new_config)
+        config.validate()
+        config.freeze()
+        self.cleanup()
+        del self.replay  # there may be no room for two
+        self._timers.clear()
+        self._counters.clear()
+        self._episode_history, self._episodes_to_be_collected = [], []
+        self._env_id, self.env_creator = self._get_env_id_and_creator(config.env, config)
+        self.config = config
+        self.setup(config)
+        return True
+
+    def _action_box(self) -> tuple[Any, Any]:
+        space = self.policy.action_space_struct
+        return space.low, space.high
 
     def _plain_env_config(self) -> dict[str, Any] | None:
         """The environment's arguments for `qvpo evaluate`, or None if JSON cannot hold them."""
@@ -354,8 +388,13 @@ class QVPO(Algorithm):  # type: ignore[misc]
 
 
 def _directory_of(saved: Any) -> Path:
-    """The directory of a path, a Tune checkpoint, or what `save()` returned."""
+    """The directory of a path, a Tune checkpoint, or what `save()` returned.
+
+    A checkpoint in a cloud is downloaded. RLlib takes relative paths for addresses.
+    """
     saved = getattr(saved, "checkpoint", saved)
+    if isinstance(saved, tune.Checkpoint) and not isinstance(saved.filesystem, LocalFileSystem):
+        return Path(saved.to_directory())
     return Path(getattr(saved, "path", saved)).expanduser().resolve()
 
 

@@ -1,38 +1,67 @@
 """What a QVPO checkpoint holds beside RLlib's own files, and the checks before one is loaded.
 
-    qvpo.json      format, package version, environment, shapes, hyperparameters, ledger
-    replay.arrow   the replay's transitions, oldest first (Arrow IPC, memory-mapped on load)
+    qvpo.json            format, package version, environment, shapes, hyperparameters, ledger,
+                         and length and digest of every other file; written last
+    replay/*.arrow       the replay's transitions (`qvpo_rllib.replay_files`)
+    environments/*.zst   a rollout worker's environments and streams (`qvpo_rllib.worker_state`)
 
-RLlib's `algorithm_state.pkl` and `policies/` are pickles: loading them runs code. `qvpo.json` is
-read first, so that a foreign checkpoint is refused before anything is unpickled or touched.
+RLlib's `algorithm_state.pkl` and `policies/` are pickles, and so is what `environments/` holds:
+loading them runs code. `qvpo.json` is read first, so that a foreign or damaged checkpoint is
+refused before anything is unpickled or touched.
 """
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
+import xxhash
 
-from qvpo_rllib.core.replay import ReplayBuffer, Transitions
+from qvpo_rllib.file_digest import FileRecord, check_file, record_of
 
-FORMAT = 1
+FORMAT = 2
+# Policies of format 1, which had no digests, can still be evaluated and exported.
+POLICY_FORMATS = (1, FORMAT)
 METADATA_FILE = "qvpo.json"
-REPLAY_FILE = "replay.arrow"
-ROWS_PER_BATCH = 65_536
+REPLAY_DIRECTORY = "replay"
+ENVIRONMENTS_DIRECTORY = "environments"
+POLICIES_DIRECTORY = "policies"
 
 
 def write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
-    """Writes `qvpo.json`, atomically."""
+    """Writes `qvpo.json`, atomically and last: it lists the directory's other files.
+
+    The replay's files are not looked at: `metadata["replay"]["segments"]` describes them.
+    """
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    names = {str(p.relative_to(directory)): p for p in files if p.name != METADATA_FILE}
+    records = {n: record_of(p) for n, p in names.items() if not n.startswith(REPLAY_DIRECTORY)}
+    _replace(directory, {**metadata, "format": FORMAT, "files": records})
+
+
+def _replace(directory: Path, metadata: dict[str, Any]) -> None:
+    metadata = json.loads(json.dumps(metadata))  # as it will come back: keys are texts
     temporary = directory / f".{METADATA_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps({"format": FORMAT, **metadata}, indent=2) + "\n")
+    content = {**metadata, "digest": _digest(metadata)}
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(temporary, directory / METADATA_FILE)
 
 
-def read_metadata(directory: Path) -> dict[str, Any]:
-    """Reads `qvpo.json`. Raises `ValueError` if `directory` is no checkpoint of this format."""
+def _digest(metadata: dict[str, Any]) -> str:
+    rest = {name: value for name, value in metadata.items() if name != "digest"}
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode()))
+
+
+def read_metadata(directory: Path, formats: tuple[int, ...] = (FORMAT,)) -> dict[str, Any]:
+    """Reads `qvpo.json`.
+
+    Raises:
+        ValueError: `directory` is no checkpoint, its `qvpo.json` is damaged, or its format is none
+            of `formats`.
+    """
     if not directory.is_dir():
         raise ValueError(f"There is no checkpoint directory {str(directory)!r}.")
     file = directory / METADATA_FILE
@@ -48,13 +77,37 @@ def read_metadata(directory: Path) -> dict[str, Any]:
             metadata[name]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} is damaged ({error}); use another checkpoint.") from error
-    if found != FORMAT:
+    if found not in formats:
         raise ValueError(
             f"{str(directory)!r} is of checkpoint format {found!r}, written by qvpo_rllib "
-            f"{metadata.get('package_version')}; this version reads format {FORMAT}. Install a "
-            "matching version of qvpo_rllib."
+            f"{metadata.get('package_version')}; this version reads format {formats[-1]}. Install "
+            "a matching version of qvpo_rllib."
+        )
+    if found == FORMAT and metadata.get("digest") != _digest(metadata):
+        raise ValueError(
+            f"{str(file)!r} is damaged: its content does not have the digest that it states; use "
+            "another checkpoint."
         )
     return metadata
+
+
+def check_files(directory: Path, metadata: dict[str, Any], under: str = "") -> None:
+    """Raises `ValueError` unless every file that `metadata` lists is whole.
+
+    Args:
+        under: look at the files of this subdirectory alone.
+    """
+    for name, record in metadata.get("files", {}).items():
+        if name.startswith(under):
+            check_file(directory / name, FileRecord(*record))
+
+
+def drop_replay(directory: Path) -> None:
+    """Takes the replay out of a checkpoint: what is left acts, and trains after a new warm-up."""
+    metadata = read_metadata(directory)
+    metadata["replay"]["segments"] = None
+    _replace(directory, metadata)
+    shutil.rmtree(directory / REPLAY_DIRECTORY, ignore_errors=True)
 
 
 def check_compatible(found: dict[str, Any], own: dict[str, Any], directory: Path) -> None:
@@ -69,50 +122,6 @@ def check_compatible(found: dict[str, Any], own: dict[str, Any], directory: Path
                 f"has {name}={ours!r}. Use the same value, or another checkpoint; nothing was "
                 "changed."
             )
-
-
-def save_replay(file: Path, replay: ReplayBuffer) -> None:
-    """Writes the held transitions, oldest first, as an Arrow IPC file, a part at a time."""
-    widths = {n: c.shape[1:] for n, c in replay.columns._asdict().items()}
-    schema = pa.schema([(n, _arrow_type(tuple(w))) for n, w in widths.items()])
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for segment in replay.segments():
-            for start in range(0, segment.reward.shape[0], ROWS_PER_BATCH):
-                part = [c[start : start + ROWS_PER_BATCH].cpu().numpy() for c in segment]
-                writer.write_batch(pa.record_batch([_arrow_array(c) for c in part], schema=schema))
-
-
-def load_replay(file: Path) -> Transitions:
-    """The transitions in a file of `save_replay`, memory-mapped. Raises `ValueError` if damaged."""
-    try:
-        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-        if table.schema.names != list(Transitions._fields):
-            raise pa.ArrowInvalid(f"its columns are {table.schema.names}")
-        columns = [table.column(n).combine_chunks() for n in Transitions._fields]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"The replay {str(file)!r} is damaged ({error}); use another checkpoint."
-        ) from error
-    return Transitions(*(torch.from_numpy(_numpy(c)) for c in columns))
-
-
-def _arrow_type(width: tuple[int, ...]) -> pa.DataType:
-    return pa.list_(pa.float32(), width[0]) if width else pa.float32()
-
-
-def _arrow_array(column: np.ndarray) -> pa.Array:
-    if column.ndim == 1:
-        return pa.array(column)
-    return pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), column.shape[1])
-
-
-def _numpy(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else column.combine_chunks()
-    if pa.types.is_fixed_size_list(column.type):
-        flat = column.flatten().to_numpy(zero_copy_only=True)
-        return np.array(flat.reshape(-1, column.type.list_size))
-    return np.array(column.to_numpy(zero_copy_only=True))
 
 
 def encode_replay_state(state: dict[str, Any]) -> dict[str, Any]:

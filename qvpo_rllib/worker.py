@@ -34,6 +34,19 @@ class Fragment(NamedTuple):
     process: str  # `process_id` of the sender
 
 
+# What callbacks may read from an episode or leave on it.
+EPISODE_STATE = (
+    "episode_id",
+    "total_reward",
+    "active_env_steps",
+    "total_env_steps",
+    "custom_metrics",
+    "user_data",
+    "hist_data",
+    "media",
+)
+
+
 class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
     """RLlib's `RolloutWorker` with a flat loop over its environments in place of the sampler.
 
@@ -70,8 +83,8 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
     def restart_streams(self, env_steps: int) -> None:
         """New streams for environments, warm-up and (on remote workers) diffusion noise.
 
-        Called with 0 when a run starts and with its env steps when it goes on from a checkpoint:
-        the same seeds again would collect the same episodes again.
+        Called with 0 when a run starts, and with its env steps when it goes on without the state of
+        this worker: the same seeds again would collect the same episodes again.
         """
         self._started_at = env_steps
         self._obs = None
@@ -80,6 +93,31 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         )
         if not self.policy.is_learner:  # the learner's policy restores its own
             self.policy.seed_actions(env_steps)
+
+    def progress(self) -> dict[str, Any]:
+        """Episodes and streams as they are; `qvpo_rllib.worker_state` adds the environments."""
+        return {
+            "started_at": self._started_at,
+            "obs": self._obs,
+            "returns": self._returns,
+            "lengths": self._lengths,
+            "finished": self._finished,
+            "warmup": self._warmup,
+            "hooks": self._hooks.state(),
+        }
+
+    def set_progress(self, progress: dict[str, Any]) -> None:
+        """Restores `progress()` of a worker with as many environments."""
+        self._started_at, self._obs = progress["started_at"], progress["obs"]
+        self._returns, self._lengths = progress["returns"], progress["lengths"]
+        self._finished, self._warmup = progress["finished"], progress["warmup"]
+        self._hooks.set_state(progress["hooks"])
+
+    def start_episode(self, i: int, env_steps: int) -> None:
+        """Begins a new episode in environment `i` of a run that goes on at `env_steps`."""
+        self._started_at = env_steps
+        if self._obs is not None:  # otherwise every environment is about to begin one
+            self._obs[i] = self._reset(i, self._env_seed(i))
 
     def sample(self, **kwargs: Any) -> SampleBatch:
         """A fragment collected by the behaviour policy (K_b of N)."""
@@ -268,18 +306,35 @@ class EpisodeCallbacks:
         """Calls `reset` between `on_episode_created` and `on_episode_start`."""
         if not self.wanted:
             return reset()
+        self.episodes[i] = self._new_episode(i)
+        self._call("on_episode_created", i)
+        first = reset()
+        self._call("on_episode_start", i)
+        return first
+
+    def state(self) -> dict[int, dict[str, Any]]:
+        """What the callbacks have put on the running episodes."""
+        return {
+            i: {name: getattr(episode, name) for name in EPISODE_STATE}
+            for i, episode in self.episodes.items()
+        }
+
+    def set_state(self, state: dict[int, dict[str, Any]]) -> None:
+        self.episodes = {}
+        for i, values in state.items():
+            self.episodes[i] = self._new_episode(i)
+            for name, value in values.items():
+                setattr(self.episodes[i], name, value)
+
+    def _new_episode(self, i: int) -> EpisodeV2:
         worker = self.worker
-        self.episodes[i] = EpisodeV2(
+        return EpisodeV2(
             i,
             worker.policy_map,
             worker.policy_mapping_fn,
             worker=worker,
             callbacks=worker.callbacks,
         )
-        self._call("on_episode_created", i)
-        first = reset()
-        self._call("on_episode_start", i)
-        return first
 
     def step(self, i: int, reward: float) -> None:
         if self.wanted:

@@ -4,6 +4,7 @@ Importing this module registers them with Gymnasium; another process names one a
 "environments:Counting-v0".
 """
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,20 @@ class Traceable(gym.Env):
         return np.array([*self.name, self.step_number], np.float32)
 
 
+class Lasting(Counting):
+    """Its episodes take as many steps as the variable EPISODE_LENGTH says."""
+
+    def __init__(self) -> None:
+        super().__init__(length=int(os.environ["EPISODE_LENGTH"]))
+
+
+class Elsewhere(Counting):
+    """Its state is said to be in another process: it cannot be captured."""
+
+    def __getstate__(self) -> Any:
+        raise TypeError("the state is in another process")
+
+
 class Spaces(gym.Env):
     """Has the given spaces, and an episode of one step."""
 
@@ -187,6 +202,8 @@ _register("RecordingActions", RecordingActions)
 _register("NanObservation", NonFinite, quantity="observation", at_step=70, length=100)
 _register("LateNan", NonFinite, quantity="observation", at_step=70, length=6)
 _register("Traceable", Traceable)
+_register("Lasting", Lasting)
+_register("Elsewhere", Elsewhere, length=50)
 _register("Raising", Raising, length=100)
 _register("InfiniteReward", NonFinite, quantity="reward", at_step=70, length=100)
 for _name, (_observation_space, _action_space) in UNSUITED_SPACES.items():

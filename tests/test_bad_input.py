@@ -12,6 +12,7 @@ import reference
 import torch
 
 from qvpo_rllib import QVPO, QVPOConfig, cli
+from qvpo_rllib.checkpoint import write_metadata
 from qvpo_rllib.core.errors import NonFiniteError
 
 ENV = "InvertedPendulum-v5"
@@ -210,8 +211,10 @@ def altered(checkpoint: Path, tmp_path: Path) -> Any:
 
     def make(**values: Any) -> Path:
         directory = Path(shutil.copytree(checkpoint, tmp_path / "altered"))
-        file = directory / "qvpo.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        metadata = json.loads((directory / "qvpo.json").read_text()) | values
+        write_metadata(directory, metadata)
+        if "format" in values:
+            (directory / "qvpo.json").write_text(json.dumps(metadata))
         return directory
 
     return make
@@ -220,7 +223,7 @@ def altered(checkpoint: Path, tmp_path: Path) -> Any:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"format": 99}, ["format 99", "reads format 1"]),
+        ({"format": 99}, ["format 99", "reads format 2"]),
         ({"env": "NoSuchEnv-v0"}, ["'NoSuchEnv-v0'"]),
         ({"shapes": [4, 2]}, ["[4, 1]", "[4, 2]"]),
     ],
@@ -247,17 +250,19 @@ def test_evaluate_refuses_what_is_no_checkpoint(capsys: Any, tmp_path: Path) -> 
     [
         ({"env": "Hopper-v5"}, "env='Hopper-v5'.*env='InvertedPendulum-v5'"),
         ({"shapes": [9, 1]}, r"shapes=\[9, 1\]"),
-        ({"format": 99}, "format 99.*reads format 1"),
+        ({"format": 99}, "format 99.*reads format 2"),
     ],
 )
 def test_restore_refuses_a_foreign_checkpoint_and_changes_nothing(
     build: Any, tiny_config: Any, altered: Any, values: dict[str, Any], words: str
 ) -> None:
     algorithm = build(tiny_config().debugging(seed=3))
+    algorithm.train()
     before = algorithm.policy.get_weights()
     with pytest.raises(ValueError, match=words):
         algorithm.restore(str(altered(**values)))
-    assert algorithm.ledger.ingested == algorithm.iteration == 0
+    assert algorithm.ledger.ingested == len(algorithm.replay) == 60
+    assert algorithm.iteration == 1
     for name, value in algorithm.policy.get_weights().items():
         assert (value == before[name]).all()
 
@@ -265,6 +270,39 @@ def test_restore_refuses_a_foreign_checkpoint_and_changes_nothing(
 def test_from_checkpoint_refuses_another_format(altered: Any) -> None:
     with pytest.raises(ValueError, match="format 99"):
         QVPO.from_checkpoint(str(altered(format=99)))
+
+
+def test_a_policy_of_the_format_before_still_acts(
+    build: Any, tiny_config: Any, altered: Any
+) -> None:
+    directory = str(altered(format=1))
+    assert cli.main(["evaluate", directory, "--episodes", "1"]) == 0
+    with pytest.raises(ValueError, match=r"format 1, .*reads format 2"):
+        build(tiny_config()).restore(directory)
+
+
+def test_resume_refuses_a_damaged_checkpoint_and_changes_nothing(
+    capsys: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "checkpoints" / "000000060")
+    (run / "checkpoints" / "last").symlink_to("000000060")
+    (run / "config.json").write_text("{}")
+    files = [f for f in (run / "checkpoints" / "000000060").rglob("*") if f.is_file()]
+    assert {"algorithm_state.pkl", "policy_state.pkl", "worker-0.zst"} <= {f.name for f in files}
+    before = {entry.name for entry in run.iterdir()}
+    for file in files:
+        content = file.read_bytes()
+        for damage in (content[:-3], content[:40] + b"?" + content[41:], None):
+            file.unlink()
+            if damage is not None:
+                file.write_bytes(damage)
+            words = ["not a QVPO checkpoint" if damage is None else "is damaged"]
+            if damage is None and file.name != "qvpo.json":
+                words = ["lacks its file", file.name]
+            assert_refused(capsys, ["train", "--resume", str(run)], words)
+        file.write_bytes(content)
+    assert {entry.name for entry in run.iterdir()} == before
 
 
 # --- NaN and infinity --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
@@ -14,15 +15,19 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from ray.rllib.policy.policy import Policy
 
 from qvpo_rllib import cli
 from qvpo_rllib.checkpoint import read_metadata
 from qvpo_rllib.cli.train import _interrupts_are_kept
+from qvpo_rllib.experiments.training import RETURN
+from qvpo_rllib.replay_files import Segment, read_segments
 
 TRAIN_OPTIONS = [
     "--env", "--preset", "--seed", "--env-steps", "--num-env-runners", "--num-envs-per-env-runner",
-    "--num-gpus", "--run-dir", "--resume", "--eval-interval", "--set",
-    "--or-resume", "--address",
+    "--num-gpus", "--run-dir", "--resume", "--eval-interval", "--checkpoint-interval",
+    "--keep-checkpoints", "--set", "--or-resume", "--address",
 ]  # fmt: skip
 EVALUATE_OPTIONS = ["--episodes", "--k", "--seed", "--json", "--server", "--model", "--env"]
 EXPORT_OPTIONS = ["--name", "--version", "--onnx"]
@@ -166,7 +171,7 @@ def test_run_directory_explains_itself(trained: Any) -> None:
         metadata = read_metadata(run / "checkpoints" / name)
         assert metadata["env"] == "InvertedPendulum-v5"
         assert_ledger_exact(metadata)
-    assert (run / "checkpoints" / "last" / "replay.arrow").exists()
+    assert (run / "checkpoints" / "last" / "replay").exists()
 
 
 def test_train_evaluates_at_the_interval(trained: Any) -> None:
@@ -215,7 +220,50 @@ def test_evaluate_prints_a_table(capsys: Any, trained: Any) -> None:
     assert re.search(r"mean +[\d.]+ +std +[\d.]+ +\(2 episodes\)", text)
 
 
-# --- resume and interrupt ----------------------------------------------------------------------
+# --- kill, resume and interrupt ----------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(trained: Any, tmp_path: Path) -> None:
+    """SIGKILL at some moment of a run that saves all the time; a new process; the same bits."""
+    run = tmp_path / "run"
+    process = start(
+        "train", "--env", "InvertedPendulum-v5", "--preset", "quick", "--env-steps", "400",
+        "--eval-interval", "200", *TINY, "--run-dir", str(run),
+        "--checkpoint-interval", "20", "--keep-checkpoints", "3",
+    )  # fmt: skip
+    wait_for_row(run, 260, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = [d for d in (run / "checkpoints").iterdir() if d.name.isdigit()]
+    assert len(kept) >= 3
+    stopped_at = read_metadata(run / "checkpoints" / "last")["ledger"]["ingested"]
+    assert 200 < stopped_at < 400
+    code, _, error = finish(start("train", "--resume", str(run)))
+    assert code == 0, error
+    assert "new episodes" not in error
+
+    assert state_of(run) == state_of(trained[0])
+    ours, theirs = rows_of(run), rows_of(trained[0])
+    for name in ("evaluation/return_mean", "episode_return_mean", "learner/critic_loss"):
+        assert ours[-1][name] == theirs[-1][name]
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    """The last checkpoint's weights, optimisers and streams as bytes, and its replay."""
+    directory = run / "checkpoints" / "last"
+    metadata = read_metadata(directory)
+    policy = Policy.from_checkpoint(str(directory))["default_policy"]
+    segments = [Segment(**s) for s in metadata["replay"].pop("segments")]
+    parts = read_segments(directory / "replay", segments, 0)
+    columns = [torch.cat(column).numpy().tobytes() for column in zip(*parts, strict=True)]
+    learner = io.BytesIO()
+    torch.save(policy.learner.state_dict(), learner)
+    return {
+        "learner": learner.getvalue(),
+        "transitions": columns,
+        "ledger": metadata["ledger"],
+        "replay": metadata["replay"],
+    }
 
 
 def wait_for_row(run: Path, env_steps: int, process: subprocess.Popen[str]) -> None:
@@ -258,6 +306,33 @@ def test_resume_interrupt_and_resume(trained: Any, capsys: Any) -> None:
     assert evaluated_at(rows) == list(range(200, end + 1, 200))
     assert_ledger_exact(read_metadata(run / "checkpoints" / "last"))
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 3
+
+
+def test_sigterm_does_not_wait_for_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node that is taken away; the evaluation is made when the run goes on."""
+    monkeypatch.setenv("EPISODE_LENGTH", "1000000000")
+    run = tmp_path / "run"
+    process = start(
+        "train", "--env", "environments:Lasting-v0", "--preset", "quick", "--env-steps", "40",
+        "--eval-interval", "20", *TINY, "--run-dir", str(run),
+    )  # fmt: skip
+    wait_for_row(run, 15, process)  # the next one comes with the evaluation
+    time.sleep(2)
+    process.terminate()
+    code, output, error = finish(process)
+    assert code == 130, error
+    assert f"qvpo train --resume {run}" in output
+    assert read_metadata(run / "checkpoints" / "last")["ledger"]["ingested"] == 20
+    assert evaluated_at(rows_of(run)) == []
+
+    monkeypatch.setenv("EPISODE_LENGTH", "5")
+    code, output, error = finish(start("train", "--resume", str(run)))
+    assert code == 0, error
+    assert evaluated_at(rows_of(run)) == [20, 40]
+    assert rows_of(run)[-1][RETURN] == 5.0
+    assert (run / "checkpoints" / "best").resolve() == (run / "checkpoints" / "last").resolve()
 
 
 def test_interrupt_before_anything_is_saved_says_so(tmp_path: Path) -> None:

@@ -42,6 +42,10 @@ def filled(capacity, counts, seed=0):
     return result
 
 
+def torch_of(columns):
+    return Transitions(*(torch.from_numpy(c) for c in columns))
+
+
 def assert_same(one, other):
     for name, a, b in zip(Transitions._fields, one, other, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
@@ -116,7 +120,7 @@ def test_a_snapshot_goes_on_as_the_original(capacity, counts, draws_before, adde
     content = Transitions(*(column.clone() for column in reference.in_order(original)))
 
     restored = filled(capacity, [5], seed=2)  # its own content must vanish
-    restored.load(state, content)
+    restored.load(state, [content])
     assert len(restored) == len(original)
     assert_same(reference.in_order(restored), content)
     for held in (original, restored):
@@ -128,7 +132,7 @@ def test_a_snapshot_goes_on_as_the_original(capacity, counts, draws_before, adde
 
 def test_an_empty_snapshot_empties():
     restored = filled(4, [6])
-    restored.load(buffer(4).state_dict(), reference.in_order(buffer(4)))
+    restored.load(buffer(4).state_dict(), [])
     assert len(restored) == 0
 
 
@@ -136,7 +140,7 @@ def test_an_empty_snapshot_empties():
 def test_a_snapshot_of_another_size_is_refused(held, num_added, capacity):
     state = {**buffer(capacity).state_dict(), "num_added": num_added}
     with pytest.raises(ValueError, match=f"holds {held} .*{num_added} added, capacity {capacity}"):
-        buffer(capacity).load(state, transitions(0, held))
+        buffer(capacity).load(state, [torch_of(transitions(0, held))])
 
 
 @pytest.mark.parametrize("name", Transitions._fields)

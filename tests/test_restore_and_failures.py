@@ -22,14 +22,14 @@ def evaluating(config: Any) -> Any:
     return config.evaluation(evaluation_interval=10**9, evaluation_duration=3)
 
 
-def test_a_restored_run_does_not_collect_the_same_episodes_again(
+def test_going_on_with_another_seed_collects_other_episodes(
     build: Any, tiny_config: Any, tmp_path: Path
 ) -> None:
     config = tiny_config(ENV, warmup_steps=500).debugging(seed=0)
     original = build(config)
     original.train()
     original.save(str(tmp_path))
-    restored = build(config.copy(copy_frozen=False))
+    restored = build(config.copy(copy_frozen=False).debugging(seed=1))
     restored.restore(str(tmp_path))
     restored.train()
     columns = reference.in_order(restored.replay)
@@ -101,6 +101,37 @@ def test_a_generator_state_of_another_device_seeds_instead() -> None:
     assert torch.equal(torch.rand(4, generator=first), torch.rand(4, generator=second))
     restore_generator(second, cuda_like + 1)
     assert not torch.equal(torch.rand(4, generator=first), torch.rand(4, generator=second))
+
+
+def test_a_changed_configuration_starts_afresh_in_the_same_process(
+    build: Any, tiny_config: Any, tmp_path: Path
+) -> None:
+    """As Tune does with `reuse_actors`: for another trial, and for a population's copy."""
+    config = tiny_config(ENV).debugging(seed=0)
+    algorithm, expected = build(config), build(tiny_config(ENV).debugging(seed=5))
+    algorithm.train()
+    algorithm.save(str(tmp_path))
+    options = {**config.to_dict(), "seed": 5}
+    assert algorithm.reset(dict(options))
+    assert algorithm.ledger.ingested == len(algorithm.replay) == algorithm.iteration == 0
+    result = [a.train() for a in (algorithm, expected)]
+    assert result[0]["num_env_steps_sampled_lifetime"] == 60
+    for name, value in expected.policy.get_weights().items():
+        assert np.array_equal(algorithm.policy.get_weights()[name], value), name
+
+    changed = {"actor_lr": 0.02, "critic_lr": 0.03, "k_behavior": 2, "entropy_weight": 0.5}
+    assert algorithm.reset({**options, **changed})
+    algorithm.restore(str(tmp_path))
+    assert algorithm.ledger.ingested == algorithm.learner.env_steps == 60
+    assert algorithm.policy.hp.k_behavior == algorithm.env_runner.policy.hp.k_behavior == 2
+    assert float(algorithm.learner.entropy_weight) == 0.5
+    rates = [
+        group["lr"]
+        for optimizer in (algorithm.learner.actor_optimizer, algorithm.learner.critic_optimizer)
+        for group in optimizer.param_groups
+    ]
+    assert rates == [0.02, 0.03]
+    assert algorithm.train()["num_env_steps_sampled_lifetime"] == 120
 
 
 def test_evaluating_without_environments_of_its_own_is_refused(

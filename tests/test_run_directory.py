@@ -17,10 +17,16 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from qvpo_rllib.experiments.checkpoint_clock import CheckpointClock
+from qvpo_rllib.experiments.plan import parse_interval
 from qvpo_rllib.experiments.run_directory import RunDirectory, write_atomically
 
 COMMAND = ["qvpo", "train", "--env", "Hopper-v5"]
 REPLAY = "replay.arrow"
+
+
+def prune(directory: Path) -> None:
+    (directory / REPLAY).unlink(missing_ok=True)
 
 
 def commit(run: RunDirectory, step: int) -> Path:
@@ -35,7 +41,7 @@ def commit(run: RunDirectory, step: int) -> Path:
         state = {"step": step, "best_step": best_step, "sha": hashlib.sha256(data).hexdigest()}
         (directory / "state.json").write_text(json.dumps(state))
 
-    return run.commit_checkpoint(step, write, best=step == best_step, prune=[REPLAY])
+    return run.commit_checkpoint(step, write, best=step == best_step, prune=prune)
 
 
 # Commits checkpoints as fast as it can, until it is killed. It imports little, to start fast.
@@ -46,6 +52,7 @@ from qvpo_rllib.experiments.run_directory import RunDirectory
 
 REPLAY = {REPLAY!r}
 
+{inspect.getsource(prune)}
 {inspect.getsource(commit)}
 run = RunDirectory(Path(sys.argv[1]), {{}})
 print("ready", flush=True)
@@ -285,6 +292,51 @@ def test_names_are_relative_links_and_only_what_they_name_is_kept(run: RunDirect
     assert not (run.checkpoint("best") / REPLAY).exists()
     moved = run.path.rename(run.path.with_name("moved"))
     assert check_whole(RunDirectory.open(moved, COMMAND)) == 5
+
+
+def test_the_newest_are_kept_as_many_as_asked_for(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", {"keep_checkpoints": 3}, COMMAND)
+    for step in (3, 4, 5, 7, 8):
+        commit(run, step)
+    (run.path / "checkpoints" / "000000009").mkdir()  # a crash before `last` was re-pointed
+    for resumed in (run, reopen(run)):
+        resumed._clean_checkpoints()
+        kept = {entry.name for entry in (run.path / "checkpoints").iterdir()}
+        assert kept == {"last", "best", "000000003", "000000005", "000000007", "000000008"}
+    assert not (run.path / "checkpoints" / "000000003" / REPLAY).exists()
+    assert (run.path / "checkpoints" / "000000005" / REPLAY).exists()
+
+
+def test_a_checkpoint_is_due_by_env_steps_or_by_minutes() -> None:
+    by_steps, by_time = CheckpointClock(100, None), CheckpointClock(None, 2.0)
+    never = CheckpointClock(None, None)
+    for clock in (by_steps, by_time, never):
+        clock.saved(150, 1000.0)
+    steps_and_times = [(199, 1119.0), (200, 1119.0), (199, 1120.0), (650, 9999.0)]
+    assert [by_steps.is_due(*at) for at in steps_and_times] == [False, True, False, True]
+    assert [by_time.is_due(*at) for at in steps_and_times] == [False, False, True, True]
+    assert not any(never.is_due(*at) for at in steps_and_times)
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        (None, (None, None)),
+        ("20000", (20000, None)),
+        ("10min", (None, 10.0)),
+        ("0.5min", (None, 0.5)),
+    ],
+)
+def test_an_interval_is_env_steps_or_minutes(
+    text: str | None, meaning: tuple[int | None, float | None]
+) -> None:
+    assert parse_interval(text) == meaning
+
+
+@pytest.mark.parametrize("text", ["", "0", "0min", "1.5", "-3", "10 min", "min", "1h", "1e5"])
+def test_an_interval_that_is_neither_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--checkpoint-interval .* env steps, such as 20000"):
+        parse_interval(text)
 
 
 def test_the_same_step_saved_twice_replaces_the_first(run: RunDirectory) -> None:

@@ -16,6 +16,7 @@ from qvpo_rllib.cli import (
     evaluate,
     export,
     record,
+    replay,
     report,
     serve,
     theorem2,
@@ -25,7 +26,7 @@ from qvpo_rllib.cli import (
 from qvpo_rllib.cli.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.errors import NonFiniteError
 
-COMMANDS = (train, evaluate, record, tune, report, export, serve, bandit, theorem2, bench)
+COMMANDS = (train, evaluate, record, tune, report, export, replay, serve, bandit, theorem2, bench)
 
 
 class _Parser(argparse.ArgumentParser):

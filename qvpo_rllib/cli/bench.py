@@ -1,6 +1,7 @@
 """`qvpo bench …`. The parts `learner`, `act` and `replay` need torch and NumPy alone."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.bench import serve
@@ -34,6 +35,14 @@ REPLAY_COLUMNS = {
     "call_us": "µs per call",
     "straightforward_us": "straightforward µs",
     "speedup": "times as fast",
+}
+SNAPSHOT_COLUMNS = {
+    "task": "task",
+    "operation": "operation",
+    "transitions": "transitions",
+    "megabytes": "MB",
+    "seconds": "seconds",
+    "memory_share": "memory/announced",
 }
 
 ROLLOUT_COLUMNS = {
@@ -90,6 +99,12 @@ def add(commands: Any) -> None:
     act.add_argument("--k", nargs="+", type=_positive, default=[4, 32], metavar="K")
     replay = _part(parts, "replay", "adding to the replay and sampling from it", _replay)
     replay.add_argument("--capacity", type=_positive, default=100_000, metavar="N")
+    snapshot = _part(parts, "snapshot", "the replay to disk and back", _snapshot)
+    snapshot.add_argument("--capacity", type=_positive, default=1_000_000, metavar="N")
+    snapshot.add_argument(
+        "--increment", type=_positive, default=50_000, metavar="N", help="new transitions"
+    )
+    snapshot.add_argument("--directory", type=Path, metavar="DIR", help="on the disk to measure")
     serve.add(parts)
     _add_rollout(parts)
     _add_runtime(parts)
@@ -263,6 +278,20 @@ def _runtime(options: argparse.Namespace) -> int:
         return _show(rows, RUNTIME_COLUMNS, options, torch.device("cpu"))
     finally:
         ray.shutdown()
+
+
+def _snapshot(options: argparse.Namespace) -> int:
+    from qvpo_rllib.bench import snapshot
+
+    device = _prepare(options, threads=None)
+    rows = snapshot.run(
+        tasks=options.task,
+        capacity=options.capacity,
+        increment=options.increment,
+        directory=options.directory,
+        repeats=options.repeats,
+    )
+    return _show(rows, SNAPSHOT_COLUMNS, options, device)
 
 
 def _prepare(options: argparse.Namespace, threads: int | None) -> Any:

@@ -73,6 +73,18 @@ def add(commands: Any) -> None:
         "--eval-interval", type=int, metavar="N", help="env steps between two evaluations"
     )
     train.add_argument(
+        "--checkpoint-interval",
+        metavar="N|Nmin",
+        help="a checkpoint every N env steps or N minutes, beside the one at every evaluation",
+    )
+    train.add_argument(
+        "--keep-checkpoints",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many of the newest checkpoints are kept (default 1); the best is kept anyway",
+    )
+    train.add_argument(
         "--set",
         action="append",
         default=[],
@@ -96,7 +108,7 @@ def _train(options: argparse.Namespace) -> int:
         )
     if options.resume is not None:
         _check_resume(options)
-        directory = RunDirectory.open(options.resume, command)
+        directory = RunDirectory.open(options.resume, command, check=_check_checkpoint)
         values = dict(directory.config)
         if options.env_steps is not None:
             values["env_steps"] = options.env_steps
@@ -118,6 +130,8 @@ def _train(options: argparse.Namespace) -> int:
             num_envs_per_env_runner=options.num_envs_per_env_runner,
             num_gpus=options.num_gpus,
             settings=options.settings,
+            checkpoint_interval=options.checkpoint_interval,
+            keep_checkpoints=options.keep_checkpoints,
         )
         path = options.run_dir or Path("runs") / f"{plan.env}-{time.strftime('%Y%m%d-%H%M%S')}"
         if options.or_resume and begun(path, plan.to_dict()):
@@ -129,6 +143,14 @@ def _train(options: argparse.Namespace) -> int:
         return _run_plan(
             plan, directory, resume=options.resume is not None, address=options.address
         )
+
+
+def _check_checkpoint(directory: Path) -> None:
+    """Every file is whole, before Ray and the algorithm are started."""
+    from qvpo_rllib.run_state import RunState
+    from qvpo_rllib.staging import whole
+
+    RunState.read(whole(directory))
 
 
 def _check_resume(options: argparse.Namespace) -> None:

@@ -151,6 +151,16 @@ class Learner:
         self._num_summed = 0
         return dict(zip(self._metric_names, values, strict=True))
 
+    def _unreported_metrics(self) -> dict[str, Any] | None:
+        """The metrics of the updates since `pop_metrics`."""
+        if self._metric_sums is None or self._num_summed == 0:
+            return None
+        return {
+            "names": list(self._metric_names),
+            "sums": self._metric_sums.clone(),
+            "count": self._num_summed,
+        }
+
     def _train_once(self, replay: ReplayBuffer) -> None:
         critic_batch = policy_batch = replay.sample(self.hp.batch_size)
         if self.hp.update_order == "critic_then_policy":
@@ -313,6 +323,7 @@ class Learner:
             "env_steps": self.env_steps,
             "q_mean": self.q_mean.clone(),
             "q_std": self.q_std.clone(),
+            "unreported": self._unreported_metrics(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -324,6 +335,10 @@ class Learner:
         self.num_updates, self.env_steps = state["num_updates"], state["env_steps"]
         self.q_mean.copy_(state["q_mean"])
         self.q_std.copy_(state["q_std"])
+        unreported = state.get("unreported") or {"names": [], "sums": None, "count": 0}
+        self._metric_names, self._num_summed = list(unreported["names"]), unreported["count"]
+        sums = unreported["sums"]
+        self._metric_sums = None if sums is None else sums.to(self.device, copy=True)
         self._graphs = None  # the optimisers' state has moved
         self.configure(self.hp)
 

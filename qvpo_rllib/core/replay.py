@@ -1,5 +1,6 @@
 """The replay: a columnar ring of fixed size on the learner's device."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,13 +86,23 @@ class ReplayBuffer:
         index = (share * self._size).long()
         return Transitions(*(column.index_select(0, index) for column in self.columns))
 
+    @property
+    def oldest(self) -> int:
+        """Number of the oldest transition held; the first that was ever added is number 0."""
+        return self.num_added - self.size
+
+    def rows(self, first: int, last: int) -> list[Transitions]:
+        """Transitions number `first` to `last` - 1, all held, as one or two views of the ring."""
+        start, count = first % self.capacity, last - first
+        in_front = min(count, self.capacity - start)
+        parts = [slice(start, start + in_front)]
+        if count > in_front:
+            parts.append(slice(0, count - in_front))
+        return [Transitions(*(column[part] for column in self.columns)) for part in parts]
+
     def segments(self) -> list[Transitions]:
         """Everything held, oldest first, as one or two views of the ring."""
-        if self.num_added <= self.capacity:
-            return [Transitions(*(column[: self.size] for column in self.columns))]
-        oldest = self.num_added % self.capacity
-        parts = (slice(oldest, None), slice(0, oldest))
-        return [Transitions(*(column[part] for column in self.columns)) for part in parts]
+        return self.rows(self.oldest, self.num_added)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the generator's state; the transitions themselves are `segments()`."""
@@ -101,12 +112,13 @@ class ReplayBuffer:
             "generator": self.generator.get_state().cpu(),
         }
 
-    def load(self, state: dict[str, Any], transitions: Transitions) -> None:
+    def load(self, state: dict[str, Any], parts: Sequence[Transitions]) -> None:
         """Restores what `state_dict()` and `segments()` gave, oldest first.
 
-        Into a ring of another capacity go the newest transitions that it can hold.
+        Into a ring of another capacity go the newest transitions that it can hold; they are then
+        numbered from 0.
         """
-        num_added, held = int(state["num_added"]), transitions.reward.shape[0]
+        num_added, held = int(state["num_added"]), sum(part.reward.shape[0] for part in parts)
         expected = min(num_added, int(state["capacity"]))
         if held != expected:
             raise ValueError(
@@ -116,5 +128,6 @@ class ReplayBuffer:
         # With the same capacity every transition returns to its old place in the ring.
         self.num_added = num_added - held if state["capacity"] == self.capacity else 0
         self._set_size()
-        self.add(transitions)
+        for part in parts:
+            self.add(part)
         restore_generator(self.generator, state["generator"])

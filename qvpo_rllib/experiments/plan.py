@@ -1,6 +1,7 @@
 """From the command line's words to a checked training plan, before anything starts."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.spaces import check_spaces
 
 EVALUATION_EPISODES = 10
+INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(min)?")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class TrainingPlan:
     num_envs_per_env_runner: int
     num_gpus: float
     hyperparameters: dict[str, Any] = field(default_factory=dict)
+    # Beside the checkpoint at every evaluation: one after so many env steps, or so many minutes.
+    checkpoint_env_steps: int | None = None
+    checkpoint_minutes: float | None = None
+    keep_checkpoints: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -58,6 +64,7 @@ class TrainingPlan:
             ("num_envs_per_env_runner", 1),
             ("num_env_runners", 0),
             ("seed", 0),
+            ("keep_checkpoints", 1),
         ):
             require_at_least("--" + name.replace("_", "-"), getattr(self, name), least)
 
@@ -114,11 +121,14 @@ def make_plan(
     num_envs_per_env_runner: int | None,
     num_gpus: float | None,
     settings: Sequence[str],
+    checkpoint_interval: str | None = None,
+    keep_checkpoints: int = 1,
 ) -> TrainingPlan:
     """Resolves presets, options and the task's own values.
 
     Args:
         settings: "key=value" strings, each an option of `Hyperparameters`.
+        checkpoint_interval: "20000" (env steps) or "10min".
 
     Raises:
         ValueError: anything that would not run, named with what is allowed.
@@ -134,6 +144,7 @@ def make_plan(
     if hp.entropy_weight_end is not None and "entropy_decay_steps" not in chosen:
         values["entropy_decay_steps"] = max(1, env_steps)  # the program decays over the whole run
     values["hidden"] = list(values["hidden"])
+    checkpoint_env_steps, checkpoint_minutes = parse_interval(checkpoint_interval)
     check_environment(env)
     plan = TrainingPlan(
         env=env,
@@ -147,9 +158,25 @@ def make_plan(
         ),
         num_gpus=resolve_gpus(num_gpus),
         hyperparameters=values,
+        checkpoint_env_steps=checkpoint_env_steps,
+        checkpoint_minutes=checkpoint_minutes,
+        keep_checkpoints=keep_checkpoints,
     )
     plan.build_config()
     return plan
+
+
+def parse_interval(text: str | None) -> tuple[int | None, float | None]:
+    """`--checkpoint-interval` as env steps or as minutes, whichever it is."""
+    if text is None:
+        return None, None
+    number, unit = INTERVAL.sub(r"\1", text), INTERVAL.sub(r"\2", text)
+    if not INTERVAL.fullmatch(text) or float(number) <= 0 or (not unit and "." in number):
+        raise ValueError(
+            f"--checkpoint-interval {text!r} is not allowed: give env steps, such as 20000, or "
+            "minutes, such as 10min or 0.5min; more than 0."
+        )
+    return (None, float(number)) if unit else (int(number), None)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

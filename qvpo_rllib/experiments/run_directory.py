@@ -5,7 +5,7 @@
     metrics.jsonl       one row per line; the only source of the two entries below
     metrics.parquet     the same rows as columns, written by `compact`
     tensorboard/        every numeric value of every row, x = env steps
-    checkpoints/        numbered directories; `last` and `best` are relative links to them
+    checkpoints/        numbered directories, the newest few; `last` and `best` are relative links
 
 Files are replaced, never rewritten in place, except `metrics.jsonl`, which is appended to: a line
 cut short by a crash is ignored by readers and removed by `open`.
@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qvpo_rllib.staging import sync
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -44,6 +46,7 @@ class RunDirectory:
         """For `create` and `open`, which check the path."""
         self.path = path
         self.config = config
+        self.keep = int(config.get("keep_checkpoints", 1))
         self._metrics = path / "metrics.jsonl"
         self._checkpoints = path / "checkpoints"
         self._tensorboard: SummaryWriter | None = None
@@ -73,10 +76,20 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path | str, command: Sequence[str]) -> "RunDirectory":
+    def open(
+        cls,
+        path: Path | str,
+        command: Sequence[str],
+        check: Callable[[Path], None] | None = None,
+    ) -> "RunDirectory":
         """The run in `path`, to be resumed; repairs what a crash left half done.
 
-        Raises `ValueError` if `path` holds no run, or a run without a whole `checkpoints/last`.
+        Args:
+            check: is called with the directory of `checkpoints/last` before anything is changed,
+                and raises `ValueError` unless a run can go on from it.
+
+        Raises:
+            ValueError: `path` holds no run, or a run without a whole `checkpoints/last`.
         """
         path = Path(path)
         missing = [name for name in ("config.json", "checkpoints") if not (path / name).exists()]
@@ -92,7 +105,9 @@ class RunDirectory:
                 f"Cannot resume {str(path)!r}: its config.json is damaged ({error}). Restore that "
                 "file, or start a new run in another --run-dir."
             ) from None
-        run.checkpoint("last")
+        last_checkpoint = run.checkpoint("last")
+        if check is not None:
+            check(last_checkpoint)
         whole_bytes = _read_metrics(run._metrics)[1]
         if run._metrics.exists():
             os.truncate(run._metrics, whole_bytes)
@@ -168,14 +183,14 @@ class RunDirectory:
         write: Callable[[Path], None],
         *,
         best: bool,
-        prune: Sequence[str] = (),
+        prune: Callable[[Path], None] | None = None,
     ) -> Path:
         """Saves checkpoint number `env_steps`, and points `last`, and `best` if `best`, to it.
 
         `write` fills the empty directory that it is given; if it raises, nothing has changed. A
-        crash at any moment leaves the previous `last` and `best` whole. Checkpoints that neither
-        name points to are deleted, as are, from one that is `best` and no longer `last`, the files
-        in `prune`: paths relative to a checkpoint of what only `last` needs (the replay, say).
+        crash at any moment leaves the previous `last` and `best` whole. Of the others the newest
+        are kept as config's `keep_checkpoints` says (1: `last` alone). `prune` is called with the
+        directory of a `best` that is none of the newest: it takes out what only training needs.
         """
         self._clean_checkpoints()
         temporary = self._checkpoints / f".tmp-{env_steps}-{os.getpid()}"
@@ -184,7 +199,7 @@ class RunDirectory:
             write(temporary)
             if best:
                 (temporary / BEST_MARK).touch()
-            _sync_files(temporary)
+            sync(temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -195,9 +210,8 @@ class RunDirectory:
             self._point("best", number)
         self._clean_checkpoints()
         best_number = self._target("best")
-        if best_number not in (None, number):
-            for name in prune:
-                (self._checkpoints / str(best_number) / name).unlink(missing_ok=True)
+        if prune is not None and best_number is not None and best_number not in self._newest():
+            prune(self._checkpoints / best_number)
         return self._checkpoints / number
 
     def checkpoint(self, name: str) -> Path:
@@ -278,15 +292,29 @@ class RunDirectory:
             number = f"{env_steps:09d}-{copy}"
         return number
 
+    def _newest(self) -> list[str]:
+        """`last` and those before it, as many as are kept. A crash may have left one after it."""
+        last = self._target("last")
+        if last is None:
+            return []
+        names = (entry.name for entry in self._checkpoints.iterdir())
+        numbers = {name for name in names if NUMBERED.fullmatch(name)} - {last}
+        before = sorted((n for n in numbers if _env_steps(n) <= _env_steps(last)), key=_env_steps)
+        return [last, *before[::-1]][: self.keep]
+
     def _clean_checkpoints(self) -> None:
-        """Deletes what crashes left, and checkpoints that neither name points to."""
-        named = {self._target("last"), self._target("best")}
+        """Deletes what crashes left, and checkpoints neither named nor among the newest."""
+        named = {self._target("last"), self._target("best"), *self._newest()}
         for entry in self._checkpoints.iterdir():
             leftover = entry.name.startswith(".tmp-")
             if leftover and entry.is_symlink():
                 entry.unlink()
             elif leftover or (NUMBERED.fullmatch(entry.name) and entry.name not in named):
                 shutil.rmtree(entry)
+
+
+def _env_steps(number: str) -> int:
+    return int(number.split("-")[0])
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -373,11 +401,3 @@ def describe_start(command: Sequence[str]) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
-
-
-def _sync_files(directory: Path) -> None:
-    """Waits until the files are on disk, so that a power cut finds no renamed but empty ones."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -10,7 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.rllib.policy.policy import Policy
 
-from qvpo_rllib.checkpoint import read_metadata
+from qvpo_rllib.checkpoint import (
+    POLICIES_DIRECTORY,
+    POLICY_FORMATS,
+    check_files,
+    read_metadata,
+)
 from qvpo_rllib.policy import QVPOTorchPolicy
 from qvpo_rllib.serving.bundle import (
     DESCRIPTION_FILE,
@@ -21,6 +26,7 @@ from qvpo_rllib.serving.bundle import (
 )
 from qvpo_rllib.serving.description import Description
 from qvpo_rllib.serving.policy import ServedPolicy
+from qvpo_rllib.staging import whole
 
 PACKAGES = ("qvpo_rllib", "torch", "ray", "numpy", "safetensors")
 VERSION_DIGITS = 12  # of the parameters' SHA-256
@@ -60,10 +66,12 @@ def read_checkpoint(
         version: of the model; the beginning of the parameters' SHA-256 if None.
 
     Raises:
-        ValueError: no QVPO checkpoint, of another format, or a name that is not allowed.
+        ValueError: no QVPO checkpoint, damaged, of another format, or a name that is not allowed.
     """
-    metadata = read_metadata(directory)
-    policy = Policy.from_checkpoint(str(directory / "policies" / "default_policy"))
+    files = whole(directory)
+    metadata = read_metadata(files, POLICY_FORMATS)
+    check_files(files, metadata, under=POLICIES_DIRECTORY)
+    policy = Policy.from_checkpoint(str(files / POLICIES_DIRECTORY / "default_policy"))
     assert isinstance(policy, QVPOTorchPolicy)
     sizes = [policy.obs_dim, policy.act_dim]
     if metadata["shapes"] != sizes:

@@ -3,19 +3,22 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qvpo_rllib.algorithm import QVPO
-from qvpo_rllib.checkpoint import REPLAY_FILE
+from qvpo_rllib.checkpoint import REPLAY_DIRECTORY, drop_replay
+from qvpo_rllib.experiments.checkpoint_clock import CheckpointClock
 from qvpo_rllib.experiments.plan import TrainingPlan
 from qvpo_rllib.experiments.plots import plot_learning_curve
 from qvpo_rllib.experiments.run_directory import RunDirectory
 from qvpo_rllib.experiments.status import TrainingStatus
 
+RETURN = "evaluation/return_mean"
 LEARNER_STATS = ("info", "learner", "default_policy", "learner_stats")
 
 
@@ -35,6 +38,7 @@ class TrainingRun:
         self.best = float("-inf")
         self.last: float | None = None
         self._time_before_s = 0.0
+        self._evaluating = False
         if resume:
             self.algorithm.restore(str(directory.checkpoint("last")))
             directory.truncate_after(self.env_steps)
@@ -42,6 +46,8 @@ class TrainingRun:
             directory.change_config(plan.to_dict())
         self.status = TrainingStatus(plan.env_steps, title=f"{plan.env} {plan.preset}")
         self._saved_at = self.env_steps if resume else -1
+        self._clock = CheckpointClock(plan.checkpoint_env_steps, plan.checkpoint_minutes)
+        self._clock.saved(self.env_steps, time.monotonic())
 
     @property
     def env_steps(self) -> int:
@@ -51,8 +57,16 @@ class TrainingRun:
         """Raises `KeyboardInterrupt` after Ctrl-C or SIGTERM, with everything saved."""
         next_evaluation = self._next_evaluation()
         iteration_steps = self.plan.iteration_steps()
-        with _interrupts(self.algorithm), self._showing_status():
+        with _interrupts(self.algorithm, lambda: self._evaluating), self._showing_status():
             try:
+                if self._evaluation_was_interrupted():
+                    self._record_evaluation(
+                        {
+                            "env_steps": self.env_steps,
+                            "updates": self.algorithm.ledger.done,
+                            "time_total_s": self._time_before_s,
+                        }
+                    )
                 # A run interrupted between two iterations meets the evaluations' env steps again.
                 aligned = -(-self.env_steps // iteration_steps) * iteration_steps
                 while self.env_steps < min(aligned, self.plan.env_steps):
@@ -60,15 +74,16 @@ class TrainingRun:
                 while self.env_steps < self.plan.env_steps:
                     row = self._train()
                     if self.env_steps >= next_evaluation:
-                        is_best = self._evaluate(row)
                         next_evaluation = self._next_evaluation()
-                        self.directory.append(row)
-                        self._save(is_best=is_best)
+                        self._record_evaluation(row)
                     else:
                         self.directory.append(row)
+                        if self._clock.is_due(self.env_steps, time.monotonic()):
+                            self._save(is_best=False)
             except KeyboardInterrupt:
                 self.status.note("Interrupted: saving the run …")
                 self._save(is_best=False)
+                self._draw()
                 raise
 
     def close(self) -> None:
@@ -78,6 +93,16 @@ class TrainingRun:
         """The env steps of the next evaluation; the last one is at the run's end."""
         interval = self.plan.eval_interval
         return min((self.env_steps // interval + 1) * interval, self.plan.env_steps)
+
+    def _evaluation_was_interrupted(self) -> bool:
+        """The run was stopped at env steps whose evaluation had not ended."""
+        evaluated_at = max(
+            (int(r["env_steps"] or 0) for r in self.directory.rows() if r.get(RETURN) is not None),
+            default=0,
+        )
+        interval, end = self.plan.eval_interval, self.plan.env_steps
+        at_the_end = self.env_steps >= end and evaluated_at < self.env_steps
+        return self.env_steps // interval > evaluated_at // interval or at_the_end
 
     @contextlib.contextmanager
     def _showing_status(self) -> Iterator[None]:
@@ -118,12 +143,23 @@ class TrainingRun:
             **{f"faults/{name}": float(count) for name, count in result["faults"].items()},
         }
 
+    def _record_evaluation(self, row: dict[str, Any]) -> None:
+        is_best = self._evaluate(row)
+        self.directory.append(row)
+        self._save(is_best=is_best)
+        self._draw()
+
     def _evaluate(self, row: dict[str, Any]) -> bool:
         """Adds an evaluation to `row` and says whether it is the best so far."""
-        episodes = self.algorithm.evaluate()["env_runners"]
+        # It may take minutes, and what is trained stays as it is: it can be stopped at any moment.
+        self._evaluating = True
+        try:
+            episodes = self.algorithm.evaluate()["env_runners"]
+        finally:
+            self._evaluating = False
         returns = np.asarray(episodes["hist_stats"]["episode_reward"])
         row |= {
-            "evaluation/return_mean": float(returns.mean()),
+            RETURN: float(returns.mean()),
             "evaluation/return_std": float(returns.std()),
             "evaluation/return_min": float(returns.min()),
             "evaluation/return_max": float(returns.max()),
@@ -141,7 +177,7 @@ class TrainingRun:
     def _read_history(self) -> None:
         """The best and last evaluation and the time of a run that is resumed."""
         rows: list[dict[str, Any]] = [dict(row) for row in self.directory.rows()]
-        returns = [r["evaluation/return_mean"] for r in rows if "evaluation/return_mean" in r]
+        returns = [r[RETURN] for r in rows if RETURN in r]
         if returns:
             self.best, self.last = max(returns), returns[-1]
         if rows:
@@ -149,15 +185,21 @@ class TrainingRun:
 
     def _save(self, *, is_best: bool) -> None:
         self.algorithm.settle()  # first, since it adds env steps
-        if self.env_steps == self._saved_at:
+        if self.env_steps == self._saved_at and not is_best:
             return
 
         def write(path: Path) -> None:
             self.algorithm.save_checkpoint(str(path))
 
-        # Only `last` is trained on, so `best` needs no replay.
-        self.directory.commit_checkpoint(self.env_steps, write, best=is_best, prune=[REPLAY_FILE])
+        # Only the last ones are trained on, so `best` needs no replay.
+        saved = self.directory.commit_checkpoint(
+            self.env_steps, write, best=is_best, prune=drop_replay
+        )
+        self.algorithm.replay_files.moved_to(saved / REPLAY_DIRECTORY)
         self._saved_at = self.env_steps
+        self._clock.saved(self.env_steps, time.monotonic())
+
+    def _draw(self) -> None:
         self.directory.compact()
         plot_learning_curve(
             self.directory.rows(),
@@ -167,8 +209,10 @@ class TrainingRun:
 
 
 @contextlib.contextmanager
-def _interrupts(algorithm: QVPO) -> Iterator[None]:
+def _interrupts(algorithm: QVPO, at_once: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Ctrl-C and SIGTERM end training between two training steps, with everything saved.
+
+    Where `at_once()` is true nothing is being changed: there they end it on the spot.
 
     A second one ends the process at once, saving nothing: its state may be half updated.
     """
@@ -178,6 +222,8 @@ def _interrupts(algorithm: QVPO) -> Iterator[None]:
             print("Stopped at once: checkpoints/last is as it was.", file=sys.stderr)
             raise SystemExit(130)
         algorithm.stop_requested = True
+        if at_once():
+            raise KeyboardInterrupt
 
     previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
