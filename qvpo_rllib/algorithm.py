@@ -320,14 +320,17 @@ class QVPO(Algorithm):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        # Smoothed results look back at these episodes.
-        state["episodes"] = (self._episode_history, self._episodes_to_be_collected)
+        # Smoothed results look back at the first of these; the others are in no result yet.
+        waiting = self.collector.pop_episodes()
+        self.collector.put_back_episodes(waiting)
+        state["episodes"] = (self._episode_history, waiting)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.collector.forget()
         super().__setstate__(state)
-        self._episode_history, self._episodes_to_be_collected = state.get("episodes", ([], []))
+        self._episode_history, waiting = state.get("episodes", ([], []))
+        self.collector.put_back_episodes(waiting)
         # The counters alone say how far the run is; `RunState` puts the rest in place.
         self.ledger.ingested = int(self._counters[NUM_ENV_STEPS_SAMPLED])
         self.ledger.done = self.learner.num_updates
@@ -353,7 +356,7 @@ class QVPO(Algorithm):  # type: ignore[misc]
         del self.replay  # there may be no room for two
         self._timers.clear()
         self._counters.clear()
-        self._episode_history, self._episodes_to_be_collected = [], []
+        self._episode_history = []
         self._env_id, self.env_creator = self._get_env_id_and_creator(config.env, config)
         self.config = config
         self.setup(config)

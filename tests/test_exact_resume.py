@@ -13,7 +13,7 @@ ITERATIONS = 2  # before the checkpoint, and after it
 
 
 def config_of(tiny_config: Any, env: str, num_env_runners: int) -> Any:
-    config = tiny_config(env, update_ratio=0.25, warmup_steps=50)
+    config = tiny_config(env, update_ratio=0.25, warmup_steps=50, sampling_mode="sync")
     config.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=2)
     return config.debugging(seed=4)
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_captured_starts_a_new_episode_and_a_warning_says_so(
 def test_more_environments_or_workers_than_before_go_on_as_far_as_they_can(
     build: Any, tiny_config: Any, tmp_path: Path, caplog: Any
 ) -> None:
-    config = tiny_config(warmup_steps=500).env_runners(num_env_runners=1)
+    config = tiny_config(warmup_steps=500, sampling_mode="sync").env_runners(num_env_runners=1)
     original = build(config)
     original.train()
     original.save(str(tmp_path))

@@ -36,9 +36,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "truncation_as_terminal": True,
         "q_cut": 1.0,
     },
-    # Locomotion on a laptop's CPU: about a hundredth of the default's sampling per update. The
-    # critics and their targets move faster, and a behaviour of single samples explores more, since
-    # that is what limits so short a run.
+    # Locomotion on a laptop's CPU: about a hundredth of the default's sampling per update. So short
+    # a run is limited by its critics and by what it has tried: critics and targets move faster, with
+    # two updates per env step, and a behaviour of single samples explores more.
     "light": {
         "k_behavior": 1,
         "k_target": 2,
@@ -54,6 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "replay_capacity": 200_000,
         "warmup_steps": 5_000,
+        "update_ratio": 2.0,
     },
     # The quick start: a small task in a few minutes on two cores.
     "quick": {

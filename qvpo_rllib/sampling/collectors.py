@@ -53,6 +53,10 @@ class Collector(Protocol):
         """Episodes of remote workers that have ended since the last call."""
         ...
 
+    def put_back_episodes(self, episodes: list[RolloutMetrics]) -> None:
+        """What `pop_episodes` gave is to be given again."""
+        ...
+
     def pop_staleness(self) -> dict[str, float]:
         """`staleness_mean` and `staleness_max` of what was collected since the last call.
 
@@ -106,6 +110,9 @@ class LocalCollector:
     def pop_episodes(self) -> list[RolloutMetrics]:
         return []  # RLlib asks the worker itself
 
+    def put_back_episodes(self, episodes: list[RolloutMetrics]) -> None:
+        pass
+
     def pop_staleness(self) -> dict[str, float]:
         return {"staleness_mean": 0.0, "staleness_max": 0.0}
 
@@ -143,6 +150,9 @@ class _RemoteCollector:
     def pop_episodes(self) -> list[RolloutMetrics]:
         episodes, self._episodes = self._episodes, []
         return episodes
+
+    def put_back_episodes(self, episodes: list[RolloutMetrics]) -> None:
+        self._episodes = [*episodes, *self._episodes]
 
     def pop_staleness(self) -> dict[str, float]:
         values, self._staleness = self._staleness or [0], []
