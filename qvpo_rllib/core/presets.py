@@ -37,8 +37,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "q_cut": 1.0,
     },
     # Locomotion on a laptop's CPU: about a hundredth of the default's sampling per update. So short
-    # a run is limited by its critics and by what it has tried: critics and targets move faster, with
-    # two updates per env step, and a behaviour of single samples explores more.
+    # a run is limited by its critics and by what it has tried: critics and targets move faster,
+    # with two updates per env step, and a behaviour of single samples explores more.
     "light": {
         "k_behavior": 1,
         "k_target": 2,
