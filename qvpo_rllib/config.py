@@ -132,7 +132,7 @@ class QVPOConfig(AlgorithmConfig):  # type: ignore[misc]
 
     def validate(self) -> None:
         super().validate()
-        self.hyperparameters()
+        self._check_what_needs_a_gpu(self.hyperparameters())
         if not isinstance(self.num_gpus, int | float) or not 0 <= self.num_gpus <= 1:
             raise ValueError(
                 f"num_gpus={self.num_gpus!r} is not allowed: QVPO's learner uses one GPU at most "
@@ -157,6 +157,17 @@ class QVPOConfig(AlgorithmConfig):  # type: ignore[misc]
         self._refuse_unread_settings()
         if isinstance(self.env, str):
             check_environment_id(self.env)
+
+    def _check_what_needs_a_gpu(self, hp: Hyperparameters) -> None:
+        for name, value, instead in (
+            ("engine", "cuda_graph", "'auto', 'compiled', 'native' or 'eager'"),
+            ("sampling_precision", "tf32", "'fp32', or 'bf16', which CPUs know too"),
+        ):
+            if getattr(hp, name) == value and not self.num_gpus:
+                raise ValueError(
+                    f"{name}={value!r} needs an NVIDIA GPU, but num_gpus={self.num_gpus}. Use "
+                    f"{instead}, or give the learner a GPU (num_gpus=1)."
+                )
 
     def _refuse_unread_settings(self) -> None:
         """Settings of RLlib's that mean something for other algorithms and nothing here."""

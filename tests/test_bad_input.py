@@ -165,6 +165,8 @@ def test_unsuited_spaces_are_refused_by_the_algorithm(
     ("option", "value", "words"),
     [
         ("k_target", 0, "k_target=0.*1 or more"),
+        ("engine", "cuda_graph", "engine='cuda_graph' needs.*num_gpus=0.*'native'"),
+        ("sampling_precision", "tf32", "sampling_precision='tf32' needs.*num_gpus=0.*'bf16'"),
         ("k_behavior", 0, "k_behavior=0.*1 or more"),
         ("diffusion_steps", 0, "diffusion_steps=0.*1 or more"),
         ("noise_schedule", "sine", "'sine'.*cosine, linear, vp"),
