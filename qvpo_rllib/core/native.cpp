@@ -163,16 +163,38 @@ int64_t widest(const Network &network) {
     return width;
 }
 
+// Rows (samples of states) that go through the networks together, and the states that they are of.
+struct Block {
+    int64_t row, rows, state, states;
+    Block(int64_t index, int64_t all_rows, int64_t samples) {
+        row = index * BLOCK_ROWS;
+        rows = std::min<int64_t>(BLOCK_ROWS, all_rows - row);
+        state = row / samples;
+        states = (row + rows - 1) / samples - state + 1;
+    }
+    static int64_t count(int64_t all_rows) { return (all_rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+};
+
 // One thread's working memory.
 struct Scratch {
-    int64_t width;
+    int64_t width, hidden;
     std::vector<float> one, other;
-    std::vector<const float *> start;
-    explicit Scratch(int64_t width)
-        : width(width), one(BLOCK_ROWS * width), other(BLOCK_ROWS * width), start(BLOCK_ROWS) {}
+    std::vector<float> first;  // of each state of a block, the first layer but the action's part
+    std::vector<const float *> start;  // of each row, its state's part of `first`
+    explicit Scratch(const Network &network)
+        : width(widest(network)),
+          hidden(network.observation->out),
+          one(BLOCK_ROWS * width),
+          other(BLOCK_ROWS * width),
+          first((BLOCK_ROWS + 1) * hidden),
+          start(BLOCK_ROWS) {}
 
-    // The network behind its first layer's observation part (scratch.start, a pointer per row).
-    // Returns the output, [rows, width].
+    void point_at_states(const Block &block, int64_t samples) {
+        for (int64_t r = 0; r < block.rows; ++r)
+            start[r] = first.data() + ((block.row + r) / samples - block.state) * hidden;
+    }
+
+    // The network from where the action comes in; returns the output, [rows, width].
     const float *run(const Network &network, int64_t rows, const float *actions,
                      int64_t action_stride) {
         apply<true>(*network.action, rows, actions, action_stride, start.data(), one.data(),
@@ -188,6 +210,9 @@ struct Scratch {
         return from;
     }
 };
+
+// To [-1, 1]; a NaN stays one.
+float clipped(float x) { return x > 1.0f ? 1.0f : x < -1.0f ? -1.0f : x; }
 
 // Work on [0, count) in contiguous parts, one per thread.
 template <typename Work>
@@ -237,48 +262,39 @@ void qvpo_sample(const Network *actor, int64_t steps, const float *step_parts,
                  int64_t threads) {
     const int64_t hidden = actor->observation->out;
     std::vector<float> obs_parts(states * hidden);
-    const int64_t all_rows = states * samples;
-    const int64_t blocks = (all_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     in_parallel(states, threads, [&](int64_t begin, int64_t end) {
         apply<false>(*actor->observation, end - begin, obs + begin * obs_dim, obs_dim, nullptr,
                      obs_parts.data() + begin * hidden, hidden);
     });
-    in_parallel(blocks, threads, [&](int64_t begin, int64_t end) {
-        Scratch scratch(widest(*actor));
-        // The first layer's sums before the action's part: one row per state of the block.
-        std::vector<float> first((BLOCK_ROWS + 1) * hidden);
-        for (int64_t block = begin; block < end; ++block) {
-            const int64_t row = block * BLOCK_ROWS;
-            const int64_t rows = std::min<int64_t>(BLOCK_ROWS, all_rows - row);
-            const int64_t state = row / samples;
-            const int64_t block_states = (row + rows - 1) / samples - state + 1;
-            float *x = actions + row * act_dim;
-            std::memcpy(x, noise + row * act_dim, rows * act_dim * sizeof(float));
-            for (int64_t r = 0; r < rows; ++r)
-                scratch.start[r] = first.data() + ((row + r) / samples - state) * hidden;
+    const int64_t all_rows = states * samples;
+    in_parallel(Block::count(all_rows), threads, [&](int64_t begin, int64_t end) {
+        Scratch scratch(*actor);
+        for (int64_t index = begin; index < end; ++index) {
+            const Block block(index, all_rows, samples);
+            scratch.point_at_states(block, samples);
+            const int64_t numbers = block.rows * act_dim;
+            float *x = actions + block.row * act_dim;
+            std::memcpy(x, noise + block.row * act_dim, numbers * sizeof(float));
             for (int64_t step = 0; step < steps; ++step) {
                 const float *part = step_parts + step * hidden;
-                for (int64_t s = 0; s < block_states; ++s) {
-                    const float *from = obs_parts.data() + (state + s) * hidden;
+                for (int64_t s = 0; s < block.states; ++s) {
+                    const float *from = obs_parts.data() + (block.state + s) * hidden;
                     for (int64_t j = 0; j < hidden; ++j)
-                        first[s * hidden + j] = part[j] + from[j];
+                        scratch.first[s * hidden + j] = part[j] + from[j];
                 }
-                const float *predicted = scratch.run(*actor, rows, x, act_dim);
+                const float *predicted = scratch.run(*actor, block.rows, x, act_dim);
                 const float *c = constants + step * 5;
                 // The last step adds no noise: its sigma is zero, any noise will do.
                 const int64_t slice = step + 1 < steps ? step + 1 : 0;
-                const float *z = noise + (slice * all_rows + row) * act_dim;
-                for (int64_t r = 0; r < rows; ++r)
+                const float *z = noise + (slice * all_rows + block.row) * act_dim;
+                for (int64_t r = 0; r < block.rows; ++r)
                     for (int64_t a = 0; a < act_dim; ++a) {
                         float &value = x[r * act_dim + a];
-                        float x0 = c[0] * value - c[1] * predicted[r * scratch.width + a];
-                        // Written so that a NaN stays one.
-                        x0 = x0 > 1.0f ? 1.0f : x0 < -1.0f ? -1.0f : x0;
-                        value = c[2] * x0 + c[3] * value + c[4] * z[r * act_dim + a];
+                        const float x0 = c[0] * value - c[1] * predicted[r * scratch.width + a];
+                        value = c[2] * clipped(x0) + c[3] * value + c[4] * z[r * act_dim + a];
                     }
             }
-            for (int64_t i = 0; i < rows * act_dim; ++i)
-                x[i] = x[i] > 1.0f ? 1.0f : x[i] < -1.0f ? -1.0f : x[i];
+            for (int64_t i = 0; i < numbers; ++i) x[i] = clipped(x[i]);
         }
     });
 }
@@ -287,26 +303,19 @@ void qvpo_sample(const Network *actor, int64_t steps, const float *step_parts,
 void qvpo_min_q(const Network *twins, const float *obs, int64_t obs_dim, const float *actions,
                 int64_t states, int64_t samples, int64_t act_dim, float *q, int64_t threads) {
     const int64_t all_rows = states * samples;
-    const int64_t blocks = (all_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    in_parallel(blocks, threads, [&](int64_t begin, int64_t end) {
-        const int64_t hidden = twins->observation->out;
-        Scratch scratch(widest(*twins));
-        std::vector<float> first((BLOCK_ROWS + 1) * hidden);
-        for (int64_t block = begin; block < end; ++block) {
-            const int64_t row = block * BLOCK_ROWS;
-            const int64_t rows = std::min<int64_t>(BLOCK_ROWS, all_rows - row);
-            const int64_t state = row / samples;
-            const int64_t block_states = (row + rows - 1) / samples - state + 1;
-            for (int64_t r = 0; r < rows; ++r)
-                scratch.start[r] = first.data() + ((row + r) / samples - state) * hidden;
+    in_parallel(Block::count(all_rows), threads, [&](int64_t begin, int64_t end) {
+        Scratch scratch(*twins);
+        for (int64_t index = begin; index < end; ++index) {
+            const Block block(index, all_rows, samples);
+            scratch.point_at_states(block, samples);
             for (int twin = 0; twin < 2; ++twin) {
-                apply<false>(*twins[twin].observation, block_states, obs + state * obs_dim,
-                             obs_dim, nullptr, first.data(), hidden);
+                apply<false>(*twins[twin].observation, block.states, obs + block.state * obs_dim,
+                             obs_dim, nullptr, scratch.first.data(), scratch.hidden);
                 const float *out =
-                    scratch.run(twins[twin], rows, actions + row * act_dim, act_dim);
-                for (int64_t r = 0; r < rows; ++r) {
+                    scratch.run(twins[twin], block.rows, actions + block.row * act_dim, act_dim);
+                for (int64_t r = 0; r < block.rows; ++r) {
                     const float value = out[r * scratch.width];
-                    float &lowest = q[row + r];
+                    float &lowest = q[block.row + r];
                     // A NaN of either wins, as in torch.minimum.
                     if (twin == 0 || value < lowest || value != value) lowest = value;
                 }
