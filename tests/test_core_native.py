@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
+from test_core_engine import ACT, CPU, OBS, assert_same_updates, learner, transitions
 
 from qvpo_rllib.core import engine, native, native_build, sampler
 from qvpo_rllib.core.acting import ActionSelector
 from qvpo_rllib.core.hyperparameters import Hyperparameters
 from qvpo_rllib.core.learner import Learner, Networks
 from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions, select_actions
-from tests.test_core_engine import ACT, CPU, OBS, assert_same_updates, learner, transitions
 
 NATIVE = sampler.EAGER._replace(native=True)
 SIZES = [(1, 1), (1, 4), (7, 4), (64, 4), (3, 32), (5, 1), (33, 3), (2, 100)]
