@@ -79,12 +79,12 @@ def test_a_checkpoint_holds_what_was_in_flight(
     before = original.ledger.ingested
     original.save(str(tmp_path))
     trace.check()
+    seen = dict(trace.last_step)  # what the checkpoint has; what follows may be collected again
     assert before < original.ledger.ingested <= before + 4 * FRAGMENT
     original.train()
     trace.check()
     restored = build(config)
     restored.train()  # what is in flight now belongs to another run
-    seen = trace.last_step
     restored.restore(str(tmp_path))
     trace = Trace(restored)
     trace.last_step.update(seen)
