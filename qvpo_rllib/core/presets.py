@@ -58,6 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The quick start: a small task in a few minutes on two cores.
     "quick": {
+        "k_behavior": 1,
         "k_target": 1,
         "num_policy_samples": 16,
         "num_uniform_samples": 2,
