@@ -39,7 +39,8 @@ def test_workers_of_a_job_sit_on_both_nodes(nodes: RayNodes) -> None:
     first, last = json.loads((run / "workers.json").read_text())
     assert [entry["node_ip"] for entry in first["workers"]] == [HEAD_IP, SECOND_IP]
     assert len({entry["node_id"] for entry in first["workers"]}) == 2
-    assert (first["env_steps"], last["env_steps"]) == (0, 320)
+    # Fragments of both workers that are in flight at the end are taken in too.
+    assert first["env_steps"] == 0 and 320 <= last["env_steps"] <= 320 + 4 * 32
 
 
 def test_without_the_token_nobody_gets_in(nodes: RayNodes) -> None:
