@@ -86,6 +86,22 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
         self, obs: NDArray[Any], k: int, generator: Generator | None = None
     ) -> NDArray[np.float32]:
         """The best of k actions for each observation: [B, O] → [B, A] float32 in [-1, 1]."""
+        actions, _ = self._best_of(obs, k, generator)
+        return _to_numpy(actions)
+
+    def act_and_predict(
+        self, obs: NDArray[Any], k: int, generator: Generator | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """`act`, and the lower of the critics' estimates for these actions, [B]."""
+        actions, q = self._best_of(obs, k, generator)
+        if q is None:
+            rows = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=self.device)
+            q = self._selector.q_of(rows, actions)
+        return _to_numpy(actions), _to_numpy(q)
+
+    def _best_of(
+        self, obs: NDArray[Any], k: int, generator: Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
         obs_tensor = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=self.device)
         if obs_tensor.ndim != 2 or obs_tensor.shape[1] != self.obs_dim:
             raise ValueError(
@@ -103,9 +119,7 @@ class QVPOTorchPolicy(TorchPolicy):  # type: ignore[misc]
         if self.learner is not None and self.learner.num_updates != self._updates_seen:
             self._updates_seen = self.learner.num_updates
             self._selector.weights_changed()
-        actions, _ = self._selector.select(obs_tensor, noise)
-        array: NDArray[np.float32] = actions.cpu().numpy()
-        return array
+        return self._selector.select(obs_tensor, noise)
 
     def compute_actions(
         self, obs_batch: Any, *args: Any, explore: bool | None = None, **kwargs: Any
@@ -179,6 +193,11 @@ def to_transitions(samples: SampleBatch, truncation_as_terminal: bool) -> Transi
     # Arrays from Ray's object store are read-only, which `from_numpy` would warn about.
     owned = (a if a.flags.writeable else a.copy() for a in (*arrays, terminal))
     return Transitions(*(torch.from_numpy(a) for a in owned))
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.cpu().numpy()
+    return array
 
 
 def _to_cpu(value: Any) -> Any:

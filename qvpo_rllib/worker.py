@@ -15,10 +15,11 @@ from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
 
 from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
+from qvpo_rllib.core.overestimation import value_bias
 from qvpo_rllib.core.seeding import Stream, sequence, spawn_seed
 from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.policy import QVPOTorchPolicy
-from qvpo_rllib.rollout import check_finite, run_episodes
+from qvpo_rllib.rollout import Episode, check_finite, run_episodes
 from qvpo_rllib.spaces import action_scale, check_spaces
 
 EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
@@ -206,7 +207,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         try:
             episodes = run_episodes(
                 self.envs,
-                lambda obs: policy.act(obs, policy.hp.k_eval, generator),
+                lambda obs: policy.act_and_predict(obs, policy.hp.k_eval, generator),
                 self.scale,
                 seeds,
                 f"{self.config.env} (evaluation)",
@@ -214,7 +215,20 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             )
         except NonFiniteError as error:
             return error
-        return [RolloutMetrics(e.length, e.episode_return, **e.extras) for e in episodes]
+        return [self._metrics_of(episode) for episode in episodes]
+
+    def _metrics_of(self, episode: Episode) -> RolloutMetrics:
+        metrics = RolloutMetrics(episode.length, episode.episode_return, **episode.extras)
+        bias = value_bias(
+            np.asarray(episode.q),
+            np.asarray(episode.rewards),
+            episode.terminated,
+            self.policy.hp.gamma,
+        )
+        if bias is None:
+            return metrics
+        values = {f"q_{name}": [value] for name, value in bias._asdict().items()}
+        return metrics._replace(hist_data={**metrics.hist_data, **values})
 
     def get_metrics(self) -> list[RolloutMetrics]:
         """Episodes finished since the last call."""
