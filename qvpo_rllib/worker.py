@@ -149,10 +149,14 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             obs[step] = self._obs
             actions[step] = self._choose(random_actions)
             env_actions = self.scale.to_env(actions[step])
+            lengths = self._lengths + 1
             for i in range(len(self.envs)):
                 next_obs[step, i], rewards[step, i], terminateds[step, i], truncateds[step, i] = (
                     self._step(i, env_actions[i])
                 )
+            # Of all environments at once: one by one it takes as long as the rest of the loop.
+            if not (np.isfinite(next_obs[step]).all() and np.isfinite(rewards[step]).all()):
+                self._refuse_non_finite(next_obs[step], rewards[step], lengths)
         batch = SampleBatch(
             {
                 SampleBatch.OBS: _flat(obs),
@@ -255,10 +259,6 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             raise self._failure(i, error) from error
         self._lengths[i] += 1
         next_obs = np.asarray(observed, dtype=np.float32)
-        if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
-            step = int(self._lengths[i])
-            check_finite(next_obs, "observation", self._where(i), step)
-            check_finite(reward, "reward", self._where(i), step)
         self._returns[i] += reward
         self._hooks.step(i, float(reward))
         assert self._obs is not None
@@ -268,6 +268,13 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         else:
             self._obs[i] = next_obs
         return next_obs, float(reward), bool(terminated), bool(truncated)
+
+    def _refuse_non_finite(
+        self, obs: NDArray[np.float32], rewards: NDArray[np.float32], lengths: NDArray[np.int64]
+    ) -> None:
+        for i in range(len(self.envs)):
+            check_finite(obs[i], "observation", self._where(i), int(lengths[i]))
+            check_finite(rewards[i], "reward", self._where(i), int(lengths[i]))
 
     def _finish(self, i: int) -> None:
         extras = self._hooks.end(i)
