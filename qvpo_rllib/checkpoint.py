@@ -3,6 +3,7 @@
     qvpo.json            format, package version, environment, shapes, hyperparameters, ledger,
                          and length and digest of every other file; written last
     replay/*.arrow       the replay's transitions (`qvpo_rllib.replay_files`)
+    improved_actions.npy of an algorithm that improves actions in the replay, oldest first
     environments/*.zst   a rollout worker's environments and streams (`qvpo_rllib.worker_state`)
 
 RLlib's `algorithm_state.pkl` and `policies/` are pickles, and so is what `environments/` holds:
@@ -27,6 +28,7 @@ FORMAT = 2
 POLICY_FORMATS = (1, FORMAT)
 METADATA_FILE = "qvpo.json"
 REPLAY_DIRECTORY = "replay"
+IMPROVED_ACTIONS_FILE = "improved_actions.npy"
 ENVIRONMENTS_DIRECTORY = "environments"
 POLICIES_DIRECTORY = "policies"
 
@@ -106,15 +108,19 @@ def drop_replay(directory: Path) -> None:
     """Takes the replay out of a checkpoint: what is left acts, and trains after a new warm-up."""
     metadata = read_metadata(directory)
     metadata["replay"]["segments"] = None
+    metadata["files"].pop(IMPROVED_ACTIONS_FILE, None)
     _replace(directory, metadata)
     shutil.rmtree(directory / REPLAY_DIRECTORY, ignore_errors=True)
+    (directory / IMPROVED_ACTIONS_FILE).unlink(missing_ok=True)
 
 
 def check_compatible(found: dict[str, Any], own: dict[str, Any], directory: Path) -> None:
     """Raises `ValueError` if checkpoint `found` does not fit the algorithm `own`."""
-    fixed = ("hidden", "diffusion_steps", "noise_schedule")
-    pairs = [("env", found["env"], own["env"]), ("shapes", found["shapes"], own["shapes"])]
-    pairs += [(n, found["hyperparameters"][n], own["hyperparameters"][n]) for n in fixed]
+    # Checkpoints say which algorithm's they are since there is more than one.
+    pairs = [("algorithm", found.get("algorithm", "QVPO"), own["algorithm"])]
+    pairs += [(name, found[name], own[name]) for name in ("env", "shapes")]
+    theirs_hp, own_hp = found["hyperparameters"], own["hyperparameters"]
+    pairs += [(name, theirs_hp.get(name), own_hp[name]) for name in own["fixed_by_checkpoint"]]
     for name, theirs, ours in pairs:
         if theirs != ours:
             raise ValueError(

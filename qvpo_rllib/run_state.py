@@ -6,19 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from qvpo_rllib import checkpoint, worker_state
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.replay_files import Segment, check_segments, read_segments
 
 if TYPE_CHECKING:
-    from qvpo_rllib.algorithm import QVPO
+    from qvpo_rllib.off_policy.algorithm import OffPolicyAlgorithm
 
 logger = logging.getLogger(__name__)
 
 CAPTURE_TIMEOUT_S = 60.0
 
 
-def write(algorithm: "QVPO", directory: Path) -> list[Segment] | None:
+def write(algorithm: "OffPolicyAlgorithm", directory: Path) -> list[Segment] | None:
     """Writes environments, replay and `qvpo.json` beside RLlib's files in `directory`.
 
     Returns the replay's segments, or None if checkpoints hold no replay.
@@ -49,6 +53,9 @@ def write(algorithm: "QVPO", directory: Path) -> list[Segment] | None:
         replay = directory / checkpoint.REPLAY_DIRECTORY
         segments = algorithm.replay_files.write(replay, algorithm.replay)
         metadata["replay"]["segments"] = [s.to_dict() for s in segments]
+        if algorithm.replay.improved_action is not None:
+            file = directory / checkpoint.IMPROVED_ACTIONS_FILE
+            np.save(file, algorithm.replay.improved_actions().cpu().numpy())
     checkpoint.write_metadata(directory, metadata)
     return segments
 
@@ -61,6 +68,7 @@ class RunState:
     metadata: dict[str, Any]
     segments: list[Segment] | None  # None: the checkpoint has no replay
     transitions: list[Transitions]  # memory-mapped, oldest first
+    improved_actions: Tensor | None  # oldest first
     workers: dict[int, bytes]  # by worker index
 
     @classmethod
@@ -85,14 +93,18 @@ class RunState:
             check_segments(files, segments)
             oldest = max(0, replay["num_added"] - replay["capacity"])
             transitions = read_segments(files, segments, oldest)
+        improved = None
+        if checkpoint.IMPROVED_ACTIONS_FILE in metadata["files"]:
+            file = directory / checkpoint.IMPROVED_ACTIONS_FILE
+            improved = torch.from_numpy(np.load(file, allow_pickle=False))
         workers = {
             index: file.read_bytes()
             for index in metadata["workers"]
             for file in [_worker_file(directory, index)]
         }
-        return cls(directory, metadata, segments, transitions, workers)
+        return cls(directory, metadata, segments, transitions, improved, workers)
 
-    def put_into(self, algorithm: "QVPO") -> None:
+    def put_into(self, algorithm: "OffPolicyAlgorithm") -> None:
         """Ledger, replay and workers; RLlib has restored the rest."""
         self._put_ledger(algorithm)
         self._put_replay(algorithm)
@@ -105,14 +117,14 @@ class RunState:
                 texts[0],
             )
 
-    def _put_ledger(self, algorithm: "QVPO") -> None:
+    def _put_ledger(self, algorithm: "OffPolicyAlgorithm") -> None:
         ledger, hp = algorithm.ledger, algorithm.hp
         ledger.load_state_dict(self.metadata["ledger"])
         theirs = [self.metadata["hyperparameters"][n] for n in ("update_ratio", "warmup_steps")]
         if theirs != [hp.update_ratio, hp.warmup_steps]:
             ledger.settle(refill=False)
 
-    def _put_replay(self, algorithm: "QVPO") -> None:
+    def _put_replay(self, algorithm: "OffPolicyAlgorithm") -> None:
         state = checkpoint.decode_replay_state(self.metadata["replay"])
         if self.segments is None:
             algorithm.replay.load({**state, "num_added": 0}, [])
@@ -120,6 +132,8 @@ class RunState:
             algorithm.go_on_without_replay()
             return
         algorithm.replay.load(state, self.transitions)
+        if self.improved_actions is not None:
+            algorithm.replay.set_improved_actions(self.improved_actions)
         algorithm.replay_missing = False
         if state["capacity"] == algorithm.replay.capacity:
             files = self.directory / checkpoint.REPLAY_DIRECTORY
@@ -127,7 +141,7 @@ class RunState:
         else:
             algorithm.replay_files.forget()
 
-    def _put_workers(self, algorithm: "QVPO") -> list[str]:
+    def _put_workers(self, algorithm: "OffPolicyAlgorithm") -> list[str]:
         """`__setstate__` has given every worker new streams: those that fit get their own back."""
         own = algorithm.metadata()
         if self.metadata["seed"] != own["seed"]:

@@ -18,7 +18,7 @@ from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
 from qvpo_rllib.core.overestimation import value_bias
 from qvpo_rllib.core.seeding import Stream, sequence, spawn_seed
 from qvpo_rllib.mujoco_warnings import filter_warnings
-from qvpo_rllib.policy import QVPOTorchPolicy
+from qvpo_rllib.off_policy.policy import OffPolicyTorchPolicy
 from qvpo_rllib.rollout import Episode, check_finite, run_episodes
 from qvpo_rllib.spaces import action_scale, check_spaces
 
@@ -77,8 +77,8 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             self.scale = action_scale(self.envs[0].action_space)
 
     @property
-    def policy(self) -> QVPOTorchPolicy:
-        policy: QVPOTorchPolicy = self.policy_map[DEFAULT_POLICY_ID]
+    def policy(self) -> OffPolicyTorchPolicy:
+        policy: OffPolicyTorchPolicy = self.policy_map[DEFAULT_POLICY_ID]
         return policy
 
     def restart_streams(self, env_steps: int) -> None:
@@ -121,7 +121,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             self._obs[i] = self._reset(i, self._env_seed(i))
 
     def sample(self, **kwargs: Any) -> SampleBatch:
-        """A fragment collected by the behaviour policy (K_b of N)."""
+        """A fragment collected by the behaviour policy."""
         return self.collect()
 
     def collect(
@@ -200,18 +200,18 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
     def evaluate_episodes(
         self, seeds: Sequence[int], action_seed: int
     ) -> list[RolloutMetrics] | NonFiniteError:
-        """One whole episode per seed with the best of `k_eval` actions.
+        """One whole episode per seed, acting without exploration.
 
         Args:
             seeds: the environments' seeds, one per episode.
-            action_seed: of the diffusion noise.
+            action_seed: of the noise that actions are drawn with.
         """
         policy = self.policy
         generator = torch.Generator(device=policy.device).manual_seed(action_seed)
         try:
             episodes = run_episodes(
                 self.envs,
-                lambda obs: policy.act_and_predict(obs, policy.hp.k_eval, generator),
+                lambda obs: policy.choose_and_predict(obs, generator),
                 self.scale,
                 seeds,
                 f"{self.config.env} (evaluation)",
@@ -223,12 +223,8 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
 
     def _metrics_of(self, episode: Episode) -> RolloutMetrics:
         metrics = RolloutMetrics(episode.length, episode.episode_return, **episode.extras)
-        bias = value_bias(
-            np.asarray(episode.q),
-            np.asarray(episode.rewards),
-            episode.terminated,
-            self.policy.hp.gamma,
-        )
+        q, rewards = np.asarray(episode.q), np.asarray(episode.rewards)
+        bias = value_bias(q, rewards, episode.terminated, self.policy.hp.gamma) if len(q) else None
         if bias is None:
             return metrics
         values = {f"q_{name}": [value] for name, value in bias._asdict().items()}
@@ -244,7 +240,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             shape = (len(self.envs), self.policy.act_dim)
             return self._warmup.uniform(-1, 1, shape).astype(np.float32)
         assert self._obs is not None
-        actions = self.policy.act(self._obs, self.policy.hp.k_behavior)
+        actions = self.policy.choose(self._obs, explore=True)
         if not np.isfinite(actions).all():
             bad = int(np.argmin(np.isfinite(actions).all(axis=1)))
             check_finite(actions[bad], "action", self._where(bad), int(self._lengths[bad]))

@@ -173,8 +173,8 @@ def test_evaluation_says_what_the_critics_predicted_and_what_came(trained: Any) 
     columns = evaluation_columns(trained[1]["evaluation"]["env_runners"])
     bias = columns["evaluation/q_predicted"] - columns["evaluation/q_observed"]
     assert columns["evaluation/q_overestimation"] == pytest.approx(bias)
-    # An InvertedPendulum step is worth 1, and a policy this young falls soon.
-    assert 1 <= columns["evaluation/q_observed"] <= columns["evaluation/return_mean"]
+    # An InvertedPendulum step is worth 1, the one in which it falls nothing.
+    assert 0 < columns["evaluation/q_observed"] <= columns["evaluation/return_mean"]
 
 
 def test_callbacks_are_called_and_their_metrics_reported(trained: Any) -> None:

@@ -1,25 +1,20 @@
-"""The learner: actor, critics, targets and optimisers, and one update of them all.
+"""QVPO's learner: one update of actor, critics and targets."""
 
-It knows nothing of how it is driven: batches come in, detached scalar tensors go out.
-"""
-
-import copy
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor
 
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.engine import CudaGraphs, kernels_of, matmul_precision, resolve_engine
+from qvpo_rllib.core.engine import matmul_precision
 from qvpo_rllib.core.hyperparameters import Hyperparameters
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
+from qvpo_rllib.core.off_policy_learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
-from qvpo_rllib.core.seeding import restore_generator
 
 # Rate of the running mean and standard deviation of Q that `qexp` normalises with (the authors'
 # program's alpha_mean and alpha_std).
@@ -38,29 +33,32 @@ class UpdateNoise(NamedTuple):
     forward: Tensor  # [B·(k + N_e), A] standard normal: the noise to be predicted
 
 
-class Networks(nn.Module):
-    """Actor, twin critics and their targets."""
+class Networks(ActorCritic):
+    """Diffusion actor, twin critics, a target of each, and the noise schedule."""
+
+    actor: NoisePredictor
+    critic: TwinQ
+    target_actor: NoisePredictor
+    target_critic: TwinQ
 
     def __init__(self, obs_dim: int, act_dim: int, hp: Hyperparameters) -> None:
-        super().__init__()
+        super().__init__(
+            NoisePredictor(obs_dim, act_dim, hp.hidden, hp.diffusion_steps),
+            TwinQ(obs_dim, act_dim, hp.hidden),
+        )
         self.act_dim = act_dim
-        self.actor = NoisePredictor(obs_dim, act_dim, hp.hidden, hp.diffusion_steps)
-        self.critic = TwinQ(obs_dim, act_dim, hp.hidden)
-        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.schedule = NoiseSchedule(hp.noise_schedule, hp.diffusion_steps)
 
 
-class Learner:
-    """One QVPO learner on one device.
-
-    Args:
-        networks: built for the same hyperparameters; moved to `device`.
-        seed: of the generator that draws `UpdateNoise`.
+class Learner(OffPolicyLearner):
+    """One QVPO learner on one device; see `OffPolicyLearner` for its arguments.
 
     Raises:
         ValueError: the hyperparameters ask for what the device has not.
     """
+
+    networks: Networks
+    hp: Hyperparameters
 
     def __init__(
         self, networks: Networks, hp: Hyperparameters, *, seed: int, device: torch.device | str
@@ -69,108 +67,41 @@ class Learner:
             raise ValueError(
                 "k_target is not resolved: give a number (see presets.resolve_for_task)."
             )
-        self.device = torch.device(device)
-        if hp.sampling_precision == "tf32" and self.device.type != "cuda":
+        device = torch.device(device)
+        if hp.sampling_precision == "tf32" and device.type != "cuda":
             raise ValueError(
                 f"sampling_precision='tf32' needs an NVIDIA GPU; the learner is on "
-                f"{str(self.device)!r}. Use 'fp32', or 'bf16', which CPUs know too."
+                f"{str(device)!r}. Use 'fp32', or 'bf16', which CPUs know too."
             )
-        self.engine = resolve_engine(hp.engine, self.device)
-        self.kernels = kernels_of(self.engine, self.device)
-        self.networks = networks.to(self.device)
-        self.generator = Generator(device=self.device)
-        self.generator.manual_seed(seed)
-        self.actor_optimizer = self._adam(networks.actor)
-        self.critic_optimizer = self._adam(networks.critic)
-        self.num_updates = 0
-        self.env_steps = 0
-        self.entropy_weight = torch.zeros((), device=self.device)
-        self.q_mean = torch.zeros((), device=self.device)
-        self.q_std = torch.ones((), device=self.device)
-        self._metric_names: list[str] = []
-        self._metric_sums: Tensor | None = None  # [metrics]
-        self._num_summed = 0
-        self._graphs: CudaGraphs | None = None
-        self._captured_replay: ReplayBuffer | None = None
-        self.hp = hp
-        self.configure(hp)
+        self.entropy_weight = torch.zeros((), device=device)
+        self.q_mean = torch.zeros((), device=device)
+        self.q_std = torch.ones((), device=device)
+        super().__init__(networks, hp, seed=seed, device=device)
 
-    @staticmethod
-    def _adam(module: nn.Module) -> torch.optim.Adam:
-        return torch.optim.Adam(module.parameters(), fused=True)
-
-    def configure(self, hp: Hyperparameters) -> None:
-        """Takes new hyperparameters into effect; the networks' shape, T and engine must stay."""
-        on_gpu = self.device.type == "cuda"
-        for optimizer, lr in (
-            (self.actor_optimizer, hp.actor_lr),
-            (self.critic_optimizer, hp.critic_lr),
-        ):
-            for group in optimizer.param_groups:
-                group["eps"], group["capturable"] = hp.adam_eps, on_gpu
-                # A tensor on the GPU stays where a captured graph reads it.
-                if on_gpu and isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
-                    group["lr"].fill_(lr)
-                else:
-                    group["lr"] = torch.tensor(lr, device=self.device) if on_gpu else lr
-        if _constants_of_a_graph(hp) != _constants_of_a_graph(self.hp):
-            self._graphs = None
-        self.hp = hp
-        self.set_env_steps(self.env_steps)
+    def graph_constants(self, hp: Hyperparameters) -> Hyperparameters:
+        return dataclasses.replace(
+            hp,
+            actor_lr=1.0,
+            critic_lr=1.0,
+            entropy_weight=0.0,
+            entropy_weight_end=None,
+            entropy_weight_floor=0.0,
+        )
 
     def set_env_steps(self, env_steps: int) -> None:
         """Moves ω_ent to its value after `env_steps` environment steps."""
-        self.env_steps = env_steps
+        super().set_env_steps(env_steps)
         self.entropy_weight.fill_(self.hp.entropy_weight_at(env_steps))
 
-    def train(self, replay: ReplayBuffer, num_updates: int) -> None:
-        """`num_updates` updates on batches from `replay`; the metrics wait for `pop_metrics`."""
-        if self.engine == "cuda_graph":
-            if self._graphs is None or self._captured_replay is not replay:
-                step = functools.partial(self._train_once, replay)
-                self._graphs = CudaGraphs(step, [self.generator, replay.generator])
-                self._captured_replay = replay
-            self._graphs.run(num_updates)
-        else:
-            for _ in range(num_updates):
-                self._train_once(replay)
-        self.num_updates += num_updates
-        self._num_summed += num_updates
+    def settings_in_force(self) -> dict[str, float]:
+        return {"entropy_weight": float(self.entropy_weight)}
 
-    def metric_mean(self, name: str) -> float:
-        """Mean of one metric over the updates of `train` since `pop_metrics`; waits for it."""
-        assert self._metric_sums is not None
-        return float(self._metric_sums[self._metric_names.index(name)]) / self._num_summed
-
-    def pop_metrics(self) -> dict[str, float]:
-        """Means over the updates of `train` since the last call; empty if there were none."""
-        if self._metric_sums is None or self._num_summed == 0:
-            return {}
-        values = (self._metric_sums / self._num_summed).tolist()
-        self._metric_sums.zero_()
-        self._num_summed = 0
-        return dict(zip(self._metric_names, values, strict=True))
-
-    def _unreported_metrics(self) -> dict[str, Any] | None:
-        """The metrics of the updates since `pop_metrics`."""
-        if self._metric_sums is None or self._num_summed == 0:
-            return None
-        return {
-            "names": list(self._metric_names),
-            "sums": self._metric_sums.clone(),
-            "count": self._num_summed,
-        }
-
-    def _train_once(self, replay: ReplayBuffer) -> None:
+    def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
         critic_batch = policy_batch = replay.sample(self.hp.batch_size)
         if self.hp.update_order == "critic_then_policy":
             policy_batch = replay.sample(self.hp.batch_size)
         noise = self.draw_update_noise(self.hp.batch_size)
-        metrics = self._update(critic_batch, policy_batch, noise)
-        values = torch.stack([value.float() for value in metrics.values()])
-        if self._metric_sums is None:
-            self._metric_names, self._metric_sums = list(metrics), torch.zeros_like(values)
-        self._metric_sums.add_(values)
+        return self._update(critic_batch, policy_batch, noise)
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
         hp, act_dim, device = self.hp, self.networks.act_dim, self.device
@@ -230,7 +161,8 @@ class Learner:
         else:
             metrics = self._update_policy(policy_batch.obs, noise)
             metrics |= self._update_critic(critic_batch, noise)
-        self._update_targets()
+        self.move_target(self.networks.target_actor, self.networks.actor)
+        self.move_target(self.networks.target_critic, self.networks.critic)
         return metrics
 
     def _update_critic(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
@@ -240,7 +172,7 @@ class Learner:
         next_q = min_q(nets.target_critic, batch.next_obs, next_samples, self.kernels.sampler)
         target = losses.td_target(batch.reward, batch.terminal, next_q.amax(dim=1), hp.gamma)
         loss, q_mean = self.kernels.critic_objective(nets.critic, batch.obs, batch.action, target)
-        grad_norm = self._descend(loss, self.critic_optimizer, nets.critic)
+        grad_norm = self.descend(loss, self.critic_optimizer, nets.critic)
         return {
             "critic_loss": loss.detach(),
             "critic_grad_norm": grad_norm,
@@ -272,7 +204,7 @@ class Learner:
             hp.entropy_reduction,
             hp.vlo_coefficient,
         )
-        grad_norm = self._descend(loss, self.actor_optimizer, nets.actor)
+        grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)
         return {
             "actor_loss": loss.detach(),
             "entropy_loss": entropy_term,
@@ -294,53 +226,17 @@ class Learner:
                 actor, self.networks.schedule, obs, noise, self.kernels.sampler, dtype
             )
 
-    def _descend(self, loss: Tensor, optimizer: torch.optim.Adam, module: nn.Module) -> Tensor:
-        """One clipped step of Adam. Returns the gradient's norm before clipping."""
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        limit = float("inf") if self.hp.grad_clip is None else self.hp.grad_clip
-        norm = nn.utils.clip_grad_norm_(module.parameters(), limit, foreach=True)
-        optimizer.step()
-        return norm
-
-    @torch.no_grad()
-    def _update_targets(self) -> None:
-        nets = self.networks
-        for target, online in (
-            (nets.target_actor, nets.actor),
-            (nets.target_critic, nets.critic),
-        ):
-            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), self.hp.tau)
-
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an update reads or writes, except the hyperparameters."""
         return {
-            "networks": self.networks.state_dict(),
-            "actor_optimizer": self.actor_optimizer.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-            "generator": self.generator.get_state().cpu(),
-            "num_updates": self.num_updates,
-            "env_steps": self.env_steps,
+            **super().state_dict(),
             "q_mean": self.q_mean.clone(),
             "q_std": self.q_std.clone(),
-            "unreported": self._unreported_metrics(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`, then re-applies the learner's own hyperparameters."""
-        self.networks.load_state_dict(state["networks"])
-        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        restore_generator(self.generator, state["generator"])
-        self.num_updates, self.env_steps = state["num_updates"], state["env_steps"]
         self.q_mean.copy_(state["q_mean"])
         self.q_std.copy_(state["q_std"])
-        unreported = state.get("unreported") or {"names": [], "sums": None, "count": 0}
-        self._metric_names, self._num_summed = list(unreported["names"]), unreported["count"]
-        sums = unreported["sums"]
-        self._metric_sums = None if sums is None else sums.to(self.device, copy=True)
-        self._graphs = None  # the optimisers' state has moved
-        self.configure(self.hp)
+        super().load_state_dict(state)
 
 
 def nearest_sample_distance(samples: Tensor) -> Tensor:
@@ -354,15 +250,3 @@ def nearest_sample_distance(samples: Tensor) -> Tensor:
     squared = (samples[:, :, None] - samples[:, None]).square().sum(-1)  # [B, N, N]
     to_itself = torch.eye(num_samples, dtype=torch.bool, device=samples.device)
     return squared.masked_fill(to_itself, math.inf).amin(-1).sqrt().mean()
-
-
-def _constants_of_a_graph(hp: Hyperparameters) -> Hyperparameters:
-    """What a captured graph holds as constants: all but what is read from tensors."""
-    return dataclasses.replace(
-        hp,
-        actor_lr=1.0,
-        critic_lr=1.0,
-        entropy_weight=0.0,
-        entropy_weight_end=None,
-        entropy_weight_floor=0.0,
-    )

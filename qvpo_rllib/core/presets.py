@@ -1,18 +1,10 @@
-"""Named sets of hyperparameters, and the paper's values for each task."""
+"""Named sets of QVPO's hyperparameters, and what is left to the task."""
 
-from typing import Any
+from typing import Any, TypeVar
 
-from qvpo_rllib.core.hyperparameters import Hyperparameters, option_names
+from qvpo_rllib.core.options import Options, options_of
 
-# K_t of the paper's Table 3, by the task's name without its version (-v4, -v5).
-TASK_PRESETS: dict[str, dict[str, Any]] = {
-    "Hopper": {"k_target": 1},
-    "Walker2d": {"k_target": 2},
-    "Ant": {"k_target": 2},
-    "HalfCheetah": {"k_target": 4},
-    "Humanoid": {"k_target": 2},
-}
-OTHER_TASKS: dict[str, Any] = {"k_target": 2}
+H = TypeVar("H", bound=Options)
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The defaults of `Hyperparameters`: the paper's settings, with the authors' program where the
@@ -77,18 +69,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def resolve_for_task(hp: Hyperparameters, env_id: str) -> dict[str, Any]:
+def resolve_for_task(hp: Options, env_id: str) -> dict[str, Any]:
     """The options that `hp` leaves to the task ("none") and their values for `env_id`."""
-    task = env_id.rsplit("/", 1)[-1].rsplit("-v", 1)[0]
-    values = TASK_PRESETS.get(task, OTHER_TASKS)
-    return {name: value for name, value in values.items() if getattr(hp, name) is None}
+    return hp.values_for_task(env_id)
 
 
-def resolved_hyperparameters(config: Any) -> Hyperparameters:
-    """The hyperparameters in a mapping that also has "env", with K_t resolved for that task.
+def resolved_hyperparameters(config: Any, kind: type[H]) -> H:
+    """The hyperparameters in a mapping that also has "env", with what is left to the task resolved.
 
     RLlib's `AlgorithmConfig` and a policy's config dict are such mappings.
     """
-    values = {name: config[name] for name in option_names()}
-    hp = Hyperparameters(**values)
-    return Hyperparameters(**values | resolve_for_task(hp, str(config["env"])))
+    values = {name: config[name] for name in options_of(kind)}
+    return kind(**values).resolved_for(str(config["env"]))

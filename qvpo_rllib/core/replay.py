@@ -19,19 +19,33 @@ class Transitions(NamedTuple):
     terminal: Tensor  # [B], 1 where the return ends, else 0
 
 
-def replay_bytes(capacity: int, obs_dim: int, act_dim: int) -> int:
+def replay_bytes(
+    capacity: int, obs_dim: int, act_dim: int, *, improves_actions: bool = False
+) -> int:
     """Bytes that a replay of this size takes."""
-    return capacity * (2 * obs_dim + act_dim + 2) * 4
+    num_actions = 2 if improves_actions else 1
+    return capacity * (2 * obs_dim + num_actions * act_dim + 2) * 4
 
 
 class ReplayBuffer:
     """The last `capacity` transitions; once full, a new one overwrites the oldest.
 
     Sampling is uniform with replacement and draws from the buffer's own generator, on `device`.
+
+    Args:
+        improves_actions: keep a second copy of each action, `improved_action`, for a learner to
+            write better ones over it.
     """
 
     def __init__(
-        self, capacity: int, obs_dim: int, act_dim: int, *, seed: int, device: torch.device | str
+        self,
+        capacity: int,
+        obs_dim: int,
+        act_dim: int,
+        *,
+        seed: int,
+        device: torch.device | str,
+        improves_actions: bool = False,
     ) -> None:
         self.capacity = capacity
         self.device = torch.device(device)
@@ -39,6 +53,9 @@ class ReplayBuffer:
         self.columns = Transitions(
             *(torch.zeros(capacity, *shape, device=self.device) for shape in shapes)
         )
+        self.improved_action: Tensor | None = None  # [capacity, A]
+        if improves_actions:
+            self.improved_action = torch.zeros_like(self.columns.action)
         self.size = 0
         # The same number where the device reads it: a captured graph sees it grow.
         self._size = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -61,6 +78,8 @@ class ReplayBuffer:
                 )
         for new, own in zip(columns, self.columns, strict=True):
             self._write(own, new[-self.capacity :], num_new)
+        if self.improved_action is not None:
+            self._write(self.improved_action, columns[1][-self.capacity :], num_new)
         self.num_added += num_new
         self._set_size()
 
@@ -77,14 +96,18 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Transitions:
         """`batch_size` transitions, uniform with replacement."""
+        index = self.sample_index(batch_size)
+        return Transitions(*(column.index_select(0, index) for column in self.columns))
+
+    def sample_index(self, batch_size: int) -> Tensor:
+        """The rows of such a sample in `columns` and `improved_action`: [batch_size] int64."""
         if self.size == 0:
             raise ValueError("The replay is empty: add transitions before sampling.")
         # Double precision reaches every index; a product with the size needs no host.
         share = torch.rand(
             batch_size, generator=self.generator, dtype=torch.float64, device=self.device
         )
-        index = (share * self._size).long()
-        return Transitions(*(column.index_select(0, index) for column in self.columns))
+        return (share * self._size).long()
 
     @property
     def oldest(self) -> int:
@@ -103,6 +126,21 @@ class ReplayBuffer:
     def segments(self) -> list[Transitions]:
         """Everything held, oldest first, as one or two views of the ring."""
         return self.rows(self.oldest, self.num_added)
+
+    def improved_actions(self) -> Tensor:
+        """`improved_action` of everything held, oldest first, as a copy: [size, A]."""
+        assert self.improved_action is not None
+        return self.improved_action.index_select(0, self._rows_by_age())
+
+    def set_improved_actions(self, actions: Tensor) -> None:
+        """Restores `improved_actions()` after `load`: the newest are kept if there is less room."""
+        assert self.improved_action is not None
+        newest = actions[actions.shape[0] - self.size :].to(self.improved_action)
+        self.improved_action.index_copy_(0, self._rows_by_age(), newest)
+
+    def _rows_by_age(self) -> Tensor:
+        numbers = torch.arange(self.oldest, self.num_added, device=self.device)
+        return numbers % self.capacity
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the generator's state; the transitions themselves are `segments()`."""

@@ -9,9 +9,10 @@ from typing import Any
 import gymnasium as gym
 import torch
 
-from qvpo_rllib.config import QVPOConfig, check_environment_id
+from qvpo_rllib.config import QVPOConfig
 from qvpo_rllib.core.hyperparameters import Hyperparameters, parse_option
 from qvpo_rllib.core.presets import PRESETS, resolve_for_task
+from qvpo_rllib.environment_id import check_environment_id
 from qvpo_rllib.experiments.checks import require_at_least
 from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.spaces import check_spaces

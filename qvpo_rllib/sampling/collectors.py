@@ -11,8 +11,8 @@ from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.evaluation.metrics import RolloutMetrics
 from ray.rllib.policy.sample_batch import SampleBatch
 
-from qvpo_rllib.config import QVPOConfig
 from qvpo_rllib.core.ledger import UpdateLedger
+from qvpo_rllib.off_policy.config import OffPolicyConfig
 from qvpo_rllib.sampling.faults import Faults
 from qvpo_rllib.sampling.pool import Answer, Request, WorkerPool
 
@@ -25,7 +25,7 @@ UPDATES_PER_READ = 8
 
 
 class Collector(Protocol):
-    """What `QVPO.training_step` needs to know of sampling."""
+    """What `OffPolicyAlgorithm.training_step` needs to know of sampling."""
 
     faults: Faults
 
@@ -68,7 +68,7 @@ class Collector(Protocol):
 
 def make_collector(
     group: EnvRunnerGroup,
-    config: QVPOConfig,
+    config: OffPolicyConfig,
     ledger: UpdateLedger,
     get_weights: Callable[[], dict[str, Any]],
     interrupted: Callable[[], bool],
@@ -123,7 +123,7 @@ class _RemoteCollector:
     def __init__(
         self,
         group: EnvRunnerGroup,
-        config: QVPOConfig,
+        config: OffPolicyConfig,
         ledger: UpdateLedger,
         get_weights: Callable[[], dict[str, Any]],
         interrupted: Callable[[], bool],
@@ -241,7 +241,7 @@ class AsyncCollector(_RemoteCollector):
     again: the other workers go on.
     """
 
-    def __init__(self, group: EnvRunnerGroup, config: QVPOConfig, *args: Any) -> None:
+    def __init__(self, group: EnvRunnerGroup, config: OffPolicyConfig, *args: Any) -> None:
         super().__init__(group, config, *args)
         limit = config.max_staleness
         self._max_staleness = math.inf if limit is None else limit

@@ -16,8 +16,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
-from qvpo_rllib.config import QVPOConfig
 from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.off_policy.config import OffPolicyConfig
 from qvpo_rllib.sampling.faults import Faults
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class WorkerPool:
     """
 
     def __init__(
-        self, group: EnvRunnerGroup, config: QVPOConfig, env_steps: Callable[[], int]
+        self, group: EnvRunnerGroup, config: OffPolicyConfig, env_steps: Callable[[], int]
     ) -> None:
         self.config = config
         self.faults = Faults()
