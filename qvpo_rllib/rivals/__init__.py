@@ -1,0 +1,1 @@
+"""The algorithms QVPO is compared with, one file each."""
