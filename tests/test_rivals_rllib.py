@@ -1,5 +1,6 @@
 """PPO, SPO and SAC: their formulas, their options, and that they train, stop and go on."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.envs.registration import register
 from ray.rllib.evaluation.postprocessing import Postprocessing
 from ray.rllib.policy.policy import Policy
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, MultiAgentBatch, SampleBatch
-from ray.tune.registry import register_env
 
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.experiments.algorithms import ALGORITHMS
@@ -47,11 +46,10 @@ class Counting(gym.Env[Any, Any]):
         return np.full(1, self.time, np.float32), 1.0, False, self.time == LIMIT, {}
 
 
-register("Counting-v0", Counting)
+gym.register("Counting-v0", Counting)
 
 
 def config_of(name: str, env: str = "InvertedPendulum-v5", **training: Any) -> Any:
-    register_env("Counting-v0", lambda _: Counting())
     config = ALGORITHMS[name].load().get_default_config()
     config.environment(env).training(**{**TINY[name], **training})
     config.reporting(min_sample_timesteps_per_iteration=60)
@@ -217,9 +215,8 @@ def test_the_buffer_keeps_its_rows_and_its_stream_through_a_checkpoint() -> None
     ],
 )
 def test_wrong_options_are_refused(name: str, wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match="not|Did you mean|must be") as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         config_of(name, **wrong).validate()
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
