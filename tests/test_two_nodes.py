@@ -40,7 +40,8 @@ def test_workers_of_a_job_sit_on_both_nodes(nodes: RayNodes) -> None:
     assert [entry["node_ip"] for entry in first["workers"]] == [HEAD_IP, SECOND_IP]
     assert len({entry["node_id"] for entry in first["workers"]}) == 2
     # Fragments of both workers that are in flight at the end are taken in too.
-    assert first["env_steps"] == 0 and 320 <= last["env_steps"] <= 320 + 4 * 32
+    assert first["env_steps"] == 0
+    assert 320 <= last["env_steps"] <= 320 + 4 * 32
 
 
 def test_without_the_token_nobody_gets_in(nodes: RayNodes) -> None:

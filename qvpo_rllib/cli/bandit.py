@@ -50,6 +50,7 @@ def add(commands: Any) -> None:
 
 
 def _bandit(options: argparse.Namespace) -> int:
+    from qvpo_rllib.core.hyperparameters import Hyperparameters
     from qvpo_rllib.experiments import bandit
     from qvpo_rllib.experiments.checks import require_at_least
     from qvpo_rllib.experiments.output_directory import OutputDirectory
@@ -64,7 +65,9 @@ def _bandit(options: argparse.Namespace) -> int:
         ("updates", num_updates, bandit.NUM_RECORDS),
     ):
         require_at_least(f"--{name}", value, least)
-    hp = toy_hyperparameters(bandit.HYPERPARAMETERS, parse_settings(options.settings))
+    hp = toy_hyperparameters(
+        bandit.HYPERPARAMETERS, parse_settings(options.settings, Hyperparameters)
+    )
     if hp.entropy_weight == 0 or hp.num_uniform_samples == 0:
         raise ValueError(
             f"entropy_weight={hp.entropy_weight:g} with num_uniform_samples="

@@ -45,7 +45,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result.to_dict()))
         return 0
-    print(f"{result.env}, best of K = {result.k} actions, seed {result.seed}")
+    print(f"{result.env}, {result.how}, seed {result.seed}")
     for number, episode in enumerate(result.episodes):
         print(
             f"  episode {number:3d}   return {episode.episode_return:10.1f}   "

@@ -56,7 +56,7 @@ def _record(options: argparse.Namespace) -> int:
     for number, episode in enumerate(result.episodes):
         print(f"  episode {number}   return {episode.episode_return:.1f}   length {episode.length}")
     print(
-        f"{out}: {num_frames} frames of {result.env}, best of K = {result.k}, seed {result.seed}, "
+        f"{out}: {num_frames} frames of {result.env}, {result.how}, seed {result.seed}, "
         f"rendered with {os.environ[VARIABLE]}"
     )
     return 0

@@ -38,6 +38,7 @@ FIXED = ("q_weights", "num_chosen_samples", "batch_size")
 
 
 def _theorem2(options: argparse.Namespace) -> int:
+    from qvpo_rllib.core.hyperparameters import Hyperparameters
     from qvpo_rllib.experiments import theorem2
     from qvpo_rllib.experiments.checks import require_at_least
     from qvpo_rllib.experiments.output_directory import OutputDirectory
@@ -47,7 +48,7 @@ def _theorem2(options: argparse.Namespace) -> int:
     num_updates = theorem2.NUM_UPDATES if options.updates is None else options.updates
     for name, value, least in (("seed", options.seed, 0), ("updates", num_updates, 1)):
         require_at_least(f"--{name}", value, least)
-    settings = parse_settings(options.settings)
+    settings = parse_settings(options.settings, Hyperparameters)
     for name in FIXED:
         if name in settings:
             raise ValueError(

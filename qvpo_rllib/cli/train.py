@@ -6,12 +6,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.experiments.algorithms import ALGORITHMS, RUN_DEFAULTS, entry_of
 
 # Numbers in a hidden layer for all the samples of an update from which a second thread is worth its
 # synchronisation: for fewer it gains nothing, and beside other programs an update of `quick` takes
@@ -28,13 +29,19 @@ def add(commands: Any) -> None:
         "learning curve and checkpoints.",
         allow_abbrev=False,
     )
+    train.add_argument(
+        "--algo",
+        default="qvpo",
+        metavar="NAME",
+        help="qvpo (default), or a rival: " + ", ".join(n for n in ALGORITHMS if n != "qvpo"),
+    )
     train.add_argument("--env", metavar="ID", help="Gymnasium environment, such as Ant-v5")
     train.add_argument(
         "--preset",
-        choices=("quick", "light", "default", "paper", "authors"),
+        choices=tuple(RUN_DEFAULTS),
         help="quick: the quick start; light: locomotion on a laptop CPU; default: the paper's "
         "setting with time limits bootstrapped (a GPU helps); paper: the letter of the paper; "
-        "authors: the released program's values",
+        "authors: the released program's values; rivals have the first three",
     )
     train.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     train.add_argument("--env-steps", type=int, metavar="N", help="environment steps in all")
@@ -55,7 +62,10 @@ def add(commands: Any) -> None:
         help="0, a fraction, or 1 (default: 1 if there is one)",
     )
     train.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="where the run goes (default runs/<env>-<time>)"
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the run goes (default runs/<env>-<algo>-<time>)",
     )
     train.add_argument(
         "--resume",
@@ -126,6 +136,7 @@ def _train(options: argparse.Namespace) -> int:
             ) from error
     else:
         plan = make_plan(
+            algo=options.algo,
             env=options.env,
             preset=options.preset,
             seed=options.seed,
@@ -138,7 +149,8 @@ def _train(options: argparse.Namespace) -> int:
             checkpoint_interval=options.checkpoint_interval,
             keep_checkpoints=options.keep_checkpoints,
         )
-        path = options.run_dir or Path("runs") / f"{plan.env}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{plan.env}-{plan.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = options.run_dir or Path("runs") / name
         if options.or_resume and begun(path, plan.to_dict()):
             options.resume = path
             directory = RunDirectory.open(path, command)
@@ -150,12 +162,9 @@ def _train(options: argparse.Namespace) -> int:
         )
 
 
-def _check_checkpoint(directory: Path) -> None:
+def _check_checkpoint(config: Mapping[str, Any], directory: Path) -> None:
     """Every file is whole, before Ray and the algorithm are started."""
-    from qvpo_rllib.run_state import RunState
-    from qvpo_rllib.staging import whole
-
-    RunState.read(whole(directory))
+    entry_of(config.get("algo", "qvpo")).check_checkpoint(directory)
 
 
 def _check_resume(options: argparse.Namespace) -> None:
@@ -236,7 +245,8 @@ def _record_placement(training: Any) -> None:
     from qvpo_rllib.experiments.placement import PlacementRecord, describe
 
     if training.plan.num_env_runners > 0:
-        snapshot = PlacementRecord(training.directory.path).take(training.algorithm)
+        record = PlacementRecord(training.directory.path)
+        snapshot = record.take(training.algorithm, training.env_steps)
         print(describe(snapshot), flush=True)
 
 
@@ -248,10 +258,14 @@ def _start_ray(plan: Any, address: str | None) -> None:
     start_ray(plan.num_env_runners + 1, address)
     on_own_ray = not address and not os.environ.get("RAY_ADDRESS")
     if on_own_ray and "OMP_NUM_THREADS" not in os.environ:
-        hp = plan.build_config().hyperparameters()
-        numbers = hp.batch_size * hp.num_policy_samples * max(hp.hidden)
+        numbers = _numbers_in_a_layer(plan.hyperparameters)
         threads = num_cores() - plan.num_env_runners if numbers >= NUMBERS_FOR_THREADS else 1
         torch.set_num_threads(max(1, threads))
+
+
+def _numbers_in_a_layer(hp: dict[str, Any]) -> int:
+    batch_size = hp["batch_size"] if "batch_size" in hp else hp["minibatch_size"]
+    return int(batch_size * hp.get("num_policy_samples", 1) * max(hp["hidden"]))
 
 
 def _stop(training: Any) -> None:

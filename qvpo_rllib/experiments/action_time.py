@@ -11,26 +11,25 @@ WARM_UP, REPEATS = 20, 200
 
 
 def action_time_ms(run: Run) -> float | None:
-    """Median milliseconds for one observation's action, the best of `k_eval`.
+    """Median milliseconds for one observation's action, the best of `k_eval` where there is one.
 
     Measured on this machine with the run's newest checkpoint; None if it has none. Loading a
     checkpoint runs code: load only your own.
     """
-    from ray.rllib.policy.policy import Policy
+    import torch
 
-    from qvpo_rllib.policy import QVPOTorchPolicy
+    from qvpo_rllib.experiments.player import load_player
 
     directory = Path(run.directory)
     found = sorted(directory.glob("checkpoint_*")) or [directory / "checkpoints" / "last"]
-    path = found[-1] / "policies" / "default_policy"
-    if not path.is_dir():
+    if not (found[-1] / "policies" / "default_policy").is_dir():
         return None
-    policy = Policy.from_checkpoint(str(path))
-    assert isinstance(policy, QVPOTorchPolicy)
-    obs = np.zeros((1, policy.obs_dim), np.float32)
+    player = load_player(found[-1])
+    generator = torch.Generator()
+    obs = np.zeros((1, player.obs_dim), np.float32)
     times_s = []
     for _ in range(WARM_UP + REPEATS):
         start = time.perf_counter()
-        policy.act(obs, policy.hp.k_eval)
+        player.act(obs, None, generator)
         times_s.append(time.perf_counter() - start)
     return float(np.median(times_s[WARM_UP:])) * 1e3

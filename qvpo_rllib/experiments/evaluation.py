@@ -16,7 +16,8 @@ from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.experiments.checks import require_at_least
 from qvpo_rllib.experiments.plan import check_environment
-from qvpo_rllib.experiments.served import find_checkpoint, load_policy
+from qvpo_rllib.experiments.player import load_player
+from qvpo_rllib.experiments.served import find_checkpoint
 from qvpo_rllib.rollout import Episode, Hooks, run_episodes
 from qvpo_rllib.serving.client import Client, ServerError
 
@@ -25,13 +26,18 @@ MAX_ENVS = 10
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The episodes of one evaluation."""
+    """The episodes of one evaluation; `k` is None for a policy that draws one action."""
 
     env: str
-    k: int
+    k: int | None
     seed: int
     checkpoint: str
     episodes: list[Episode]
+
+    @property
+    def how(self) -> str:
+        """How it acted, in words."""
+        return "one action" if self.k is None else f"best of K = {self.k} actions"
 
     @property
     def mean(self) -> float:
@@ -70,7 +76,8 @@ def evaluate_checkpoint(
 
     Args:
         path: a checkpoint, a run directory or a bundle.
-        k: actions drawn per state; the policy's `k_eval` if None.
+        k: actions drawn per state; the policy's `k_eval` if None. A policy that draws one takes
+            none.
         seed: of environments and diffusion noise.
         record: given the environment, which then renders ("rgb_array"), and its id, returns what
             watches it. The episodes are then played one after the other.
@@ -79,17 +86,15 @@ def evaluate_checkpoint(
         ValueError: nothing to evaluate there, of another format, or its environment is missing.
     """
     _check(episodes, k, seed)
-    policy = load_policy(path)
-    d = policy.description
+    player = load_player(path)
 
     def act(obs: NDArray[np.float32], step_seed: int) -> NDArray[np.floating]:
-        return policy.act(obs, k, torch.Generator().manual_seed(step_seed))
+        return player.act(obs, k, torch.Generator().manual_seed(step_seed))
 
-    episodes_played = _play(
-        d.env, d.env_config, (d.obs_dim, d.act_low, d.act_high), act, episodes, seed, record
-    )
+    shapes = (player.obs_dim, player.act_low, player.act_high)
+    episodes_played = _play(player.env, player.env_config, shapes, act, episodes, seed, record)
     source = str(find_checkpoint(path))
-    return Evaluation(d.env, d.k_eval if k is None else k, seed, source, episodes_played)
+    return Evaluation(player.env, player.k if k is None else k, seed, source, episodes_played)
 
 
 def evaluate_server(

@@ -19,7 +19,7 @@ from typing import Any
 
 from ray import tune
 
-from qvpo_rllib.experiments.algorithms import ALGORITHMS
+from qvpo_rllib.experiments.algorithms import entry_of
 from qvpo_rllib.experiments.run_directory import describe_start, write_atomically
 from qvpo_rllib.experiments.spec import ExperimentSpec, Setting
 from qvpo_rllib.experiments.trial_ledger import TrialLedger
@@ -118,7 +118,9 @@ class Experiment:
         record = json.loads(file.read_text())
         self._starts, found = record["starts"], record["spec"]
         own = _json(self.spec.to_dict())
-        changed = [n for n in own if n != "storage" and found.get(n) != own[n]]
+        # What an older version did not know is unchanged while it is empty.
+        asked = [n for n in own if n != "storage" and (n in found or own[n])]
+        changed = [n for n in asked if found.get(n) != own[n]]
         if changed:
             raise ValueError(
                 f"{str(self.directory)!r} holds an experiment with other values of "
@@ -136,7 +138,7 @@ class Experiment:
                 {
                     "name": part.name,
                     "algorithm": part.algorithm,
-                    "label": ALGORITHMS[part.algorithm].label,
+                    "label": entry_of(part.algorithm).label,
                     "stage": part.stage,
                     "swept": list(part.spec.swept),
                     "trials": planned_trials(part.spec, part.algorithm),
@@ -176,7 +178,7 @@ class Experiment:
             return None
         _mark_ended(directory, read_trials(directory.parent))
         return tune.Tuner.restore(
-            str(directory), ALGORITHMS[part.algorithm].load(), resume_errored=True
+            str(directory), entry_of(part.algorithm).load(), resume_errored=True
         )
 
     def _title(self, part: Part) -> str:

@@ -24,13 +24,13 @@ class PlacementRecord:
     def snapshots(self) -> list[dict[str, Any]]:
         return list(json.loads(self._file.read_text())) if self._file.exists() else []
 
-    def take(self, algorithm: Any) -> dict[str, Any]:
+    def take(self, algorithm: Any, env_steps: int) -> dict[str, Any]:
         """Asks the remote workers that are alive where they are, and writes it down."""
         workers = algorithm.env_runner_group.foreach_env_runner(
             _worker_whereabouts, local_env_runner=False
         )
         snapshot = {
-            "env_steps": algorithm.ledger.ingested,
+            "env_steps": env_steps,
             "driver": _whereabouts(),
             "workers": sorted(workers, key=lambda entry: int(entry["worker"])),
         }

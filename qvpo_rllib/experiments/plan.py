@@ -9,35 +9,15 @@ from typing import Any
 import gymnasium as gym
 import torch
 
-from qvpo_rllib.config import QVPOConfig
-from qvpo_rllib.core.hyperparameters import Hyperparameters, parse_option
-from qvpo_rllib.core.presets import PRESETS, resolve_for_task
+from qvpo_rllib.core.options import Options, parse_option
 from qvpo_rllib.environment_id import check_environment_id
+from qvpo_rllib.experiments.algorithms import AlgorithmEntry, entry_of
 from qvpo_rllib.experiments.checks import require_at_least
 from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.spaces import check_spaces
 
 EVALUATION_EPISODES = 10
 INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(min)?")
-
-
-@dataclass(frozen=True)
-class RunDefaults:
-    """What a preset says about the run around the algorithm."""
-
-    env: str
-    env_steps: int
-    eval_interval: int  # env steps
-    num_envs: int  # per worker
-
-
-RUN_DEFAULTS = {
-    "quick": RunDefaults("InvertedPendulum-v5", 15_000, 1_000, 4),
-    "light": RunDefaults("HalfCheetah-v5", 50_000, 2_500, 4),
-    "default": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
-    "paper": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
-    "authors": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +37,10 @@ class TrainingPlan:
     checkpoint_env_steps: int | None = None
     checkpoint_minutes: float | None = None
     keep_checkpoints: int = 1
+    algo: str = "qvpo"  # runs of older versions do not say
 
     def __post_init__(self) -> None:
+        entry_of(self.algo)
         for name, least in (
             ("env_steps", 1),
             ("eval_interval", 1),
@@ -68,6 +50,15 @@ class TrainingPlan:
             ("keep_checkpoints", 1),
         ):
             require_at_least("--" + name.replace("_", "-"), getattr(self, name), least)
+
+    @property
+    def algorithm(self) -> AlgorithmEntry:
+        return entry_of(self.algo)
+
+    @property
+    def title(self) -> str:
+        """Names the run on the screen: "SAC on Hopper-v5 (light, seed 0)"."""
+        return f"{self.algorithm.label} on {self.env} ({self.preset}, seed {self.seed})"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,9 +74,10 @@ class TrainingPlan:
         multiples = range(max(num_envs, least), self.eval_interval + 1, num_envs)
         return next((m for m in multiples if self.eval_interval % m == 0), max(num_envs, least))
 
-    def build_config(self) -> QVPOConfig:
+    def build_config(self) -> Any:
         """The RLlib configuration. Evaluation is called for by env steps, not by iterations."""
-        config: QVPOConfig = QVPOConfig().environment(self.env).training(**self.hyperparameters)
+        config = self.algorithm.load().get_default_config()
+        config.environment(self.env).training(**self.hyperparameters)
         config.env_runners(
             num_env_runners=self.num_env_runners,
             num_envs_per_env_runner=self.num_envs_per_env_runner,
@@ -113,6 +105,7 @@ class TrainingPlan:
 
 def make_plan(
     *,
+    algo: str = "qvpo",
     env: str | None,
     preset: str | None,
     seed: int,
@@ -128,26 +121,26 @@ def make_plan(
     """Resolves presets, options and the task's own values.
 
     Args:
-        settings: "key=value" strings, each an option of `Hyperparameters`.
+        algo: a name in `ALGORITHMS`.
+        settings: "key=value" strings, each an option of the algorithm.
         checkpoint_interval: "20000" (env steps) or "10min".
 
     Raises:
         ValueError: anything that would not run, named with what is allowed.
     """
+    entry = entry_of(algo)
     if preset is None:
-        preset = "quick" if env in (None, RUN_DEFAULTS["quick"].env) else "default"
-    defaults = RUN_DEFAULTS[preset]
+        preset = "quick" if env in (None, entry.runs["quick"].env) else "default"
+    options, defaults = entry.preset(preset), entry.runs[preset]
     env = env or defaults.env
     env_steps = defaults.env_steps if env_steps is None else env_steps
-    chosen = parse_settings(settings)
-    hp = Hyperparameters(**{**PRESETS[preset], **chosen})
-    values = {**hp.to_dict(), **resolve_for_task(hp, env)}
-    if hp.entropy_weight_end is not None and "entropy_decay_steps" not in chosen:
-        values["entropy_decay_steps"] = max(1, env_steps)  # the program decays over the whole run
-    values["hidden"] = list(values["hidden"])
+    chosen = parse_settings(settings, entry.hyperparameters)
+    values = entry.for_task(entry.options({**options, **chosen}), env)
+    values = entry.for_run(values, env_steps, chosen)
     checkpoint_env_steps, checkpoint_minutes = parse_interval(checkpoint_interval)
     check_environment(env)
     plan = TrainingPlan(
+        algo=algo,
         env=env,
         preset=preset,
         seed=seed,
@@ -180,14 +173,14 @@ def parse_interval(text: str | None) -> tuple[int | None, float | None]:
     return (None, float(number)) if unit else (int(number), None)
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+def parse_settings(settings: Sequence[str], kind: type[Options]) -> dict[str, Any]:
     """`["k_behavior=8", "hidden=256,256"]` as a dict of checked types."""
     values: dict[str, Any] = {}
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator:
             raise ValueError(f"--set {setting!r} is not of the form key=value.")
-        values[name.strip()] = parse_option(name.strip(), text)
+        values[name.strip()] = parse_option(name.strip(), text, kind)
     return values
 
 

@@ -80,13 +80,13 @@ class RunDirectory:
         cls,
         path: Path | str,
         command: Sequence[str],
-        check: Callable[[Path], None] | None = None,
+        check: Callable[[Mapping[str, Any], Path], None] | None = None,
     ) -> "RunDirectory":
         """The run in `path`, to be resumed; repairs what a crash left half done.
 
         Args:
-            check: is called with the directory of `checkpoints/last` before anything is changed,
-                and raises `ValueError` unless a run can go on from it.
+            check: is called with the configuration and the directory of `checkpoints/last` before
+                anything is changed, and raises `ValueError` unless a run can go on from it.
 
         Raises:
             ValueError: `path` holds no run, or a run without a whole `checkpoints/last`.
@@ -107,7 +107,7 @@ class RunDirectory:
             ) from None
         last_checkpoint = run.checkpoint("last")
         if check is not None:
-            check(last_checkpoint)
+            check(run.config, last_checkpoint)
         whole_bytes = _read_metrics(run._metrics)[1]
         if run._metrics.exists():
             os.truncate(run._metrics, whole_bytes)

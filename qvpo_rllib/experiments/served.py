@@ -30,6 +30,12 @@ from qvpo_rllib.staging import whole
 
 PACKAGES = ("qvpo_rllib", "torch", "ray", "numpy", "safetensors")
 VERSION_DIGITS = 12  # of the parameters' SHA-256
+EXPORTED = "QVPO"  # the one algorithm whose policies become bundles
+
+
+def algorithm_of(directory: Path) -> str:
+    """Whose checkpoint it is; those of older versions are QVPO's. `ValueError` if it is none."""
+    return str(read_metadata(whole(directory), POLICY_FORMATS).get("algorithm", EXPORTED))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -70,6 +76,11 @@ def read_checkpoint(
     """
     files = whole(directory)
     metadata = read_metadata(files, POLICY_FORMATS)
+    if algorithm_of(directory) != EXPORTED:
+        raise ValueError(
+            f"{str(directory)!r} is a checkpoint of {metadata['algorithm']}: bundles are made of "
+            f"{EXPORTED}'s policies alone. `qvpo evaluate` and `qvpo record` play it."
+        )
     check_files(files, metadata, under=POLICIES_DIRECTORY)
     policy = Policy.from_checkpoint(str(files / POLICIES_DIRECTORY / "default_policy"))
     assert isinstance(policy, QVPOTorchPolicy)

@@ -1,32 +1,22 @@
 """Shrinking any experiment to minutes on two cores, with the same shape."""
 
 import dataclasses
-from typing import Any
 
-from qvpo_rllib.experiments.spec import Confirmation, ExperimentSpec
+from qvpo_rllib.experiments.algorithms import entry_of
+from qvpo_rllib.experiments.spec import Confirmation, ExperimentSpec, Setting
 
 STEPS, INTERVAL = 480, 160
-TRAINING: dict[str, Any] = {
-    "hidden": [32, 32],
-    "diffusion_steps": 3,
-    "num_policy_samples": 4,
-    "num_uniform_samples": 2,
-    "k_eval": 4,
-    "batch_size": 16,
-    "warmup_steps": 160,
-    "replay_capacity": 2000,
-}
 MAX_SEEDS, MAX_SETTINGS, MAX_SAMPLES = 2, 2, 3
 
 
 def shrink(spec: ExperimentSpec) -> ExperimentSpec:
-    """Tiny networks and few env steps, two seeds, two settings; swept options keep their values.
+    """Tiny networks and few env steps, two seeds (of several algorithms one), two settings; swept
+    options keep their values.
 
     Its name gets "-smoke", so that it never mixes with the real experiment. It says whether the
     whole path works, nothing about returns.
     """
-    training = {**spec.training, **TRAINING}
-    training = {name: value for name, value in training.items() if name not in spec.swept}
+    per_algorithm = {name: _tiny(spec, name) for name in spec.algorithms}
     search = dataclasses.replace(
         spec.search,
         num_samples=min(spec.search.num_samples, MAX_SAMPLES) if spec.search.num_samples else None,
@@ -37,9 +27,10 @@ def shrink(spec: ExperimentSpec) -> ExperimentSpec:
     return dataclasses.replace(
         spec,
         name=f"{spec.name}-smoke",
-        seeds=spec.seeds[:MAX_SEEDS],
+        seeds=spec.seeds[: MAX_SEEDS if len(spec.algorithms) == 1 else 1],
         settings=_spread(spec.settings),
-        training=training,
+        training={},
+        per_algorithm=per_algorithm,
         search=search,
         confirm=confirm,
         env_steps=STEPS,
@@ -53,6 +44,11 @@ def shrink(spec: ExperimentSpec) -> ExperimentSpec:
     )
 
 
-def _spread(settings: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+def _tiny(spec: ExperimentSpec, algorithm: str) -> Setting:
+    tiny = {**spec.training_of(algorithm), **entry_of(algorithm).smoke}
+    return {name: value for name, value in tiny.items() if name not in spec.swept}
+
+
+def _spread(settings: tuple[Setting, ...]) -> tuple[Setting, ...]:
     """The first and the last."""
     return settings if len(settings) <= MAX_SETTINGS else (settings[0], settings[-1])

@@ -5,13 +5,18 @@ is checked here, before anything starts.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.experiments.algorithms import ALGORITHMS, AlgorithmEntry
-from qvpo_rllib.experiments.plan import RUN_DEFAULTS, check_environment
+from qvpo_rllib.experiments.algorithms import (
+    ALGORITHMS,
+    RUN_DEFAULTS,
+    AlgorithmEntry,
+    entry_of,
+)
+from qvpo_rllib.experiments.plan import check_environment
 from qvpo_rllib.experiments.search_space import Distribution, parse_space
 from qvpo_rllib.experiments.spec_reader import Section, SpecError
 from qvpo_rllib.experiments.yaml_file import read_yaml
@@ -63,7 +68,8 @@ class ExperimentSpec:
     seeds: tuple[int, ...]
     env_steps: int
     preset: str
-    training: Setting
+    training: Setting  # options of every algorithm
+    per_algorithm: dict[str, Setting]  # and of one
     settings: tuple[Setting, ...]
     space: dict[str, Distribution]
     search: Search
@@ -89,6 +95,14 @@ class ExperimentSpec:
     def load(cls, path: Path | str) -> "ExperimentSpec":
         """The experiment in a YAML file. Raises `ValueError` with file, line and key."""
         return read_yaml(Path(path), cls.from_dict)
+
+    def training_of(self, algorithm: str) -> Setting:
+        """The options of an algorithm's every trial, beside its preset."""
+        return {**self.training, **self.per_algorithm.get(algorithm, {})}
+
+    def base_of(self, algorithm: str) -> Setting:
+        """The same with the preset. Raises `ValueError` if the algorithm has no such preset."""
+        return {**entry_of(algorithm).preset(self.preset), **self.training_of(algorithm)}
 
     @property
     def swept(self) -> tuple[str, ...]:
@@ -117,7 +131,7 @@ def _read(root: Section) -> ExperimentSpec:
         if algorithm not in ALGORITHMS:
             root.refuse("algorithm", algorithm, f"it must be one of {', '.join(ALGORITHMS)}")
     preset = root.text("preset", "default", allowed=RUN_DEFAULTS)
-    defaults = RUN_DEFAULTS[preset]
+    defaults = entry_of(algorithms[0]).runs[preset]
     tasks = root.items("task", defaults.env)
     for task in tasks:
         try:
@@ -127,6 +141,7 @@ def _read(root: Section) -> ExperimentSpec:
     seeds = _seeds(root, "seeds")
     env_steps = root.integer("env_steps", defaults.env_steps, least=1)
     training = root.section("training").take_all()
+    per_algorithm = _per_algorithm(root.section("per_algorithm"), algorithms)
     sweep = root.section("sweep")
     settings = _settings(sweep)
     space = parse_space(sweep.section("space"))
@@ -167,6 +182,7 @@ def _read(root: Section) -> ExperimentSpec:
         env_steps=env_steps,
         preset=preset,
         training=training,
+        per_algorithm=per_algorithm,
         settings=settings,
         space=space,
         search=search,
@@ -195,6 +211,13 @@ def _seeds(section: Section, name: str) -> tuple[int, ...]:
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             section.refuse(name, seed, "seeds are integers of 0 or more, such as [0, 1, 2, 3, 4]")
     return tuple(seeds)
+
+
+def _per_algorithm(section: Section, algorithms: Sequence[str]) -> dict[str, Setting]:
+    """`per_algorithm: {ppo: {lr: 1e-3}}`"""
+    found = {name: section.section(name).take_all() for name in algorithms}
+    section.finish()
+    return {name: options for name, options in found.items() if options}
 
 
 def _settings(sweep: Section) -> tuple[Setting, ...]:
@@ -316,16 +339,18 @@ def _check_search(spec: ExperimentSpec) -> None:
 
 def _check_options(spec: ExperimentSpec) -> None:
     """Every algorithm must know every option and allow every value it could get."""
-    for name in spec.training:
-        if name in spec.swept:
-            raise SpecError(("training", name), "it is in the sweep too; keep one of them.")
     for algorithm in spec.algorithms:
-        entry = ALGORITHMS[algorithm]
-        if spec.preset not in entry.presets:
-            raise SpecError(("preset",), f"{entry.label} has no preset {spec.preset!r}.")
-        preset = entry.presets[spec.preset]
-        _check(entry, {**preset, **spec.training}, ("training",))
-        base = {**preset, **spec.training}
+        for name in spec.training_of(algorithm):
+            if name in spec.swept:
+                raise SpecError(("training", name), "it is in the sweep too; keep one of them.")
+        entry = entry_of(algorithm)
+        try:
+            base = spec.base_of(algorithm)
+        except ValueError as error:
+            raise SpecError(("preset",), str(error)) from error
+        own = spec.per_algorithm.get(algorithm, {})
+        _check(entry, {n: v for n, v in base.items() if n not in own}, ("training",))
+        _check(entry, base, ("per_algorithm", algorithm))
         for setting in spec.settings:
             _check(entry, {**base, **setting}, ("sweep", "grid"))
         for name, distribution in spec.space.items():

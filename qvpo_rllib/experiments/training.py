@@ -5,21 +5,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qvpo_rllib.algorithm import QVPO
-from qvpo_rllib.checkpoint import REPLAY_DIRECTORY, drop_replay
 from qvpo_rllib.experiments.checkpoint_clock import CheckpointClock
 from qvpo_rllib.experiments.plan import TrainingPlan
 from qvpo_rllib.experiments.plots import plot_learning_curve
 from qvpo_rllib.experiments.run_directory import RunDirectory
 from qvpo_rllib.experiments.status import TrainingStatus
+from qvpo_rllib.experiments.trainee import Trainee
 
 RETURN = "evaluation/return_mean"
-LEARNER_STATS = ("info", "learner", "default_policy", "learner_stats")
 
 
 class TrainingRun:
@@ -34,36 +31,39 @@ class TrainingRun:
     def __init__(self, plan: TrainingPlan, directory: RunDirectory, *, resume: bool) -> None:
         self.plan = plan
         self.directory = directory
-        self.algorithm: QVPO = plan.build_config().build_algo()
+        self.algorithm: Any = plan.build_config().build_algo()
+        self.trainee: Trainee = plan.algorithm.trainee(self.algorithm)
         self.best = float("-inf")
         self.last: float | None = None
         self._time_before_s = 0.0
         self._evaluating = False
         if resume:
-            self.algorithm.restore(str(directory.checkpoint("last")))
+            self.trainee.restore(directory.checkpoint("last"))
             directory.truncate_after(self.env_steps)
             self._read_history()
             directory.change_config(plan.to_dict())
-        self.status = TrainingStatus(plan.env_steps, title=f"{plan.env} {plan.preset}")
+        self.status = TrainingStatus(
+            plan.env_steps, title=f"{plan.algorithm.label} {plan.env} {plan.preset}"
+        )
         self._saved_at = self.env_steps if resume else -1
         self._clock = CheckpointClock(plan.checkpoint_env_steps, plan.checkpoint_minutes)
         self._clock.saved(self.env_steps, time.monotonic())
 
     @property
     def env_steps(self) -> int:
-        return self.algorithm.ledger.ingested
+        return self.trainee.env_steps
 
     def run(self) -> None:
         """Raises `KeyboardInterrupt` after Ctrl-C or SIGTERM, with everything saved."""
         next_evaluation = self._next_evaluation()
         iteration_steps = self.plan.iteration_steps()
-        with _interrupts(self.algorithm, lambda: self._evaluating), self._showing_status():
+        with _interrupts(self.trainee, lambda: self._evaluating), self._showing_status():
             try:
                 if self._evaluation_was_interrupted():
                     self._record_evaluation(
                         {
                             "env_steps": self.env_steps,
-                            "updates": self.algorithm.ledger.done,
+                            "updates": self.trainee.updates,
                             "time_total_s": self._time_before_s,
                         }
                     )
@@ -115,32 +115,19 @@ class TrainingRun:
 
     def _train(self) -> dict[str, Any]:
         result = self.algorithm.train()
-        stats = result
-        for key in LEARNER_STATS:
-            stats = stats[key]
+        stats = self.trainee.learner_metrics(result)
         episode_return = result["env_runners"].get("episode_return_mean")
         episode_length = result["env_runners"].get("episode_len_mean")
-        losses = {n: stats[n] for n in ("critic_loss", "actor_loss") if n in stats}
-        self.status.update(self.env_steps, self.algorithm.ledger.done, episode_return, losses)
+        losses = {n: stats[n] for n in self.plan.algorithm.losses if n in stats}
+        self.status.update(self.env_steps, self.trainee.updates, episode_return, losses)
         return {
             "env_steps": self.env_steps,
-            "updates": self.algorithm.ledger.done,
+            "updates": self.trainee.updates,
             "time_total_s": self._time_before_s + result["time_total_s"],
             "episode_return_mean": _number(episode_return),
             "episode_length_mean": _number(episode_length),
             **{f"learner/{name}": value for name, value in stats.items()},
-            **self._of_workers(result),
-        }
-
-    def _of_workers(self, result: dict[str, Any]) -> dict[str, float]:
-        """How far remote workers were behind, and what went wrong with them."""
-        if self.plan.num_env_runners == 0:
-            return {}
-        ledger = result["ledger"]
-        return {
-            "sampling/staleness_mean": ledger["staleness_mean"],
-            "sampling/staleness_max": ledger["staleness_max"],
-            **{f"faults/{name}": float(count) for name, count in result["faults"].items()},
+            **(self.trainee.worker_metrics(result) if self.plan.num_env_runners else {}),
         }
 
     def _record_evaluation(self, row: dict[str, Any]) -> None:
@@ -184,18 +171,14 @@ class TrainingRun:
             self._time_before_s = float(rows[-1]["time_total_s"])
 
     def _save(self, *, is_best: bool) -> None:
-        self.algorithm.settle()  # first, since it adds env steps
+        self.trainee.settle()  # first, since it adds env steps
         if self.env_steps == self._saved_at and not is_best:
             return
-
-        def write(path: Path) -> None:
-            self.algorithm.save_checkpoint(str(path))
-
-        # Only the last ones are trained on, so `best` needs no replay.
+        # Only the last ones are trained on, so `best` can do without what only training needs.
         saved = self.directory.commit_checkpoint(
-            self.env_steps, write, best=is_best, prune=drop_replay
+            self.env_steps, self.trainee.save, best=is_best, prune=self.trainee.prune
         )
-        self.algorithm.replay_files.moved_to(saved / REPLAY_DIRECTORY)
+        self.trainee.saved_in(saved)
         self._saved_at = self.env_steps
         self._clock.saved(self.env_steps, time.monotonic())
 
@@ -204,12 +187,12 @@ class TrainingRun:
         plot_learning_curve(
             self.directory.rows(),
             self.directory.path / "learning_curve.png",
-            title=f"QVPO on {self.plan.env} ({self.plan.preset}, seed {self.plan.seed})",
+            title=self.plan.title,
         )
 
 
 @contextlib.contextmanager
-def _interrupts(algorithm: QVPO, at_once: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def _interrupts(trainee: Trainee, at_once: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Ctrl-C and SIGTERM end training between two training steps, with everything saved.
 
     Where `at_once()` is true nothing is being changed: there they end it on the spot.
@@ -218,10 +201,10 @@ def _interrupts(algorithm: QVPO, at_once: Callable[[], bool] = lambda: False) ->
     """
 
     def handle(signum: int, frame: Any) -> None:
-        if algorithm.stop_requested:
+        if trainee.stop_requested:
             print("Stopped at once: checkpoints/last is as it was.", file=sys.stderr)
             raise SystemExit(130)
-        algorithm.stop_requested = True
+        trainee.request_stop()
         if at_once():
             raise KeyboardInterrupt
 

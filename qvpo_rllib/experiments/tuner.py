@@ -12,7 +12,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from qvpo_rllib.experiments.algorithms import ALGORITHMS
+from qvpo_rllib.experiments.algorithms import entry_of
 from qvpo_rllib.experiments.score_callback import SCORE, ScoreCallback
 from qvpo_rllib.experiments.spec import ExperimentSpec, Setting
 
@@ -50,7 +50,7 @@ def build_tuner(
     space = fixed_config(spec, algorithm)
     search, num_samples, scheduler = _search(spec, algorithm, space)
     return tune.Tuner(
-        ALGORITHMS[algorithm].load(),
+        entry_of(algorithm).load(),
         param_space=space,
         tune_config=tune.TuneConfig(
             search_alg=search,
@@ -74,10 +74,9 @@ def build_tuner(
 
 def fixed_config(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
     """What all trials share, by RLlib's names."""
-    entry = ALGORITHMS[algorithm]
-    options = entry.options({**entry.presets[spec.preset], **spec.training})
-    if options.get("entropy_weight_end") is not None and "entropy_decay_steps" not in spec.training:
-        options["entropy_decay_steps"] = spec.env_steps  # as `qvpo train`: over the whole run
+    entry = entry_of(algorithm)
+    options = entry.options(spec.base_of(algorithm))
+    options = entry.for_run(options, spec.env_steps, spec.training_of(algorithm))
     return {
         **options,
         "env": spec.tasks[0],
@@ -114,8 +113,8 @@ def planned_trials(spec: ExperimentSpec, algorithm: str) -> list[Setting] | None
             {"env": spec.tasks[0], "seed": seed, **setting}
             for seed, setting in zip(spec.seeds, settings, strict=True)
         ]
-    entry = ALGORITHMS[algorithm]
-    base = {**entry.presets[spec.preset], **spec.training}
+    entry = entry_of(algorithm)
+    base = spec.base_of(algorithm)
     return [
         {"env": task, "seed": seed, **_typed(entry.options({**base, **setting}), setting)}
         for seed in spec.seeds

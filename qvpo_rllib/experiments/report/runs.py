@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.core.hyperparameters import Hyperparameters
+from qvpo_rllib.experiments.algorithms import entry_of
 from qvpo_rllib.experiments.run_directory import RunDirectory
 from qvpo_rllib.experiments.trial_results import FAILED, FINISHED, STOPPED, read_rows, read_trials
 
@@ -19,7 +20,7 @@ POPULATION = "population"
 RETURN = "evaluation/return_mean"
 SYMBOLS = {f.name: f.metadata["symbol"] for f in dataclasses.fields(Hyperparameters)}
 # A train run's options that say nothing about its setting.
-NOT_A_SETTING = ("entropy_decay_steps",)
+NOT_A_SETTING = ("entropy_decay_steps", "lr_decay_steps")
 
 
 @dataclass(frozen=True)
@@ -148,27 +149,31 @@ def _trial_status(entry: Mapping[str, Any]) -> str:
 
 def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
     """Their setting is the preset and whatever options differ under it on the same task."""
-    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    alike: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for _, config in trained:
-        options = config["hyperparameters"]
-        alike.setdefault((config["preset"], config["env"]), []).append(options)
+        key = (_algorithm(config), config["preset"], config["env"])
+        alike.setdefault(key, []).append(config["hyperparameters"])
     names = [
         name
         for name in dict.fromkeys(n for _, config in trained for n in config["hyperparameters"])
         if name not in NOT_A_SETTING
         and any(o.get(name) != group[0].get(name) for group in alike.values() for o in group)
     ]
+    several = len({_algorithm(config) for _, config in trained}) > 1
     runs = []
     for path, config in trained:
+        label = entry_of(_algorithm(config)).label
         rows = [row for row in _recorded(path, config) if row.get(RETURN) is not None]
         done = bool(rows) and int(rows[-1]["env_steps"]) >= config["env_steps"]
-        setting = {"preset": config["preset"]}
-        setting |= {name: _hashable(config["hyperparameters"].get(name)) for name in names}
+        setting = {"algorithm": label} if several else {}
+        setting |= {"preset": config["preset"]}
+        options = config["hyperparameters"]
+        setting |= {name: _hashable(options[name]) for name in names if name in options}
         runs.append(
             Run(
                 experiment="train",
                 stage="train",
-                algorithm="QVPO",
+                algorithm=label,
                 task=config["env"],
                 setting=setting,
                 seed=config["seed"],
@@ -179,6 +184,10 @@ def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
             )
         )
     return runs
+
+
+def _algorithm(config: Mapping[str, Any]) -> str:
+    return str(config.get("algo", "qvpo"))  # runs of older versions do not say
 
 
 def _metrics_of(path: Path) -> bool:
