@@ -1,7 +1,5 @@
 """`QVPO`: the RLlib algorithm."""
 
-from typing import Any
-
 from ray.tune.registry import register_trainable
 
 from qvpo_rllib.config import QVPOConfig
@@ -16,13 +14,8 @@ class QVPO(OffPolicyAlgorithm):
     are under `info/learner/default_policy/learner_stats`, the update ledger under `ledger`.
     """
 
-    @classmethod
-    def get_default_config(cls) -> QVPOConfig:
-        return QVPOConfig()
-
-    @classmethod
-    def get_default_policy_class(cls, config: Any) -> type[QVPOTorchPolicy]:
-        return QVPOTorchPolicy
+    config_class = QVPOConfig
+    policy_class = QVPOTorchPolicy
 
 
 register_trainable("QVPO", QVPO)

@@ -46,7 +46,7 @@ def _row(task: Task, hp: Hyperparameters, device: torch.device, repeats: int) ->
     networks = Networks(task.obs_dim, task.act_dim, hp).to(device)
     straightforward = Straightforward(networks, hp)
     learner = Learner(networks, hp, seed=0, device=device)
-    replay = _filled_replay(task, device)
+    replay = filled_replay(task, device)
 
     def straightforward_update() -> object:
         batches = replay.sample(hp.batch_size), replay.sample(hp.batch_size)
@@ -81,9 +81,18 @@ def _row(task: Task, hp: Hyperparameters, device: torch.device, repeats: int) ->
     }
 
 
-def _filled_replay(task: Task, device: torch.device) -> ReplayBuffer:
+def filled_replay(
+    task: Task, device: torch.device, *, improves_actions: bool = False
+) -> ReplayBuffer:
     """Random transitions of the task's size."""
-    replay = ReplayBuffer(REPLAY_SIZE, task.obs_dim, task.act_dim, seed=0, device=device)
+    replay = ReplayBuffer(
+        REPLAY_SIZE,
+        task.obs_dim,
+        task.act_dim,
+        seed=0,
+        device=device,
+        improves_actions=improves_actions,
+    )
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:

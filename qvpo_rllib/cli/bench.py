@@ -70,6 +70,15 @@ RUNTIME_COLUMNS = {
     "staleness_max": "staleness",
     "limit": "limit",
 }
+RIVAL_COLUMNS = {
+    "setting": "setting",
+    "task": "task",
+    "algorithm": "algorithm",
+    "update_ms": "ms per update",
+    "updates_per_s": "updates/s",
+    "explore_ms": "ms per action, training",
+    "evaluate_ms": "ms per action, evaluation",
+}
 
 
 def add(commands: Any) -> None:
@@ -109,6 +118,8 @@ def add(commands: Any) -> None:
     serve.add(parts)
     _add_rollout(parts)
     _add_runtime(parts)
+    rivals = _part(parts, "rivals", "an update and an action of each off-policy algorithm", _rivals)
+    _add_setting(rivals)
 
 
 def _add_rollout(parts: Any) -> None:
@@ -179,7 +190,7 @@ def _part(parts: Any, name: str, meaning: str, run: Any) -> argparse.ArgumentPar
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_setting(parser: argparse.ArgumentParser) -> None:
     from qvpo_rllib.bench.sizes import SETTINGS
 
     parser.add_argument(
@@ -189,6 +200,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         choices=list(SETTINGS),
         help="the paper's sizes, or the light preset's (default: both)",
     )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    _add_setting(parser)
     parser.add_argument(
         "--engine",
         nargs="+",
@@ -279,6 +294,16 @@ def _runtime(options: argparse.Namespace) -> int:
         return _show(rows, RUNTIME_COLUMNS, options, torch.device("cpu"))
     finally:
         ray.shutdown()
+
+
+def _rivals(options: argparse.Namespace) -> int:
+    from qvpo_rllib.bench import rivals
+
+    device = _prepare(options, threads=1)
+    if device.type != "cpu":
+        raise ValueError(f"--device {options.device} is not supported here: use cpu.")
+    rows = rivals.run(tasks=options.task, settings=options.setting, repeats=options.repeats)
+    return _show(rows, RIVAL_COLUMNS, options, device)
 
 
 def _snapshot(options: argparse.Namespace) -> int:

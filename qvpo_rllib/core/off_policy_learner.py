@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from qvpo_rllib.core.engine import CudaGraphs, kernels_of, resolve_engine
 from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
-from qvpo_rllib.core.replay import ReplayBuffer
+from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.seeding import restore_generator
 
 
@@ -31,8 +31,8 @@ class ActorCritic(nn.Module):
 class OffPolicyLearner:
     """Actor, critics, targets and optimisers on one device, and updates of them all.
 
-    A subclass does one update on batches of a replay (`update_from`); `train` calls it, and keeps
-    its metrics until they are asked for.
+    A subclass says what one update is (`step` and the noise it takes, or all of `update_from`);
+    `train` does many and keeps their metrics until they are asked for.
 
     Args:
         networks: built for the same hyperparameters; moved to `device`.
@@ -72,9 +72,30 @@ class OffPolicyLearner:
     def _adam(module: nn.Module) -> torch.optim.Adam:
         return torch.optim.Adam(module.parameters(), fused=True)
 
-    def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
-        """One update on batches drawn from `replay`; detached scalars on the device."""
+    def draw_update_noise(self, batch_size: int) -> Any:
+        """Every random number of one update, from the learner's generator."""
         raise NotImplementedError
+
+    def step(self, batch: Transitions, noise: Any) -> dict[str, Tensor]:
+        """One update on one batch. Returns detached scalars on the device, always the same ones."""
+        raise NotImplementedError
+
+    def update(self, batch: Transitions, /, *, noise: Any = None) -> dict[str, Tensor]:
+        """One update on a batch of the caller's; see `step`.
+
+        Args:
+            noise: drawn from the learner's generator if None.
+        """
+        if noise is None:
+            noise = self.draw_update_noise(batch.reward.shape[0])
+        metrics = self.step(batch, noise)
+        self.num_updates += 1
+        return metrics
+
+    def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
+        """One update on what it draws from `replay`; the caller counts it."""
+        batch = replay.sample(self.hp.batch_size)
+        return self.step(batch, self.draw_update_noise(self.hp.batch_size))
 
     def configure(self, hp: OffPolicyHyperparameters) -> None:
         """Takes new hyperparameters into effect; networks and engine must stay as they are."""

@@ -10,7 +10,8 @@ MAX_SEEDS, MAX_SETTINGS, MAX_SAMPLES = 2, 2, 3
 
 
 def shrink(spec: ExperimentSpec) -> ExperimentSpec:
-    """Tiny networks and few env steps, two seeds, two settings; swept options keep their values.
+    """Tiny networks and few env steps, two seeds (of several algorithms one), two settings; swept
+    options keep their values.
 
     Its name gets "-smoke", so that it never mixes with the real experiment. It says whether the
     whole path works, nothing about returns.
@@ -26,7 +27,7 @@ def shrink(spec: ExperimentSpec) -> ExperimentSpec:
     return dataclasses.replace(
         spec,
         name=f"{spec.name}-smoke",
-        seeds=spec.seeds[:MAX_SEEDS],
+        seeds=spec.seeds[: MAX_SEEDS if len(spec.algorithms) == 1 else 1],
         settings=_spread(spec.settings),
         training={},
         per_algorithm=per_algorithm,

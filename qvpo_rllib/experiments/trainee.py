@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qvpo_rllib import checkpoint
 from qvpo_rllib.run_state import RunState
 from qvpo_rllib.staging import whole
@@ -65,7 +63,7 @@ class Trainee:
         stats: Any = result
         for key in LEARNER_STATS:
             stats = stats.get(key, {})
-        return {name: float(np.mean(value)) for name, value in stats.items() if np.size(value) == 1}
+        return {name: float(value) for name, value in stats.items()}
 
     def worker_metrics(self, result: dict[str, Any]) -> dict[str, float]:
         """How far remote workers were behind, and what went wrong with them."""

@@ -35,6 +35,7 @@ from qvpo_rllib.core.ledger import UpdateLedger
 from qvpo_rllib.core.replay import ReplayBuffer, replay_bytes
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.memory import available_bytes
+from qvpo_rllib.off_policy.config import OffPolicyConfig
 from qvpo_rllib.off_policy.policy import OffPolicyTorchPolicy, to_transitions
 from qvpo_rllib.replay_files import ReplayFiles
 from qvpo_rllib.run_state import RunState
@@ -55,8 +56,18 @@ class OffPolicyAlgorithm(Algorithm):  # type: ignore[misc]
         improves_actions: whether its learner writes better actions into the replay.
     """
 
+    config_class: ClassVar[type[OffPolicyConfig]]
+    policy_class: ClassVar[type[OffPolicyTorchPolicy]]
     improves_actions: ClassVar[bool] = False
     config: Any
+
+    @classmethod
+    def get_default_config(cls) -> OffPolicyConfig:
+        return cls.config_class()
+
+    @classmethod
+    def get_default_policy_class(cls, config: Any) -> type[OffPolicyTorchPolicy]:
+        return cls.policy_class
 
     @classmethod
     def from_checkpoint(cls, path: Any, *args: Any, **kwargs: Any) -> Self:

@@ -49,7 +49,7 @@ class OffPolicyConfig(AlgorithmConfig):  # type: ignore[misc]
         training = _with_options(cls.training, cls.hyperparameters_class)
         cls.training = training  # type: ignore[method-assign]
 
-    def __init__(self, algo_class: type) -> None:
+    def __init__(self, algo_class: type | None = None) -> None:
         from qvpo_rllib.worker import QVPORolloutWorker
 
         super().__init__(algo_class=algo_class)

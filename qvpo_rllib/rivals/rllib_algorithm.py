@@ -2,6 +2,8 @@
 
 import functools
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.evaluation.metrics import RolloutMetrics, summarize_episodes
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED
+from ray.rllib.utils.metrics.learner_info import LEARNER_STATS_KEY
 
 from qvpo_rllib import __version__, checkpoint
 from qvpo_rllib.core.errors import NonFiniteError
@@ -70,14 +73,22 @@ class RllibAlgorithm(Algorithm):  # type: ignore[misc]
         if self.stop_requested:
             raise KeyboardInterrupt
         results: dict[str, Any] = super().training_step()
-        for stats in results.values():
-            self._check_losses(stats["learner_stats"])
+        for result in results.values():
+            stats = result[LEARNER_STATS_KEY]
+            # Some are arrays of one number, and a few are arrays of many, which no table has.
+            result[LEARNER_STATS_KEY] = {n: v.item() for n, v in _single_numbers(stats)}
+            self._check_losses(result[LEARNER_STATS_KEY])
         return results
 
-    def _check_losses(self, stats: dict[str, Any]) -> None:
+    def _compile_iteration_results_old_api_stack(self, **parts: Any) -> dict[str, Any]:
+        results: dict[str, Any] = super()._compile_iteration_results_old_api_stack(**parts)
+        results["ledger"] = {"ingested": self.env_steps, "done": self.updates}
+        return results
+
+    def _check_losses(self, stats: dict[str, float]) -> None:
         for name, value in stats.items():
             # Other numbers may be infinite on purpose, such as an unused bound.
-            if "loss" in name and not np.isfinite(value).all():
+            if "loss" in name and not math.isfinite(value):
                 raise NonFiniteError(
                     f"{self.config.env}: {name} became {value} at env step {self.env_steps} "
                     f"(update {self.updates}). Training stops here; the last checkpoint is "
@@ -151,6 +162,11 @@ class RllibAlgorithm(Algorithm):  # type: ignore[misc]
         self._episode_history = state["episodes"]
         restart = functools.partial(_restart_streams, env_steps=self.env_steps)
         self.env_runner_group.foreach_env_runner(restart)
+
+
+def _single_numbers(stats: dict[str, Any]) -> Iterator[tuple[str, NDArray[Any]]]:
+    arrays = ((name, np.asarray(value)) for name, value in stats.items())
+    return ((name, array) for name, array in arrays if array.size == 1)
 
 
 def _restart_streams(worker: Any, env_steps: int) -> None:

@@ -27,6 +27,8 @@ class RllibConfig(AlgorithmConfig):  # type: ignore[misc]
         super().__init__(algo_class=algo_class)
         for option in dataclasses.fields(self.hyperparameters_class):
             setattr(self, option.name, option.default)
+        # Whether checkpoints hold the replay of an algorithm that has one.
+        self.replay_in_checkpoints = True
         # As for QVPO: the old API stack, with whose workers the rest of this package lives.
         self.enable_rl_module_and_learner = False
         self.enable_env_runner_and_connector_v2 = False

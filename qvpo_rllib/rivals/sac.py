@@ -121,14 +121,13 @@ class SACPolicy(ChoosingPolicy, SACTorchPolicy):  # type: ignore[misc]
 
 
 class RivalSACConfig(RllibConfig, rllib.SACConfig):  # type: ignore[misc]
-    """`training(...)` takes every field of `SACHyperparameters`, and `replay_in_checkpoints`."""
+    """`training(...)` takes every field of `SACHyperparameters`."""
 
     hyperparameters_class: ClassVar[type[Options]] = SACHyperparameters
     algorithm_name = "SAC"
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class or RivalSAC)
-        self.replay_in_checkpoints = True
 
     def apply(self, hp: SACHyperparameters) -> None:
         networks: dict[str, Any] = {
