@@ -102,10 +102,10 @@ class RllibAlgorithm(Algorithm):  # type: ignore[misc]
                 "evaluate() needs environments of its own, lest it disturb those in training: set "
                 "config.evaluation(evaluation_interval=…)."
             )
-        envs = env_runner.async_env.get_sub_environments()
+        envs, policy = env_runner.async_env.get_sub_environments(), env_runner.get_policy()
         played = run_episodes(
             envs,
-            functools.partial(env_runner.get_policy().choose, explore=False),
+            lambda obs: (policy.choose(obs, explore=False), None),
             action_scale(envs[0].action_space),
             episode_seeds(self.config.seed, self.env_steps, self.config.evaluation_duration),
             str(self.config.env),
