@@ -1,4 +1,4 @@
-"""PPO, SPO and SAC, on RLlib's own: their formulas, their options, and that they train, stop and go on."""
+"""PPO, SPO and SAC on RLlib: their formulas, their options, and that they train, stop, go on."""
 
 import re
 from collections.abc import Callable
