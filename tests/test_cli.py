@@ -25,9 +25,9 @@ from qvpo_rllib.experiments.training import RETURN
 from qvpo_rllib.replay_files import Segment, read_segments
 
 TRAIN_OPTIONS = [
-    "--env", "--preset", "--seed", "--env-steps", "--num-env-runners", "--num-envs-per-env-runner",
-    "--num-gpus", "--run-dir", "--resume", "--eval-interval", "--checkpoint-interval",
-    "--keep-checkpoints", "--set", "--or-resume", "--address",
+    "--algo", "--env", "--preset", "--seed", "--env-steps", "--num-env-runners",
+    "--num-envs-per-env-runner", "--num-gpus", "--run-dir", "--resume", "--eval-interval",
+    "--checkpoint-interval", "--keep-checkpoints", "--set", "--or-resume", "--address",
 ]  # fmt: skip
 EVALUATE_OPTIONS = ["--episodes", "--k", "--seed", "--json", "--server", "--model", "--env"]
 EXPORT_OPTIONS = ["--name", "--version", "--onnx"]

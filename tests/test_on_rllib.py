@@ -1,4 +1,4 @@
-"""PPO, SPO and SAC on RLlib: their formulas, their options, and that they train, stop, go on."""
+"""PPO, SPO and SAC on RLlib's own: formulas, options, training, stops, checkpoints."""
 
 import re
 from collections.abc import Callable

@@ -90,7 +90,7 @@ def test_the_episode_is_the_one_that_evaluate_plays(checkpoint, tmp_path, capsys
     assert cli.main(["record", *arguments, "--out", str(tmp_path / "one.mp4")]) == 0
     printed = capsys.readouterr().out
     assert f"return {evaluated[0]}   length {evaluated[1]}" in printed
-    assert "best of K = 2, seed 5" in printed
+    assert "best of K = 2 actions, seed 5" in printed
 
 
 def test_without_a_renderer_the_packages_are_named(checkpoint, tmp_path):

@@ -156,6 +156,8 @@ def _load(home: str) -> Any:
 OFF_POLICY = "qvpo_rllib.experiments.trainee:OffPolicyTrainee"
 RLLIB = "qvpo_rllib.experiments.trainee:Trainee"
 TINY_REPLAY = {"hidden": [32, 32], "batch_size": 16, "warmup_steps": 160, "replay_capacity": 2000}
+# Compiling would take longer than all the rest.
+TINY_OFF_POLICY = {**TINY_REPLAY, "engine": "eager"}
 TINY_ON_POLICY = {"hidden": [32, 32], "train_batch_size": 80, "minibatch_size": 40, "num_epochs": 2}
 
 ALGORITHMS: dict[str, AlgorithmEntry] = {
@@ -168,7 +170,7 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         runs=RUN_DEFAULTS,
         decays=(("entropy_weight_end", "entropy_decay_steps"),),
         smoke={
-            **TINY_REPLAY,
+            **TINY_OFF_POLICY,
             "diffusion_steps": 3,
             "num_policy_samples": 4,
             "num_uniform_samples": 2,
@@ -182,7 +184,7 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         presets_home="qvpo_rllib.rivals.dipo:PRESETS",
         trainee_home=OFF_POLICY,
         runs=RUN_DEFAULTS,
-        smoke={**TINY_REPLAY, "diffusion_steps": 3, "action_steps": 2},
+        smoke={**TINY_OFF_POLICY, "diffusion_steps": 3, "action_steps": 2},
     ),
     "qsm": AlgorithmEntry(
         label="QSM",
@@ -191,7 +193,7 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         presets_home="qvpo_rllib.rivals.qsm:PRESETS",
         trainee_home=OFF_POLICY,
         runs=RUN_DEFAULTS,
-        smoke={**TINY_REPLAY, "diffusion_steps": 3},
+        smoke={**TINY_OFF_POLICY, "diffusion_steps": 3},
     ),
     "td3": AlgorithmEntry(
         label="TD3",
@@ -200,7 +202,7 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         presets_home="qvpo_rllib.rivals.td3:PRESETS",
         trainee_home=OFF_POLICY,
         runs=RUN_DEFAULTS,
-        smoke=TINY_REPLAY,
+        smoke=TINY_OFF_POLICY,
     ),
     "spo": AlgorithmEntry(
         label="SPO",

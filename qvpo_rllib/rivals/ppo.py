@@ -40,6 +40,8 @@ from qvpo_rllib.rivals.rllib_config import RllibConfig
 class PPOHyperparameters(Options):
     """Table 2's values for PPO; what it leaves open is as in the program that the paper names."""
 
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "activation")
+
     hidden: tuple[int, ...] = option((256, 256), "hidden layers of actor and critic", range=WIDTHS)
     activation: str = option("tanh", "activation function", choices=("tanh", "relu"))
     lr: float = option(7e-4, "Adam's learning rate", range=POSITIVE)

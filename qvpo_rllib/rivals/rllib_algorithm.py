@@ -144,7 +144,7 @@ class RllibAlgorithm(Algorithm):  # type: ignore[misc]
             "action_box": [space.low.tolist(), space.high.tolist()],
             "seed": self.config.seed,
             "hyperparameters": self.config.hyperparameters().to_dict(),
-            "fixed_by_checkpoint": ["hidden", "activation"],
+            "fixed_by_checkpoint": list(self.config.hyperparameters_class.fixed_by_checkpoint),
             "ledger": {"ingested": self.env_steps, "done": self.updates},
             "replay": {"segments": None},
         }

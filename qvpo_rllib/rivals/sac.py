@@ -38,6 +38,8 @@ EXPLORATION = "qvpo_rllib.rivals.sac.UniformWarmup"
 class SACHyperparameters(Options):
     """Table 2's values for SAC."""
 
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "activation")
+
     hidden: tuple[int, ...] = option((256, 256), "hidden layers of actor and critics", range=WIDTHS)
     activation: str = option("relu", "activation function", choices=("relu", "tanh"))
     actor_lr: float = option(3e-4, "Adam's learning rate for the actor", range=POSITIVE)
