@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
-from qvpo_rllib.core.hyperparameters import Hyperparameters, option_table
+import pytest
+
+from qvpo_rllib.core.hyperparameters import Hyperparameters, OffPolicyHyperparameters, option_table
+from qvpo_rllib.rivals import dipo, qsm, td3
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -30,3 +33,13 @@ def test_nothing_is_left_to_fill_in_and_every_picture_exists():
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     assert pictures
     assert all((ROOT / picture).is_file() for picture in pictures)
+
+
+@pytest.mark.parametrize(
+    "kind", [td3.TD3Hyperparameters, dipo.DIPOHyperparameters, qsm.QSMHyperparameters]
+)
+def test_the_rivals_options_that_differ_are_listed(kind):
+    shared = option_table(OffPolicyHyperparameters).splitlines()
+    rows = [row for row in option_table(kind).splitlines() if row not in shared]
+    assert len(rows) >= 4
+    assert "\n".join(rows) in README

@@ -18,7 +18,6 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.evaluation.metrics import summarize_episodes
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
 from ray.rllib.utils.metrics import (
     NUM_AGENT_STEPS_SAMPLED,
@@ -36,6 +35,7 @@ from qvpo_rllib.core.replay import ReplayBuffer, replay_bytes
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.memory import available_bytes
 from qvpo_rllib.off_policy.config import OffPolicyConfig
+from qvpo_rllib.off_policy.evaluation import Share, Summary, evaluate_shares, summarize
 from qvpo_rllib.off_policy.policy import OffPolicyTorchPolicy, to_transitions
 from qvpo_rllib.replay_files import ReplayFiles
 from qvpo_rllib.run_state import RunState
@@ -210,45 +210,28 @@ class OffPolicyAlgorithm(Algorithm):  # type: ignore[misc]
         results["replay_size"] = len(self.replay)
         return results
 
-    def _evaluate_on_local_env_runner(self, env_runner: Any) -> tuple[Any, int, int, list[Any]]:
+    def _evaluate_on_local_env_runner(self, env_runner: Any) -> Summary:
         if env_runner is self.env_runner:
             raise ValueError(
                 "evaluate() needs environments of its own, lest it disturb those in training: set "
                 "config.evaluation(evaluation_interval=…), or evaluation_num_env_runners=1."
             )
         seeds, action_seed = self._evaluation_seeds(), self._action_seed(0)
-        return self._summarize_evaluation([env_runner.evaluate_episodes(seeds, action_seed)])
+        return self._summarize([env_runner.evaluate_episodes(seeds, action_seed)])
 
-    def _evaluate_with_fixed_duration(self) -> tuple[Any, int, int, list[Any]]:
+    def _evaluate_with_fixed_duration(self) -> Summary:
         group, seeds = self.eval_env_runner_group, self._evaluation_seeds()
-        workers = group.healthy_worker_ids()
-        # Worker w plays episodes w, w + W, …; each has its own stream of diffusion noise. The share
-        # of a worker that dies goes to another one, which plays the very same episodes.
-        shares = [
-            functools.partial(
-                _evaluate_on,
-                share=i,
-                seeds=seeds[i :: len(workers)],
-                action_seed=self._action_seed(i),
-            )
-            for i in range(len(workers))
-        ]
+        num_workers = len(group.healthy_worker_ids())
+        # Worker w plays episodes w, w + W, …; each has its own stream of noise.
+        shares = [Share(seeds[i::num_workers], self._action_seed(i)) for i in range(num_workers)]
         self._evaluation_is_underway.set()
-        results: dict[int, Any] = {}
-        while workers and len(results) < len(shares):
-            missing = [s for i, s in enumerate(shares) if i not in results][: len(workers)]
-            answers = group.foreach_env_runner(
-                missing,
-                kwargs=[{}] * len(missing),
-                local_env_runner=False,
-                remote_worker_ids=workers[: len(missing)],
-                timeout_seconds=self.config.evaluation_sample_timeout_s,
-            )
-            results |= dict(answers)
-            workers, before = group.healthy_worker_ids(), workers
-            if len(answers) < len(missing) and workers == before:
-                break  # out of time
-        return self._summarize_evaluation([results[i] for i in sorted(results)])
+        return self._summarize(
+            evaluate_shares(group, shares, self.config.evaluation_sample_timeout_s)
+        )
+
+    def _summarize(self, results: list[Any]) -> Summary:
+        keep = self.evaluation_config.keep_per_episode_custom_metrics
+        return summarize(results, self.config, keep_custom_metrics=keep)
 
     def _run_one_training_iteration_and_evaluation_in_parallel(self) -> tuple[Any, Any, Any]:
         """Evaluates the policy that the iteration begins with, on the evaluation workers.
@@ -272,25 +255,6 @@ class OffPolicyAlgorithm(Algorithm):  # type: ignore[misc]
 
     def _action_seed(self, worker: int) -> int:
         return spawn_seed(self.config.seed, Stream.EVALUATION, self.ledger.ingested, worker)
-
-    def _summarize_evaluation(self, results: list[Any]) -> tuple[Any, int, int, list[Any]]:
-        episodes = []
-        for metrics in results:
-            if isinstance(metrics, NonFiniteError):
-                raise metrics
-            episodes += metrics
-        if len(episodes) != self.config.evaluation_duration:
-            raise RuntimeError(
-                f"Only {len(episodes)} of {self.config.evaluation_duration} evaluation episodes "
-                "came back: a worker died or took longer than evaluation_sample_timeout_s="
-                f"{self.config.evaluation_sample_timeout_s}. A mean over the others would favour "
-                "short episodes. Raise the time-out, or use fewer episodes or more workers."
-            )
-        steps = sum(e.episode_length for e in episodes)
-        summary = summarize_episodes(
-            episodes, episodes, self.evaluation_config.keep_per_episode_custom_metrics
-        )
-        return summary, steps, steps, []
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         self.settle()
@@ -417,7 +381,3 @@ def _directory_of(saved: Any) -> Path:
 
 def _restart_streams(worker: Any, env_steps: int) -> None:
     worker.restart_streams(env_steps)
-
-
-def _evaluate_on(worker: Any, share: int, seeds: list[int], action_seed: int) -> tuple[int, Any]:
-    return share, worker.evaluate_episodes(seeds, action_seed)
