@@ -14,6 +14,7 @@ from ray.rllib.policy.policy import Policy
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, MultiAgentBatch, SampleBatch
 
 from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.options import option_table
 from qvpo_rllib.experiments.algorithms import ALGORITHMS
 from qvpo_rllib.rivals.columnar_buffer import ColumnarBuffer
 from qvpo_rllib.rivals.normalization import CLIP, Moments, ReturnTracker, RunningMoments
@@ -235,6 +236,13 @@ def test_every_preset_is_valid_and_the_papers_values_are_the_default(name: str) 
                 "alpha": 0.2, "auto_alpha": False, "tau": 0.005, "batch_size": 256},
     }[name]  # fmt: skip
     assert paper.items() <= entry.options({}).items()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_has_every_option(name: str) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for row in option_table(ALGORITHMS[name].hyperparameters).splitlines():
+        assert row in readme
 
 
 @pytest.mark.parametrize(("ratio", "envs", "workers"), [(1, 1, 0), (0.5, 1, 0), (1, 4, 0)])
