@@ -37,8 +37,8 @@ class Counting(gym.Env[Any, Any]):
     observation_space = gym.spaces.Box(0, LIMIT, (1,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
 
-    def reset(self, **arguments: Any) -> Any:
-        super().reset(**arguments)
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
         self.time = 0
         return np.zeros(1, np.float32), {}
 
