@@ -5,7 +5,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
-from torch import Generator
+from torch import Generator, Tensor
 
 from qvpo_rllib.core.acting import ActionSelector
 from qvpo_rllib.core.hyperparameters import Hyperparameters
@@ -43,10 +43,24 @@ class QVPOTorchPolicy(OffPolicyTorchPolicy):
         self, obs: NDArray[Any], k: int, generator: Generator | None = None
     ) -> NDArray[np.float32]:
         """The best of k actions for each observation: [B, O] → [B, A] float32 in [-1, 1]."""
-        obs_tensor = self.to_tensor(obs)
+        actions, _ = self._best_of(self.to_tensor(obs), k, generator)
+        return _to_numpy(actions)
+
+    def choose_and_predict(
+        self, obs: NDArray[Any], generator: Generator | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        rows = self.to_tensor(obs)
+        actions, q = self._best_of(rows, self.hp.k_eval, generator)
+        if q is None:
+            q = self._selector.q_of(rows, actions)
+        return _to_numpy(actions), _to_numpy(q)
+
+    def _best_of(
+        self, obs: Tensor, k: int, generator: Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
         noise = draw_noise(
             self.hp.diffusion_steps,
-            obs_tensor.shape[0],
+            obs.shape[0],
             k,
             self.act_dim,
             generator or self.generator,
@@ -55,6 +69,9 @@ class QVPOTorchPolicy(OffPolicyTorchPolicy):
         if self.learner is not None and self.learner.num_updates != self._updates_seen:
             self._updates_seen = self.learner.num_updates
             self._selector.weights_changed()
-        actions, _ = self._selector.select(obs_tensor, noise)
-        array: NDArray[np.float32] = actions.cpu().numpy()
-        return array
+        return self._selector.select(obs, noise)
+
+
+def _to_numpy(tensor: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.cpu().numpy()
+    return array

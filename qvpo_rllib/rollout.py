@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.errors import NonFiniteError
 
-Act = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # [B, O] → [B, A] in [-1, 1]
+# [B, O] → [B, A] in [-1, 1], and their Q [B] if it is known
+Act = Callable[[NDArray[np.float32]], tuple[NDArray[np.floating], NDArray[np.floating] | None]]
 
 
 class Hooks(Protocol):
@@ -40,6 +41,9 @@ class Episode(NamedTuple):
     episode_return: float  # undiscounted sum of rewards
     length: int  # env steps
     extras: dict[str, Any]  # what the hooks collected
+    terminated: bool  # or cut off by a time limit
+    rewards: list[float]
+    q: list[float]  # of the actions taken; empty where it is not known
 
 
 def check_finite(value: Any, quantity: str, where: str, env_step: int) -> None:
@@ -69,27 +73,36 @@ def run_episodes(
     results: dict[int, Episode] = {}
     current = {i: i for i in range(min(len(envs), len(seeds)))}  # environment → episode
     obs = {i: _reset(envs, i, seeds[i], name, hooks) for i in current}
-    returns, lengths = dict.fromkeys(current, 0.0), dict.fromkeys(current, 0)
+    rewards: dict[int, list[float]] = {i: [] for i in current}
+    predicted: dict[int, list[float]] = {i: [] for i in current}
     while current:
         live = list(current)
-        actions = act(np.stack([obs[i] for i in live]))
+        actions, q = act(np.stack([obs[i] for i in live]))
         for row, i in enumerate(live):
-            check_finite(actions[row], "action", name, lengths[i])
+            check_finite(actions[row], "action", name, len(rewards[i]))
             next_obs, reward, terminated, truncated, _ = envs[i].step(scale.to_env(actions[row]))
-            lengths[i] += 1
-            check_finite(next_obs, "observation", name, lengths[i])
-            check_finite(reward, "reward", name, lengths[i])
-            returns[i] += float(reward)
+            rewards[i].append(float(reward))
+            check_finite(next_obs, "observation", name, len(rewards[i]))
+            check_finite(reward, "reward", name, len(rewards[i]))
+            if q is not None:
+                predicted[i].append(float(q[row]))
             hooks.step(i, float(reward))
             obs[i] = np.asarray(next_obs, dtype=np.float32)
             if terminated or truncated:
-                results[current[i]] = Episode(returns[i], lengths[i], hooks.end(i))
+                results[current[i]] = Episode(
+                    sum(rewards[i]),
+                    len(rewards[i]),
+                    hooks.end(i),
+                    bool(terminated),
+                    rewards[i],
+                    predicted[i],
+                )
                 current[i] += len(envs)
                 if current[i] >= len(seeds):
                     del current[i]
                     continue
                 obs[i] = _reset(envs, i, seeds[current[i]], name, hooks)
-                returns[i], lengths[i] = 0.0, 0
+                rewards[i], predicted[i] = [], []
     return [results[episode] for episode in range(len(seeds))]
 
 

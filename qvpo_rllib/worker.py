@@ -15,10 +15,11 @@ from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
 
 from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
+from qvpo_rllib.core.overestimation import value_bias
 from qvpo_rllib.core.seeding import Stream, sequence, spawn_seed
 from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.off_policy.policy import OffPolicyTorchPolicy
-from qvpo_rllib.rollout import check_finite, run_episodes
+from qvpo_rllib.rollout import Episode, check_finite, run_episodes
 from qvpo_rllib.spaces import action_scale, check_spaces
 
 EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
@@ -148,10 +149,14 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             obs[step] = self._obs
             actions[step] = self._choose(random_actions)
             env_actions = self.scale.to_env(actions[step])
+            lengths = self._lengths + 1
             for i in range(len(self.envs)):
                 next_obs[step, i], rewards[step, i], terminateds[step, i], truncateds[step, i] = (
                     self._step(i, env_actions[i])
                 )
+            # Of all environments at once: one by one it takes as long as the rest of the loop.
+            if not (np.isfinite(next_obs[step]).all() and np.isfinite(rewards[step]).all()):
+                self._refuse_non_finite(next_obs[step], rewards[step], lengths)
         batch = SampleBatch(
             {
                 SampleBatch.OBS: _flat(obs),
@@ -206,7 +211,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         try:
             episodes = run_episodes(
                 self.envs,
-                lambda obs: policy.choose(obs, explore=False, generator=generator),
+                lambda obs: policy.choose_and_predict(obs, generator),
                 self.scale,
                 seeds,
                 f"{self.config.env} (evaluation)",
@@ -214,7 +219,16 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             )
         except NonFiniteError as error:
             return error
-        return [RolloutMetrics(e.length, e.episode_return, **e.extras) for e in episodes]
+        return [self._metrics_of(episode) for episode in episodes]
+
+    def _metrics_of(self, episode: Episode) -> RolloutMetrics:
+        metrics = RolloutMetrics(episode.length, episode.episode_return, **episode.extras)
+        q, rewards = np.asarray(episode.q), np.asarray(episode.rewards)
+        bias = value_bias(q, rewards, episode.terminated, self.policy.hp.gamma) if len(q) else None
+        if bias is None:
+            return metrics
+        values = {f"q_{name}": [value] for name, value in bias._asdict().items()}
+        return metrics._replace(hist_data={**metrics.hist_data, **values})
 
     def get_metrics(self) -> list[RolloutMetrics]:
         """Episodes finished since the last call."""
@@ -241,10 +255,6 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             raise self._failure(i, error) from error
         self._lengths[i] += 1
         next_obs = np.asarray(observed, dtype=np.float32)
-        if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
-            step = int(self._lengths[i])
-            check_finite(next_obs, "observation", self._where(i), step)
-            check_finite(reward, "reward", self._where(i), step)
         self._returns[i] += reward
         self._hooks.step(i, float(reward))
         assert self._obs is not None
@@ -254,6 +264,13 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         else:
             self._obs[i] = next_obs
         return next_obs, float(reward), bool(terminated), bool(truncated)
+
+    def _refuse_non_finite(
+        self, obs: NDArray[np.float32], rewards: NDArray[np.float32], lengths: NDArray[np.int64]
+    ) -> None:
+        for i in range(len(self.envs)):
+            check_finite(obs[i], "observation", self._where(i), int(lengths[i]))
+            check_finite(rewards[i], "reward", self._where(i), int(lengths[i]))
 
     def _finish(self, i: int) -> None:
         extras = self._hooks.end(i)

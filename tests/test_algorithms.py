@@ -169,7 +169,7 @@ def test_its_policy_is_evaluated_and_not_exported(
     result = json.loads(capsys.readouterr().out)
     assert (result["k"], result["episodes"]) == (None, 2)
     assert "takes one action in each state" in refused(capsys, "evaluate", str(run), "--k", "2")
-    text = refused(capsys, "export", str(run), "--out", str(tmp_path / "bundle"))
+    text = refused(capsys, "export", str(run), str(tmp_path / "bundle"))
     assert f"is a checkpoint of {ALGORITHMS[algo].label}" in text
     assert not (tmp_path / "bundle").exists()
 

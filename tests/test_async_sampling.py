@@ -11,7 +11,7 @@ from tracing import Trace
 
 TRACEABLE = "environments:Traceable-v0"
 ENV = "InvertedPendulum-v5"
-FRAGMENT = 32  # env steps
+FRAGMENT = 64  # env steps
 
 
 def two_workers(config: Any, num_envs: int = 4) -> Any:
@@ -24,8 +24,8 @@ def flat(policy: Any) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("num_envs", "num_workers", "mode", "length"),
-    [(1, 0, "async", 1), (1, 2, "sync", 1), (1, 2, "async", 32), (64, 2, "async", 1),
-     (20, 2, "async", 2)],
+    [(1, 0, "async", 1), (1, 2, "sync", 1), (1, 2, "async", 64), (64, 2, "async", 1),
+     (20, 2, "async", 4)],
 )  # fmt: skip
 def test_length_of_a_fragment(
     tiny_config: Any, num_envs: int, num_workers: int, mode: str, length: int

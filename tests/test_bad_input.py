@@ -326,7 +326,7 @@ def test_non_finite_environment_stops_training(
     # Another exception of a remote worker would restart it.
     assert time.monotonic() - started_s < 20
     assert f"worker {num_workers}" in str(found.value)
-    # A remote worker's fragments of 32 env steps: the third one is never sent.
+    # A remote worker's fragments of 64 env steps: the second one is never sent.
     expected = 69 if num_workers == 0 else 64
     assert algorithm.ledger.ingested == len(algorithm.replay) == expected
     assert all(column.isfinite().all() for column in reference.in_order(algorithm.replay))

@@ -13,7 +13,8 @@ from made_up_results import make_results
 
 from qvpo_rllib import cli
 from qvpo_rllib.experiments.report.build import build_report
-from qvpo_rllib.experiments.report.runs import load_runs
+from qvpo_rllib.experiments.report.diagnostics import PANELS, diagnostics
+from qvpo_rllib.experiments.report.runs import Group, Run, grouped, load_runs
 from qvpo_rllib.experiments.report.statistics import (
     curve_band,
     estimate,
@@ -183,6 +184,23 @@ def test_heat_map_lines_and_profile_are_drawn_where_they_mean_something(tmp_path
         for kind in ("curves", "heatmap", "k_behavior", "k_target"):
             assert f"sweep-{task}-{kind}" in names
     assert {"sweep-profile", "sweep-improvement"} <= names
+
+
+def test_diagnostics_are_drawn_where_runs_have_them() -> None:
+    def group(k: int, columns: dict[str, float]) -> Group:
+        rows = [{"env_steps": n, "evaluation/return_mean": 1.0, **columns} for n in (100, 200)]
+        setting = {"k_behavior": k}
+        run = Run("sweep", "search", "QVPO", "Hopper-v5", setting, 0, "finished", 200, rows)
+        return grouped([run])[0]
+
+    assert diagnostics([group(1, {})], title="nothing") is None
+    columns = {"learner/sample_std": 0.3, "evaluation/q_overestimation": 2.0, "learner/q_mean": 1.0}
+    figure = diagnostics([group(1, columns), group(4, {})], title="some")
+    assert figure is not None
+    drawn = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
+    assert set(drawn) == {PANELS["learner/sample_std"], PANELS["evaluation/q_overestimation"]}
+    line = drawn[PANELS["learner/sample_std"]].lines[-1]
+    assert (line.get_label(), list(line.get_ydata())) == ("K_b=1", [0.3, 0.3])
 
 
 def test_train_runs_are_grouped_by_what_sets_them_apart(tmp_path: Path) -> None:

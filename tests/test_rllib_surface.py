@@ -15,6 +15,7 @@ from ray.tune.registry import get_trainable_cls
 
 from qvpo_rllib import QVPO, QVPOConfig, QVPOTorchPolicy
 from qvpo_rllib.core.hyperparameters import Hyperparameters, option_names
+from qvpo_rllib.experiments.evaluation_columns import evaluation_columns
 from qvpo_rllib.experiments.plan import parse_settings
 
 EVALUATION_EPISODES = 3
@@ -166,6 +167,14 @@ def test_evaluation_has_exactly_the_episodes_asked_for(trained: Any) -> None:
     returns = episodes["hist_stats"]["episode_reward"]
     assert len(returns) == EVALUATION_EPISODES
     assert episodes["episode_return_mean"] == pytest.approx(np.mean(returns))
+
+
+def test_evaluation_says_what_the_critics_predicted_and_what_came(trained: Any) -> None:
+    columns = evaluation_columns(trained[1]["evaluation"]["env_runners"])
+    bias = columns["evaluation/q_predicted"] - columns["evaluation/q_observed"]
+    assert columns["evaluation/q_overestimation"] == pytest.approx(bias)
+    # An InvertedPendulum step is worth 1, the one in which it falls nothing.
+    assert 0 < columns["evaluation/q_observed"] <= columns["evaluation/return_mean"]
 
 
 def test_callbacks_are_called_and_their_metrics_reported(trained: Any) -> None:

@@ -13,7 +13,7 @@ from qvpo_rllib.config import QVPOConfig
 from qvpo_rllib.policy import QVPOTorchPolicy
 from qvpo_rllib.worker import QVPORolloutWorker
 
-FRAGMENT_STEPS = 256  # env steps of a measured fragment
+FRAGMENT_STEPS = 1024  # env steps of a measured fragment
 
 
 def run(

@@ -73,7 +73,7 @@ def _measure(
         task,
         warmup_steps=WARMUP_STEPS,
         replay_capacity=100_000,
-        engine=engine if local else "eager",
+        engine=engine if local else "native",  # workers act by it; the stand-in has none
         sampling_mode="sync" if local else mode,
     )
     config = QVPOConfig().environment(task.env).training(**hp.to_dict())

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.bench import serve
+from qvpo_rllib.core.hyperparameters import CHOICES
 
 LEARNER_COLUMNS = {
     "setting": "setting",
@@ -145,7 +146,7 @@ def _add_runtime(parts: Any) -> None:
     runtime.add_argument(
         "--engine",
         default="auto",
-        choices=("auto", "eager", "compiled"),
+        choices=CHOICES["engine"],
         help="of the learner in one process (default auto)",
     )
     runtime.add_argument("--seconds", type=float, default=10.0, help="of each row (default 10)")
@@ -207,7 +208,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--engine",
         nargs="+",
         default=["auto"],
-        choices=("auto", "eager", "native", "compiled", "cuda_graph"),
+        choices=CHOICES["engine"],
         help="default auto",
     )
 

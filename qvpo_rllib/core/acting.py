@@ -6,7 +6,7 @@ from torch import Tensor
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.native import PackedActor, PackedCritic
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
-from qvpo_rllib.core.sampler import SamplerKernels, highest, select_actions
+from qvpo_rllib.core.sampler import SamplerKernels, highest, min_q, select_actions
 
 
 class ActionSelector:
@@ -41,6 +41,11 @@ class ActionSelector:
         actor, critic = self._packed_weights()
         actions = actor.sample(obs, noise)
         return highest(actions, lambda: critic.min_q(obs, actions))
+
+    @torch.no_grad()
+    def q_of(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """The lower of the critics' estimates: obs [B, O], actions [B, A] → [B]."""
+        return min_q(self.critic, obs, actions[:, None], self.kernels)[:, 0]
 
     def _packed_weights(self) -> tuple[PackedActor, PackedCritic]:
         version = sum(parameter._version for parameter in self._parameters)

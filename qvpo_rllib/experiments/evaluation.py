@@ -185,7 +185,10 @@ def _play(
             )
         return run_episodes(
             envs,
-            lambda obs: act(obs, spawn_seed(seed, Stream.EVALUATION, 0, 1, next(step_number))),
+            lambda obs: (
+                act(obs, spawn_seed(seed, Stream.EVALUATION, 0, 1, next(step_number))),
+                None,
+            ),
             _InBox(space.low, space.high),
             episode_seeds(seed, 0, episodes),
             env_id,

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
 from qvpo_rllib.experiments.checkpoint_clock import CheckpointClock
+from qvpo_rllib.experiments.evaluation_columns import evaluation_columns
 from qvpo_rllib.experiments.plan import TrainingPlan
 from qvpo_rllib.experiments.plots import plot_learning_curve
 from qvpo_rllib.experiments.run_directory import RunDirectory
@@ -144,20 +143,17 @@ class TrainingRun:
             episodes = self.algorithm.evaluate()["env_runners"]
         finally:
             self._evaluating = False
-        returns = np.asarray(episodes["hist_stats"]["episode_reward"])
-        row |= {
-            RETURN: float(returns.mean()),
-            "evaluation/return_std": float(returns.std()),
-            "evaluation/return_min": float(returns.min()),
-            "evaluation/return_max": float(returns.max()),
-            "evaluation/length_mean": float(episodes["episode_len_mean"]),
-            "evaluation/episodes": len(returns),
-        }
-        self.last = float(returns.mean())
+        columns = evaluation_columns(episodes)
+        row |= columns
+        self.last = columns[RETURN]
         is_best = self.last >= self.best
         self.best = max(self.best, self.last)
         self.status.evaluation(
-            self.env_steps, self.last, float(returns.std()), len(returns), is_best
+            self.env_steps,
+            self.last,
+            columns["evaluation/return_std"],
+            int(columns["evaluation/episodes"]),
+            is_best,
         )
         return is_best
 

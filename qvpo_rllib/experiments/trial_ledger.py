@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ray.tune import Callback
 
+from qvpo_rllib.experiments.evaluation_columns import evaluation_columns
 from qvpo_rllib.experiments.run_directory import write_atomically
 from qvpo_rllib.experiments.trial_results import (
     FAILED,
@@ -135,15 +135,7 @@ def result_row(result: Mapping[str, Any]) -> dict[str, Any]:
         **{f"learner/{n}": v for n, v in stats.get("learner_stats", {}).items()},
     }
     if evaluation:
-        returns = np.asarray(evaluation["hist_stats"]["episode_reward"])
-        row |= {
-            "evaluation/return_mean": returns.mean(),
-            "evaluation/return_std": returns.std(),
-            "evaluation/return_min": returns.min(),
-            "evaluation/return_max": returns.max(),
-            "evaluation/length_mean": evaluation["episode_len_mean"],
-            "evaluation/episodes": len(returns),
-        }
+        row |= evaluation_columns(evaluation)
     return {name: _plain(value) for name, value in row.items()}
 
 

@@ -25,7 +25,7 @@ REPLACED_OPTIONS = {
     "optimizer": "actor_lr, critic_lr and adam_eps",
 }
 # Env steps of a fragment in asynchronous sampling: enough that sending one costs little beside it.
-ASYNC_FRAGMENT_STEPS = 32
+ASYNC_FRAGMENT_STEPS = 64
 # The switches of the API stack, which is fixed: RLlib's update would warn about them.
 UNUSED_STATE = ("enable_rl_module_and_learner", "enable_env_runner_and_connector_v2")
 

@@ -104,6 +104,15 @@ class OffPolicyTorchPolicy(TorchPolicy):  # type: ignore[misc]
         array: NDArray[np.float32] = actions.cpu().numpy()
         return array
 
+    def choose_and_predict(
+        self, obs: NDArray[Any], generator: Generator | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """`choose` for an evaluation, and what the critics expect of these actions, [B].
+
+        None here: an evaluation worker has critics only if the policy acts by them.
+        """
+        return self.choose(obs, explore=False, generator=generator), None
+
     def to_tensor(self, obs: NDArray[Any]) -> Tensor:
         """Observations [B, O] as float32 on the policy's device. `ValueError` for another shape."""
         tensor = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=self.device)

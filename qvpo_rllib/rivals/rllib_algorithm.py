@@ -72,7 +72,12 @@ class RllibAlgorithm(Algorithm):  # type: ignore[misc]
     def training_step(self) -> dict[str, Any]:
         if self.stop_requested:
             raise KeyboardInterrupt
-        results: dict[str, Any] = super().training_step()
+        try:
+            results: dict[str, Any] = super().training_step()
+        except ValueError as error:  # a distribution's, whose parameters have become NaN
+            if all(p.isfinite().all() for p in self.get_policy().model.parameters()):
+                raise
+            raise self._non_finite("loss", math.nan) from error
         for result in results.values():
             stats = result[LEARNER_STATS_KEY]
             # Some are arrays of one number, and a few are arrays of many, which no table has.
@@ -89,11 +94,14 @@ class RllibAlgorithm(Algorithm):  # type: ignore[misc]
         for name, value in stats.items():
             # Other numbers may be infinite on purpose, such as an unused bound.
             if "loss" in name and not math.isfinite(value):
-                raise NonFiniteError(
-                    f"{self.config.env}: {name} became {value} at env step {self.env_steps} "
-                    f"(update {self.updates}). Training stops here; the last checkpoint is "
-                    "untouched. Lower the learning rates, or set grad_clip."
-                )
+                raise self._non_finite(name, value)
+
+    def _non_finite(self, quantity: str, value: float) -> NonFiniteError:
+        return NonFiniteError(
+            f"{self.config.env}: {quantity} became {value} at env step {self.env_steps} "
+            f"(update {self.updates}). Training stops here; the last checkpoint is untouched. "
+            "Lower the learning rates, or set grad_clip."
+        )
 
     def _evaluate_on_local_env_runner(self, env_runner: Any) -> tuple[Any, int, int, list[Any]]:
         """Whole episodes, a quota for each environment, by seeds of their own: as QVPO's."""
@@ -102,10 +110,10 @@ class RllibAlgorithm(Algorithm):  # type: ignore[misc]
                 "evaluate() needs environments of its own, lest it disturb those in training: set "
                 "config.evaluation(evaluation_interval=…)."
             )
-        envs = env_runner.async_env.get_sub_environments()
+        envs, policy = env_runner.async_env.get_sub_environments(), env_runner.get_policy()
         played = run_episodes(
             envs,
-            functools.partial(env_runner.get_policy().choose, explore=False),
+            lambda obs: (policy.choose(obs, explore=False), None),
             action_scale(envs[0].action_space),
             episode_seeds(self.config.seed, self.env_steps, self.config.evaluation_duration),
             str(self.config.env),

@@ -19,6 +19,7 @@ from qvpo_rllib.experiments.report.comparison import (
     comparison_table,
     verdict,
 )
+from qvpo_rllib.experiments.report.diagnostics import diagnostics
 from qvpo_rllib.experiments.report.provenance import provenance_table
 from qvpo_rllib.experiments.report.runs import (
     POPULATION,
@@ -112,6 +113,9 @@ def _experiment(page: "_Page", experiment: str, stage: str, groups: Sequence[Gro
         page.figure(f"{name}-{task}-curves", figures.learning_curves(here, title=title))
         if stage != POPULATION:
             _sweep_figures(page, f"{name}-{task}", here, title)
+        panels = diagnostics(here, title=f"{title}: diagnostics")
+        if panels is not None:
+            page.figure(f"{name}-{task}-diagnostics", panels)
     several = all(candidate.estimate.has_interval for candidate in compared)
     if len(compared) > 1 and several and stage != POPULATION:
         best, others = against_best(compared)

@@ -46,7 +46,7 @@ def learning_curves(groups: Sequence[Group], *, title: str) -> Figure:
     A group's line ends where the first of its runs ends, as a mean over other seeds is another
     mean; the faint lines go on. Of more groups than there are styles the best are drawn.
     """
-    shown = _best(groups)
+    shown = best_groups(groups)
     figure, axes = new_figure(HEIGHT_IN + 0.13 * len(shown))
     for group in groups:
         if group not in shown and group.evaluated:
@@ -71,8 +71,8 @@ def learning_curves(groups: Sequence[Group], *, title: str) -> Figure:
     axes.set_title(title, fontsize=8)
     axes.set_xlabel("environment steps", fontsize=8)
     axes.set_ylabel("evaluation return", fontsize=8)
-    _step_axis(axes)
-    _legend_below(figure, axes)
+    step_axis(axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -84,7 +84,7 @@ def _count(group: Group) -> str:
     return f"{total} {noun}" if ended == total else f"{ended} of {total} {noun} ended"
 
 
-def _best(groups: Sequence[Group]) -> list[Group]:
+def best_groups(groups: Sequence[Group]) -> list[Group]:
     """At most as many as there are styles: the best by their last returns, in the given order."""
     drawable = [group for group in groups if group.evaluated]
     if len(drawable) <= MAX_LINES:
@@ -194,7 +194,7 @@ def option_lines(
     axes.set_title(title, fontsize=8)
     axes.margins(x=0.12)
     if len(lines) > 1:
-        _legend_below(figure, axes)
+        legend_below(figure, axes)
     return figure
 
 
@@ -220,7 +220,7 @@ def option_scatter(points: Sequence[tuple[float, Run]], option: str, *, title: s
     axes.set_xlabel(symbol(option), fontsize=8)
     axes.set_ylabel("last evaluation return", fontsize=8)
     axes.set_title(title, fontsize=8)
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -265,17 +265,17 @@ def performance_profiles(
     axes.set_xlabel(x_label, fontsize=8)
     axes.set_ylabel("share of runs above", fontsize=8)
     axes.set_title(title, fontsize=8)
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
-def _step_axis(axes: Axes) -> None:
+def step_axis(axes: Axes, ticks: int = 6) -> None:
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=ticks, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x)))
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
+def legend_below(figure: Figure, axes: Axes) -> None:
     """Below the axes, where it covers no line."""
     handles, labels = axes.get_legend_handles_labels()
     entries = dict(zip(labels, handles, strict=True))  # each label once
