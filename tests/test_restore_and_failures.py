@@ -13,6 +13,7 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from qvpo_rllib.core.ledger import UpdateLedger
 from qvpo_rllib.core.seeding import restore_generator
+from qvpo_rllib.experiments.trainee import OffPolicyTrainee
 from qvpo_rllib.experiments.training import _interrupts
 
 ENV = "InvertedPendulum-v5"
@@ -212,9 +213,9 @@ def test_a_second_signal_ends_at_once_and_the_first_lets_a_step_finish() -> None
     class Algorithm:
         stop_requested = False
 
-    algorithm: Any = Algorithm()
+    algorithm = Algorithm()
     before = signal.getsignal(signal.SIGINT)
-    with _interrupts(algorithm):
+    with _interrupts(OffPolicyTrainee(algorithm)):
         signal.raise_signal(signal.SIGINT)
         assert algorithm.stop_requested
         with pytest.raises(SystemExit) as exit_info:
