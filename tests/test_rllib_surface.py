@@ -98,7 +98,7 @@ def test_every_option_is_known_to_dataclass_config_and_command_line(name: str) -
     assert parameters[name].default == default
     assert getattr(QVPOConfig(), name) == default
     assert getattr(QVPOConfig().training(**{name: marker}), name) is marker
-    assert parse_settings([f"{name}={as_text(default)}"]) == {name: default}
+    assert parse_settings([f"{name}={as_text(default)}"], Hyperparameters) == {name: default}
 
 
 def test_training_shows_no_option_that_does_not_exist() -> None:
@@ -110,7 +110,7 @@ def test_misspelt_option_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match=r"'k_behaviour'.*Did you mean 'k_behavior'"):
         QVPOConfig().training(k_behaviour=4)
     with pytest.raises(ValueError, match=r"'k_behaviour'.*Did you mean 'k_behavior'"):
-        parse_settings(["k_behaviour=4"])
+        parse_settings(["k_behaviour=4"], Hyperparameters)
 
 
 @pytest.mark.parametrize(
