@@ -14,6 +14,7 @@ from ray.rllib.policy.policy import Policy
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, MultiAgentBatch, SampleBatch
 
 from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.options import option_table
 from qvpo_rllib.experiments.algorithms import ALGORITHMS
 from qvpo_rllib.rivals.columnar_buffer import ColumnarBuffer
 from qvpo_rllib.rivals.normalization import CLIP, Moments, ReturnTracker, RunningMoments
@@ -27,17 +28,17 @@ TINY = {
     "spo": {"hidden": [8], "train_batch_size": 60, "minibatch_size": 20, "num_epochs": 2},
     "sac": {"hidden": [8], "batch_size": 8, "warmup_steps": 40, "replay_capacity": 500},
 }
-LIMIT = 7  # env steps of an episode in `Counting`
+LIMIT = 7  # env steps of an episode in `SevenSteps`
 
 
-class Counting(gym.Env[Any, Any]):
+class SevenSteps(gym.Env[Any, Any]):
     """Observes the time, 0 to 7, pays 1 a step, and is cut off after 7 steps."""
 
     observation_space = gym.spaces.Box(0, LIMIT, (1,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
 
-    def reset(self, **arguments: Any) -> Any:
-        super().reset(**arguments)
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
         self.time = 0
         return np.zeros(1, np.float32), {}
 
@@ -46,7 +47,7 @@ class Counting(gym.Env[Any, Any]):
         return np.full(1, self.time, np.float32), 1.0, False, self.time == LIMIT, {}
 
 
-gym.register("Counting-v0", Counting)
+gym.register("SevenSteps-v0", SevenSteps)
 
 
 def config_of(name: str, env: str = "InvertedPendulum-v5", **training: Any) -> Any:
@@ -127,7 +128,7 @@ def test_the_value_of_the_last_observation_follows_a_time_limit(
 ) -> None:
     """Advantages and value targets against GAE written out, with the final observation's value."""
     config = config_of(
-        name, "Counting-v0", truncation_as_terminal=as_terminal, normalize_rewards=False
+        name, "SevenSteps-v0", truncation_as_terminal=as_terminal, normalize_rewards=False
     )
     config.env_runners(rollout_fragment_length=LIMIT)
     algorithm = build(config)
@@ -152,7 +153,7 @@ def test_the_value_of_the_last_observation_follows_a_time_limit(
 def test_sac_stores_time_limits_as_it_is_told(
     as_terminal: bool, build: Callable[[Any], Any]
 ) -> None:
-    algorithm = build(config_of("sac", "Counting-v0", truncation_as_terminal=as_terminal))
+    algorithm = build(config_of("sac", "SevenSteps-v0", truncation_as_terminal=as_terminal))
     for _ in range(2 * LIMIT):
         algorithm.training_step()
     columns = algorithm.local_replay_buffer.replay.segments()[0]
@@ -235,6 +236,13 @@ def test_every_preset_is_valid_and_the_papers_values_are_the_default(name: str) 
                 "alpha": 0.2, "auto_alpha": False, "tau": 0.005, "batch_size": 256},
     }[name]  # fmt: skip
     assert paper.items() <= entry.options({}).items()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_has_every_option(name: str) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for row in option_table(ALGORITHMS[name].hyperparameters).splitlines():
+        assert row in readme
 
 
 @pytest.mark.parametrize(("ratio", "envs", "workers"), [(1, 1, 0), (0.5, 1, 0), (1, 4, 0)])
