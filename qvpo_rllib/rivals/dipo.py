@@ -89,8 +89,8 @@ class DIPOHyperparameters(OffPolicyHyperparameters):
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "light": {
-        "diffusion_steps": 5,
-        "action_steps": 10,
+        "diffusion_steps": 20,
+        "action_steps": 5,
         "hidden": (256, 256),
         "critic_lr": 1e-3,
         "tau": 0.01,
@@ -99,8 +99,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 5_000,
     },
     "quick": {
-        "diffusion_steps": 5,
-        "action_steps": 10,
+        "diffusion_steps": 20,
+        "action_steps": 5,
         "hidden": (64, 64),
         "actor_lr": 1e-3,
         "critic_lr": 1e-3,

@@ -52,8 +52,10 @@ class QSMHyperparameters(OffPolicyHyperparameters):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    # M_q · √β_1 times the curvature of Q has to stay below 2, or the last step overshoots.
     "light": {
-        "diffusion_steps": 5,
+        "diffusion_steps": 10,
+        "q_gradient_scale": 1.0,
         "hidden": (256, 256),
         "critic_lr": 1e-3,
         "tau": 0.01,
@@ -62,11 +64,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 5_000,
     },
     "quick": {
-        "diffusion_steps": 5,
+        "diffusion_steps": 20,
+        "q_gradient_scale": 2.0,
         "hidden": (64, 64),
         "actor_lr": 1e-3,
         "critic_lr": 1e-3,
-        "tau": 0.02,
+        "tau": 0.01,
         "batch_size": 128,
         "replay_capacity": 50_000,
         "warmup_steps": 1_000,
