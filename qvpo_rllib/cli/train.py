@@ -15,8 +15,8 @@ from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.experiments.algorithms import ALGORITHMS, RUN_DEFAULTS, entry_of
 
 # Numbers in a hidden layer for all the samples of an update from which a second thread is worth its
-# synchronisation: for fewer it gains nothing, and beside other programs an update of `quick` takes
-# 15 ms on two threads and 6 ms on one.
+# synchronisation: beside other programs an update of `quick` takes 15 ms on two threads and 6 ms on
+# one.
 NUMBERS_FOR_THREADS = 200_000
 
 

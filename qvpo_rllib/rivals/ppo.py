@@ -175,13 +175,8 @@ class RivalPPOConfig(RllibConfig, rllib.PPOConfig):  # type: ignore[misc]
 class RivalPPO(RllibAlgorithm, rllib.PPO):  # type: ignore[misc]
     """Build it from `RivalPPOConfig`."""
 
-    @classmethod
-    def get_default_config(cls) -> RivalPPOConfig:
-        return RivalPPOConfig()
-
-    @classmethod
-    def get_default_policy_class(cls, config: Any) -> type[PPOPolicy]:
-        return PPOPolicy
+    config_class = RivalPPOConfig
+    policy_class = PPOPolicy
 
     def training_step(self) -> dict[str, Any]:
         results = super().training_step()

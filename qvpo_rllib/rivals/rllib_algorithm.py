@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -43,9 +43,19 @@ class ChoosingPolicy:
 
 
 class RllibAlgorithm(Algorithm):  # type: ignore[misc]
-    """To be put before RLlib's own algorithm class."""
+    """To be put before RLlib's own algorithm; a subclass names its configuration and policy."""
 
+    config_class: ClassVar[type]
+    policy_class: ClassVar[type]
     config: Any
+
+    @classmethod
+    def get_default_config(cls) -> Any:
+        return cls.config_class()
+
+    @classmethod
+    def get_default_policy_class(cls, config: Any) -> type:
+        return cls.policy_class
 
     def setup(self, config: Any) -> None:
         if self.config.num_gpus and not torch.cuda.is_available():

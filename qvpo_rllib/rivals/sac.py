@@ -182,10 +182,5 @@ class RivalSACConfig(RllibConfig, rllib.SACConfig):  # type: ignore[misc]
 class RivalSAC(RllibAlgorithm, rllib.SAC):  # type: ignore[misc]
     """Build it from `RivalSACConfig`."""
 
-    @classmethod
-    def get_default_config(cls) -> RivalSACConfig:
-        return RivalSACConfig()
-
-    @classmethod
-    def get_default_policy_class(cls, config: Any) -> type[SACPolicy]:
-        return SACPolicy
+    config_class = RivalSACConfig
+    policy_class = SACPolicy

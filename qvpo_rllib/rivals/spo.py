@@ -95,10 +95,5 @@ class SPOConfig(RivalPPOConfig):
 class SPO(RivalPPO):
     """Build it from `SPOConfig`."""
 
-    @classmethod
-    def get_default_config(cls) -> SPOConfig:
-        return SPOConfig()
-
-    @classmethod
-    def get_default_policy_class(cls, config: Any) -> type[SPOPolicy]:
-        return SPOPolicy
+    config_class = SPOConfig
+    policy_class = SPOPolicy
