@@ -9,7 +9,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from ray.rllib.algorithms.sac.sac_torch_policy import _get_dist_class
 from ray.rllib.evaluation.postprocessing import Postprocessing
+from ray.rllib.models.torch.torch_action_dist import TorchSquashedGaussian
 from ray.rllib.policy.policy import Policy
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, MultiAgentBatch, SampleBatch
 
@@ -18,7 +20,7 @@ from qvpo_rllib.core.options import option_table
 from qvpo_rllib.experiments.algorithms import ALGORITHMS
 from qvpo_rllib.rivals.columnar_buffer import ColumnarBuffer
 from qvpo_rllib.rivals.normalization import CLIP, Moments, ReturnTracker, RunningMoments
-from qvpo_rllib.rivals.sac import RivalSACConfig
+from qvpo_rllib.rivals.sac import RivalSACConfig, SquashedGaussian
 from qvpo_rllib.rivals.spo import spo_loss
 
 NAMES = ("ppo", "spo", "sac")
@@ -92,6 +94,29 @@ def test_spo_loss_is_least_where_the_ratio_has_moved_by_epsilon(advantage: float
     assert float(ratio.grad) == pytest.approx(0)  # type: ignore[arg-type]
     for other in (best - 0.1, best + 0.1):
         assert spo_loss(torch.tensor([other]), torch.tensor([advantage]), 0.2) > loss
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 20.0, -20.0])
+def test_sac_knows_how_likely_its_saturated_actions_are(mean: float) -> None:
+    inputs = torch.tensor([[mean, mean, -1.0, 0.5]]).repeat(50, 1)
+    ours, rllibs = SquashedGaussian(inputs, None), TorchSquashedGaussian(inputs, None)
+    torch.manual_seed(0)
+    found = ours.logp(ours.sample())
+    torch.manual_seed(0)
+    z = ours.dist.rsample().double().numpy()
+    deviation = np.exp([-1.0, 0.5])
+    normal = -0.5 * ((z - mean) / deviation) ** 2 - np.log(deviation * np.sqrt(2 * np.pi))
+    log_cosh = np.logaddexp(z, -z) - np.log(2)
+    np.testing.assert_allclose(found, (normal + 2 * log_cosh).sum(axis=1), rtol=1e-4, atol=1e-4)
+    rllibs_are_near = torch.allclose(rllibs.logp(ours.last_sample), found, atol=0.5)
+    assert rllibs_are_near == (abs(mean) < 5)  # else the subclass is not needed any more
+    drawn_elsewhere = torch.full((50, 2), 0.3)
+    assert torch.equal(ours.logp(drawn_elsewhere), rllibs.logp(drawn_elsewhere))
+
+
+def test_sacs_loss_asks_that_distribution(build: Callable[[Any], Any]) -> None:
+    policy = build(config_of("sac")).get_policy()
+    assert _get_dist_class(policy, policy.config, policy.action_space) is SquashedGaussian
 
 
 def test_moments_of_parts_are_those_of_the_whole() -> None:

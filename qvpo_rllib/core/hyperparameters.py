@@ -87,7 +87,22 @@ class OffPolicyHyperparameters(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hyperparameters(OffPolicyHyperparameters):
+class DiffusionHyperparameters(OffPolicyHyperparameters):
+    """What every algorithm has whose policy is a diffusion chain."""
+
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "diffusion_steps", "noise_schedule")
+
+    diffusion_steps: int = option(20, "steps of the diffusion chain", "T", range=COUNT)
+    noise_schedule: str = option(
+        "cosine",
+        "variance schedule of the diffusion chain",
+        "β_t",
+        choices=("cosine", "linear", "vp"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters(DiffusionHyperparameters):
     """QVPO's.
 
     Values follow the paper where it speaks and the authors' released program elsewhere; departures
@@ -103,7 +118,6 @@ class Hyperparameters(OffPolicyHyperparameters):
         "Humanoid": {"k_target": 2},
     }
     other_task_values: ClassVar[Mapping[str, Any]] = {"k_target": 2}
-    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "diffusion_steps", "noise_schedule")
 
     k_behavior: int = option(
         4, "actions drawn per state to act with; the best is taken", "K_b", range=COUNT
@@ -162,13 +176,6 @@ class Hyperparameters(OffPolicyHyperparameters):
     )
     q_cut: float = option(
         0.01, "qcut: the weight of an action whose Q is negative", "ε", range=POSITIVE
-    )
-    diffusion_steps: int = option(20, "steps of the diffusion chain", "T", range=COUNT)
-    noise_schedule: str = option(
-        "cosine",
-        "variance schedule of the diffusion chain",
-        "β_t",
-        choices=("cosine", "linear", "vp"),
     )
     vlo_coefficient: bool = option(False, "keep Eq. 4's coefficient, which Eq. 5 drops")
     target_actor: bool = option(

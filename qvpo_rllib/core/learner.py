@@ -170,15 +170,7 @@ class Learner(OffPolicyLearner):
         actor = nets.target_actor if hp.target_actor else nets.actor
         next_samples = self._sample_actions(actor, batch.next_obs, noise.target)  # [B, K_t, A]
         next_q = min_q(nets.target_critic, batch.next_obs, next_samples, self.kernels.sampler)
-        target = losses.td_target(batch.reward, batch.terminal, next_q.amax(dim=1), hp.gamma)
-        loss, q_mean = self.kernels.critic_objective(nets.critic, batch.obs, batch.action, target)
-        grad_norm = self.descend(loss, self.critic_optimizer, nets.critic)
-        return {
-            "critic_loss": loss.detach(),
-            "critic_grad_norm": grad_norm,
-            "q_mean": q_mean,
-            "td_target_mean": target.mean(),
-        }
+        return self.fit_critics(batch, next_q.amax(dim=1))
 
     def _update_policy(self, obs: Tensor, noise: UpdateNoise) -> dict[str, Tensor]:
         nets, hp = self.networks, self.hp

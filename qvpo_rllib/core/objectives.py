@@ -19,6 +19,19 @@ def critic_objective(
     return losses.critic_loss(q, target), q.detach().mean()
 
 
+def denoising_objective(
+    actor: NoisePredictor,
+    schedule: NoiseSchedule,
+    obs: Tensor,
+    action: Tensor,
+    step: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """mean ‖ε - ε_θ(x_t, s, t)‖² / A of obs [B, O], action, noise [B, A] and step [B]."""
+    noisy = schedule.q_sample(action, step, noise)
+    return losses.denoising_error(actor(noisy, step, actor.obs_part(obs)), noise).mean()
+
+
 def actor_objective(
     actor: NoisePredictor,
     schedule: NoiseSchedule,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from qvpo_rllib.core import losses
 from qvpo_rllib.core.engine import CudaGraphs, kernels_of, resolve_engine
 from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
@@ -172,6 +173,23 @@ class OffPolicyLearner:
             "names": list(self._metric_names),
             "sums": self._metric_sums.clone(),
             "count": self._num_summed,
+        }
+
+    def fit_critics(self, batch: Transitions, next_q: Tensor) -> dict[str, Tensor]:
+        """One step of the critics towards r + γ (1 - d) · next_q.
+
+        Args:
+            next_q: what the next states are worth, [B], without gradient.
+        """
+        target = losses.td_target(batch.reward, batch.terminal, next_q, self.hp.gamma)
+        critic = self.networks.critic
+        loss, q_mean = self.kernels.critic_objective(critic, batch.obs, batch.action, target)
+        grad_norm = self.descend(loss, self.critic_optimizer, critic)
+        return {
+            "critic_loss": loss.detach(),
+            "critic_grad_norm": grad_norm,
+            "q_mean": q_mean,
+            "td_target_mean": target.mean(),
         }
 
     def descend(self, loss: Tensor, optimizer: torch.optim.Adam, module: nn.Module) -> Tensor:

@@ -11,12 +11,9 @@ import torch
 from ray.tune.registry import register_trainable
 from torch import Generator, Tensor, nn
 
-from qvpo_rllib.core import losses
-from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.hyperparameters import Hyperparameters, OffPolicyHyperparameters
 from qvpo_rllib.core.learner import Networks
-from qvpo_rllib.core.networks import NoisePredictor, TwinQ
-from qvpo_rllib.core.objectives import critic_objective
+from qvpo_rllib.core.networks import TwinQ
+from qvpo_rllib.core.objectives import denoising_objective
 from qvpo_rllib.core.off_policy_learner import OffPolicyLearner
 from qvpo_rllib.core.options import COUNT, POSITIVE, option, with_default
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
@@ -24,50 +21,37 @@ from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
 from qvpo_rllib.off_policy.algorithm import OffPolicyAlgorithm
 from qvpo_rllib.off_policy.config import OffPolicyConfig
 from qvpo_rllib.off_policy.policy import OffPolicyTorchPolicy
+from qvpo_rllib.rivals.shared_options import LIGHT, QUICK, DiffusionRivalHyperparameters
 
-ACTION_ADAM_EPS = 1e-5
-
-
-def _task(
-    grad_clip: float, action_clip_ratio: float, action_steps: int = 20, target_interval: int = 1
-) -> dict[str, Any]:
-    return {
-        "grad_clip": grad_clip,
-        "action_clip_ratio": action_clip_ratio,
-        "action_steps": action_steps,
-        "target_actor_interval": target_interval,
-    }
+# What DIPO's authors set for each task.
+TASK_OPTIONS = ("grad_clip", "action_clip_ratio", "action_steps", "target_actor_interval")
+TASK_VALUES = {
+    "Hopper": (1.0, 0.3, 20, 1),
+    "Walker2d": (2.0, 0.08, 20, 1),
+    "Ant": (0.8, 0.1, 20, 1),
+    "HalfCheetah": (2.0, 0.08, 40, 2),
+    "Humanoid": (2.0, 0.1, 20, 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DIPOHyperparameters(OffPolicyHyperparameters):
+class DIPOHyperparameters(DiffusionRivalHyperparameters):
     """The values of DIPO's authors, which differ from task to task."""
 
     task_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "Hopper": _task(1.0, 0.3),
-        "Walker2d": _task(2.0, 0.08),
-        "Ant": _task(0.8, 0.1),
-        "HalfCheetah": _task(2.0, 0.08, action_steps=40, target_interval=2),
-        "Humanoid": _task(2.0, 0.1),
+        task: dict(zip(TASK_OPTIONS, values, strict=True)) for task, values in TASK_VALUES.items()
     }
-    other_task_values: ClassVar[Mapping[str, Any]] = _task(2.0, 0.1)
-    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = Hyperparameters.fixed_by_checkpoint
+    other_task_values: ClassVar[Mapping[str, Any]] = dict(
+        zip(TASK_OPTIONS, (2.0, 0.1, 20, 1), strict=True)
+    )
 
-    actor_lr: float = with_default(OffPolicyHyperparameters, "actor_lr", 3e-4)
     grad_clip: float | None = option(
         None,
         "largest gradient norm of actor and of critics, each; none: the authors' value for the "
         "task, 2 for other tasks",
         range=POSITIVE,
     )
-    engine: str = option(
-        "native",
-        "how actions are drawn and ranked: native: by the C++ library on a CPU; eager: PyTorch's "
-        "operations one by one, as all the rest is",
-        choices=("native", "eager"),
-    )
-    diffusion_steps: int = option(100, "steps of the diffusion chain", "T", range=COUNT)
-    noise_schedule: str = with_default(Hyperparameters, "noise_schedule", "cosine")
+    diffusion_steps: int = with_default(DiffusionRivalHyperparameters, "diffusion_steps", 100)
     action_steps: int | None = option(
         None, "steps of Adam that improve a batch's actions; none: 40 for HalfCheetah, 20 for "
         "other tasks", range=COUNT,
@@ -88,27 +72,8 @@ class DIPOHyperparameters(OffPolicyHyperparameters):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "light": {
-        "diffusion_steps": 20,
-        "action_steps": 5,
-        "hidden": (256, 256),
-        "critic_lr": 1e-3,
-        "tau": 0.01,
-        "batch_size": 128,
-        "replay_capacity": 200_000,
-        "warmup_steps": 5_000,
-    },
-    "quick": {
-        "diffusion_steps": 20,
-        "action_steps": 5,
-        "hidden": (64, 64),
-        "actor_lr": 1e-3,
-        "critic_lr": 1e-3,
-        "tau": 0.02,
-        "batch_size": 128,
-        "replay_capacity": 50_000,
-        "warmup_steps": 1_000,
-    },
+    "light": LIGHT | {"diffusion_steps": 20, "action_steps": 5, "hidden": (256, 256), "tau": 0.01},
+    "quick": QUICK | {"diffusion_steps": 20, "action_steps": 5, "tau": 0.02},
 }
 
 
@@ -121,7 +86,7 @@ class UpdateNoise(NamedTuple):
 
 
 def improved_actions(
-    critic: TwinQ, obs: Tensor, action: Tensor, *, steps: int, lr: float, max_norm: float
+    critic: TwinQ, obs: Tensor, action: Tensor, steps: int, lr: float, max_norm: float
 ) -> Tensor:
     """Actions [B, A] after `steps` steps of Adam on -Σ min Q(s, a), clamped after each.
 
@@ -129,7 +94,7 @@ def improved_actions(
         max_norm: of the gradient with respect to the whole batch of actions.
     """
     action = action.clone().requires_grad_()
-    adam = torch.optim.Adam([action], lr=lr, eps=ACTION_ADAM_EPS)
+    adam = torch.optim.Adam([action], lr=lr, eps=1e-5)
     for _ in range(steps):
         lowest = critic(obs, action).amin(dim=0)
         (action.grad,) = torch.autograd.grad(-lowest.sum(), action)
@@ -140,24 +105,10 @@ def improved_actions(
     return action.detach()
 
 
-def diffusion_loss(
-    actor: NoisePredictor,
-    schedule: NoiseSchedule,
-    obs: Tensor,
-    action: Tensor,
-    step: Tensor,
-    noise: Tensor,
-) -> Tensor:
-    """mean ‖ε - ε_θ(x_t, s, t)‖² / A of obs [B, O], action, noise [B, A] and step [B]."""
-    noisy = schedule.q_sample(action, step, noise)
-    return losses.denoising_error(actor(noisy, step, actor.obs_part(obs)), noise).mean()
-
-
 class DIPOLearner(OffPolicyLearner):
     """Critics on one batch; actor on the improved actions of another, which are written back."""
 
     networks: Networks
-    hp: DIPOHyperparameters
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
         steps, act_dim = self.hp.diffusion_steps, self.networks.act_dim
@@ -172,7 +123,7 @@ class DIPOLearner(OffPolicyLearner):
         assert replay.improved_action is not None
         batch = replay.sample(self.hp.batch_size)
         noise = self.draw_update_noise(self.hp.batch_size)
-        metrics = self._update_critic(batch, noise)
+        metrics = self.fit_critics(batch, self._next_q(batch.next_obs, noise))
         index = replay.sample_index(self.hp.batch_size)
         obs, action = replay.columns.obs[index], replay.improved_action[index]
         improved, policy_metrics = self._update_policy(obs, action, noise)
@@ -181,42 +132,24 @@ class DIPOLearner(OffPolicyLearner):
 
     def step(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
         """Of a batch without a replay, the very actions are improved, and forgotten."""
-        metrics = self._update_critic(batch, noise)
+        metrics = self.fit_critics(batch, self._next_q(batch.next_obs, noise))
         return metrics | self._update_policy(batch.obs, batch.action, noise)[1]
 
-    def _update_critic(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
+    def _next_q(self, obs: Tensor, noise: UpdateNoise) -> Tensor:
         nets, kernels = self.networks, self.kernels.sampler
-        next_action = sample_actions(
-            nets.target_actor, nets.schedule, batch.next_obs, noise.target, kernels
-        )
-        next_q = min_q(nets.target_critic, batch.next_obs, next_action, kernels).squeeze(1)
-        target = losses.td_target(batch.reward, batch.terminal, next_q, self.hp.gamma)
-        loss, q_mean = critic_objective(nets.critic, batch.obs, batch.action, target)
-        grad_norm = self.descend(loss, self.critic_optimizer, nets.critic)
-        return {
-            "critic_loss": loss.detach(),
-            "critic_grad_norm": grad_norm,
-            "q_mean": q_mean,
-            "td_target_mean": target.mean(),
-        }
+        action = sample_actions(nets.target_actor, nets.schedule, obs, noise.target, kernels)
+        return min_q(nets.target_critic, obs, action, kernels).squeeze(1)
 
     def _update_policy(
         self, obs: Tensor, action: Tensor, noise: UpdateNoise
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Improves the actions, fits the actor to them, moves the targets."""
         nets, hp = self.networks, self.hp
-        assert hp.action_steps is not None
-        assert hp.action_clip_ratio is not None
-        assert hp.target_actor_interval is not None
-        improved = improved_actions(
-            nets.critic,
-            obs,
-            action,
-            steps=hp.action_steps,
-            lr=hp.action_lr,
-            max_norm=hp.action_clip_ratio * nets.act_dim,
+        limit = hp.action_clip_ratio * nets.act_dim
+        improved = improved_actions(nets.critic, obs, action, hp.action_steps, hp.action_lr, limit)
+        loss = denoising_objective(
+            nets.actor, nets.schedule, obs, improved, noise.step, noise.forward
         )
-        loss = diffusion_loss(nets.actor, nets.schedule, obs, improved, noise.step, noise.forward)
         grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)
         self.move_target(nets.target_critic, nets.critic)
         if (self.num_updates + 1) % hp.target_actor_interval == 0:

@@ -1,18 +1,15 @@
 """QSM (Psenka et al., ICML 2024): a diffusion policy whose score matches the critics' gradient."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from ray.tune.registry import register_trainable
 from torch import Generator, Tensor
 
-from qvpo_rllib.core import losses
 from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.hyperparameters import Hyperparameters, OffPolicyHyperparameters
 from qvpo_rllib.core.learner import Networks
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
-from qvpo_rllib.core.objectives import critic_objective
 from qvpo_rllib.core.off_policy_learner import OffPolicyLearner
 from qvpo_rllib.core.options import NON_NEGATIVE, POSITIVE, option, with_default
 from qvpo_rllib.core.replay import Transitions
@@ -20,26 +17,17 @@ from qvpo_rllib.core.sampler import Trunk, min_q, run_trunk
 from qvpo_rllib.off_policy.algorithm import OffPolicyAlgorithm
 from qvpo_rllib.off_policy.config import OffPolicyConfig
 from qvpo_rllib.off_policy.policy import OffPolicyTorchPolicy
+from qvpo_rllib.rivals.shared_options import LIGHT, QUICK, DiffusionRivalHyperparameters
 
 
 @dataclass(frozen=True, kw_only=True)
-class QSMHyperparameters(OffPolicyHyperparameters):
+class QSMHyperparameters(DiffusionRivalHyperparameters):
     """The values of QVPO's comparison (T = 20) and of QSM's authors."""
 
-    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = Hyperparameters.fixed_by_checkpoint
-
-    hidden: tuple[int, ...] = with_default(OffPolicyHyperparameters, "hidden", (512, 512))
-    actor_lr: float = with_default(OffPolicyHyperparameters, "actor_lr", 3e-4)
-    adam_eps: float = with_default(OffPolicyHyperparameters, "adam_eps", 1e-8)
-    grad_clip: float | None = with_default(OffPolicyHyperparameters, "grad_clip", None)
-    engine: str = option(
-        "native",
-        "how actions are ranked: native: by the C++ library on a CPU; eager: PyTorch's operations "
-        "one by one, as all the rest is",
-        choices=("native", "eager"),
-    )
-    diffusion_steps: int = with_default(Hyperparameters, "diffusion_steps", 20)
-    noise_schedule: str = with_default(Hyperparameters, "noise_schedule", "vp")
+    hidden: tuple[int, ...] = with_default(DiffusionRivalHyperparameters, "hidden", (512, 512))
+    adam_eps: float = with_default(DiffusionRivalHyperparameters, "adam_eps", 1e-8)
+    grad_clip: float | None = with_default(DiffusionRivalHyperparameters, "grad_clip", None)
+    noise_schedule: str = with_default(DiffusionRivalHyperparameters, "noise_schedule", "vp")
     q_gradient_scale: float = option(
         50.0, "the critics' gradient times this is the score to be matched", "M_q", range=POSITIVE
     )
@@ -53,27 +41,9 @@ class QSMHyperparameters(OffPolicyHyperparameters):
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # M_q · √β_1 times the curvature of Q has to stay below 2, or the last step overshoots.
-    "light": {
-        "diffusion_steps": 10,
-        "q_gradient_scale": 1.0,
-        "hidden": (256, 256),
-        "critic_lr": 1e-3,
-        "tau": 0.01,
-        "batch_size": 128,
-        "replay_capacity": 200_000,
-        "warmup_steps": 5_000,
-    },
-    "quick": {
-        "diffusion_steps": 20,
-        "q_gradient_scale": 2.0,
-        "hidden": (64, 64),
-        "actor_lr": 1e-3,
-        "critic_lr": 1e-3,
-        "tau": 0.01,
-        "batch_size": 128,
-        "replay_capacity": 50_000,
-        "warmup_steps": 1_000,
-    },
+    "light": LIGHT
+    | {"diffusion_steps": 10, "q_gradient_scale": 1.0, "hidden": (256, 256), "tau": 0.01},
+    "quick": QUICK | {"q_gradient_scale": 1.0, "tau": 0.01},
 }
 
 
@@ -158,15 +128,7 @@ class QSMLearner(OffPolicyLearner):
         next_q = min_q(
             nets.target_critic, batch.next_obs, next_action[:, None], self.kernels.sampler
         ).squeeze(1)
-        target = losses.td_target(batch.reward, batch.terminal, next_q, hp.gamma)
-        loss, q_mean = critic_objective(nets.critic, batch.obs, batch.action, target)
-        grad_norm = self.descend(loss, self.critic_optimizer, nets.critic)
-        return {
-            "critic_loss": loss.detach(),
-            "critic_grad_norm": grad_norm,
-            "q_mean": q_mean,
-            "td_target_mean": target.mean(),
-        }
+        return self.fit_critics(batch, next_q)
 
     def _update_policy(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
         nets = self.networks

@@ -1,18 +1,22 @@
 """SAC as RLlib ships it, with the settings of the paper's comparison.
 
 Ours: the replay (`columnar_buffer`), a given number of updates per env step, uniformly random
-actions before the first update. RLlib's loss bootstraps at a time limit by itself.
+actions before the first update, the log-probability of saturated actions (`SquashedGaussian`).
+RLlib's loss bootstraps at a time limit by itself.
 
 Deviation: RLlib's critic loss is Huber's with a threshold of 1, not the squared error.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from ray.rllib.algorithms import sac as rllib
 from ray.rllib.algorithms.sac.sac_torch_policy import SACTorchPolicy
+from ray.rllib.models.torch.torch_action_dist import TorchSquashedGaussian
 from ray.rllib.utils.exploration import StochasticSampling
+from torch import Tensor, rand_like
+from torch.nn import functional
 
 from qvpo_rllib.core.options import (
     BELOW_ONE,
@@ -28,6 +32,7 @@ from qvpo_rllib.core.options import (
 from qvpo_rllib.core.seeding import Stream, spawn_seed
 from qvpo_rllib.rivals.rllib_algorithm import ChoosingPolicy, RllibAlgorithm
 from qvpo_rllib.rivals.rllib_config import RllibConfig
+from qvpo_rllib.rivals.shared_options import LIGHT, QUICK
 
 # RLlib takes the classes by their names.
 BUFFER = "qvpo_rllib.rivals.columnar_buffer.ColumnarBuffer"
@@ -77,23 +82,8 @@ class SACHyperparameters(Options):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "light": {
-        "critic_lr": 1e-3,
-        "auto_alpha": True,
-        "batch_size": 128,
-        "replay_capacity": 200_000,
-        "warmup_steps": 5_000,
-    },
-    "quick": {
-        "hidden": (64, 64),
-        "actor_lr": 1e-3,
-        "critic_lr": 1e-3,
-        "tau": 0.02,
-        "auto_alpha": True,
-        "batch_size": 128,
-        "replay_capacity": 50_000,
-        "warmup_steps": 1_000,
-    },
+    "light": LIGHT | {"auto_alpha": True},
+    "quick": QUICK | {"tau": 0.02, "auto_alpha": True},
 }
 
 
@@ -114,12 +104,43 @@ class UniformWarmup(StochasticSampling):  # type: ignore[misc]
             action_distribution=action_distribution, timestep=timestep, explore=explore
         )
         if explore and self.last_timestep < self.warmup_steps:
-            action = 2 * torch.rand_like(action) - 1
+            action = 2 * rand_like(action) - 1
         return action, log_probability
 
 
+class SquashedGaussian(TorchSquashedGaussian):  # type: ignore[misc]
+    """tanh(z), z normal: RLlib's, with the log-probability of its own samples exact.
+
+    RLlib takes z back from the action by atanh, which ends at 7.25. Where the mean is far beyond,
+    it finds a density near 0 and an entropy of hundreds of nats, and the critics learn to seek it.
+    """
+
+    def sample(self) -> Tensor:
+        return self._keep(self.dist.rsample())
+
+    def deterministic_sample(self) -> Tensor:
+        return self._keep(self.dist.mean)
+
+    def _keep(self, z: Tensor) -> Tensor:
+        action: Tensor = self._squash(z)
+        self._unsquashed, self.last_sample = z, action
+        return action
+
+    def logp(self, x: Tensor) -> Tensor:
+        """log p(x), [B], of actions [B, A] in [-1, 1]."""
+        if x is not self.last_sample:
+            found: Tensor = super().logp(x)
+            return found
+        z = self._unsquashed
+        log_slope = 2 * (math.log(2) - z - functional.softplus(-2 * z))  # log(1 - tanh² z)
+        exact: Tensor = (self.dist.log_prob(z) - log_slope).sum(dim=-1)
+        return exact
+
+
 class SACPolicy(ChoosingPolicy, SACTorchPolicy):  # type: ignore[misc]
-    """RLlib's policy, as it is."""
+    """RLlib's policy with this distribution."""
+
+    dist_class = SquashedGaussian
 
 
 class RivalSACConfig(RllibConfig, rllib.SACConfig):  # type: ignore[misc]

@@ -9,16 +9,15 @@ import torch
 from ray.tune.registry import register_trainable
 from torch import Generator, Tensor, nn
 
-from qvpo_rllib.core import losses
 from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.kernels import linear
-from qvpo_rllib.core.objectives import critic_objective
 from qvpo_rllib.core.off_policy_learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.options import COUNT, NON_NEGATIVE, option, with_default
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.off_policy.algorithm import OffPolicyAlgorithm
 from qvpo_rllib.off_policy.config import OffPolicyConfig
 from qvpo_rllib.off_policy.policy import OffPolicyTorchPolicy
+from qvpo_rllib.rivals.shared_options import LIGHT, QUICK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +46,8 @@ class TD3Hyperparameters(OffPolicyHyperparameters):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # Fifty thousand env steps are too few for a warm-up of half of them.
-    "light": {
-        "critic_lr": 1e-3,
-        "actor_lr": 1e-3,
-        "batch_size": 128,
-        "replay_capacity": 200_000,
-        "warmup_steps": 10_000,
-    },
-    "quick": {
-        "hidden": (64, 64),
-        "actor_lr": 1e-3,
-        "critic_lr": 1e-3,
-        "tau": 0.01,
-        "batch_size": 128,
-        "replay_capacity": 50_000,
-        "warmup_steps": 1_000,
-    },
+    "light": LIGHT | {"actor_lr": 1e-3, "warmup_steps": 10_000},
+    "quick": QUICK | {"tau": 0.01},
 }
 
 
@@ -140,21 +124,13 @@ class TD3Learner(OffPolicyLearner):
                 nets.target_actor(batch.next_obs), noise, hp.target_noise, hp.target_noise_clip
             )
             next_q = nets.target_critic(batch.next_obs, next_action).amin(dim=0)
-            target = losses.td_target(batch.reward, batch.terminal, next_q, hp.gamma)
-        loss, q_mean = critic_objective(nets.critic, batch.obs, batch.action, target)
-        grad_norm = self.descend(loss, self.critic_optimizer, nets.critic)
+        metrics = self.fit_critics(batch, next_q)
         if (self.num_updates + 1) % hp.policy_delay == 0:
             self._update_policy(batch.obs)
             self.move_target(nets.target_actor, nets.actor)
             self.move_target(nets.target_critic, nets.critic)
-        return {
-            "critic_loss": loss.detach(),
-            "critic_grad_norm": grad_norm,
-            "q_mean": q_mean,
-            "td_target_mean": target.mean(),
-            "actor_loss": self.actor_metrics[0],
-            "actor_grad_norm": self.actor_metrics[1],
-        }
+        loss, grad_norm = self.actor_metrics
+        return metrics | {"actor_loss": loss, "actor_grad_norm": grad_norm}
 
     def _update_policy(self, obs: Tensor) -> None:
         nets = self.networks
