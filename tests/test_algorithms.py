@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qvpo_rllib import cli
+from qvpo_rllib.bench import rivals
 from qvpo_rllib.core.options import options_of
 from qvpo_rllib.experiments.algorithms import ALGORITHMS
 from qvpo_rllib.experiments.plan import make_plan
@@ -200,3 +201,16 @@ def test_an_experiment_of_several_runs_to_its_report(tmp_path: Path) -> None:
     assert cli.main(["report", str(results / "several"), "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "report.html").read_text()
     assert all(label in page for label in ("TD3", "PPO", "SAC"))
+
+
+def test_the_benchmark_times_an_update_and_an_action_of_each_algorithm() -> None:
+    rows = {
+        row["algorithm"]: row for row in rivals.run(tasks=["hopper"], settings=["light"], repeats=1)
+    }
+    assert set(rows) == {entry.label for entry in ALGORITHMS.values()}
+    for row in rows.values():
+        assert min(row["explore_ms"], row["evaluate_ms"]) > 0
+        hours = 1e6 * row["updates_per_step"] * row["update_ms"] / 1e3 / 3600
+        assert row["learning_h"] == pytest.approx(hours)
+    assert rows["QVPO"]["updates_per_step"] == 2
+    assert rows["PPO"]["updates_per_step"] == pytest.approx(10 / 256)

@@ -76,6 +76,7 @@ RIVAL_COLUMNS = {
     "algorithm": "algorithm",
     "update_ms": "ms per update",
     "updates_per_s": "updates/s",
+    "learning_h": "h of updates, 1e6 env steps",
     "explore_ms": "ms per action, training",
     "evaluate_ms": "ms per action, evaluation",
 }
@@ -118,7 +119,7 @@ def add(commands: Any) -> None:
     serve.add(parts)
     _add_rollout(parts)
     _add_runtime(parts)
-    rivals = _part(parts, "rivals", "an update and an action of each off-policy algorithm", _rivals)
+    rivals = _part(parts, "rivals", "an update and an action of each algorithm", _rivals)
     _add_setting(rivals)
 
 
