@@ -20,6 +20,7 @@ from qvpo_rllib.core.seeding import Stream, sequence, spawn_seed
 from qvpo_rllib.mujoco_warnings import filter_warnings
 from qvpo_rllib.off_policy.policy import OffPolicyTorchPolicy
 from qvpo_rllib.rollout import Episode, check_finite, run_episodes
+from qvpo_rllib.sampling.env_stepper import EnvStepper, Outcome, allowed_threads
 from qvpo_rllib.spaces import action_scale, check_spaces
 
 EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
@@ -59,6 +60,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         filter_warnings()
         super().__init__(**kwargs)
         self.envs = self.async_env.get_sub_environments() if self.async_env is not None else []
+        self._stepper = EnvStepper(self.envs, allowed_threads())
         self.fragment_length: int = self.config.get_rollout_fragment_length(self.worker_index)
         self._obs: NDArray[np.float32] | None = None
         self._returns = np.zeros(len(self.envs))
@@ -150,9 +152,9 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             actions[step] = self._choose(random_actions)
             env_actions = self.scale.to_env(actions[step])
             lengths = self._lengths + 1
-            for i in range(len(self.envs)):
+            for i, outcome in enumerate(self._stepper.step(env_actions)):
                 next_obs[step, i], rewards[step, i], terminateds[step, i], truncateds[step, i] = (
-                    self._step(i, env_actions[i])
+                    self._take(i, outcome)
                 )
             # Of all environments at once: one by one it takes as long as the rest of the loop.
             if not (np.isfinite(next_obs[step]).all() and np.isfinite(rewards[step]).all()):
@@ -230,6 +232,10 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         values = {f"q_{name}": [value] for name, value in bias._asdict().items()}
         return metrics._replace(hist_data={**metrics.hist_data, **values})
 
+    def stop(self) -> None:
+        self._stepper.stop()
+        super().stop()
+
     def get_metrics(self) -> list[RolloutMetrics]:
         """Episodes finished since the last call."""
         finished, self._finished = self._finished, []
@@ -246,13 +252,11 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             check_finite(actions[bad], "action", self._where(bad), int(self._lengths[bad]))
         return actions
 
-    def _step(
-        self, i: int, action: NDArray[np.floating]
-    ) -> tuple[NDArray[np.float32], float, bool, bool]:
-        try:
-            observed, reward, terminated, truncated, _ = self.envs[i].step(action)
-        except Exception as error:
-            raise self._failure(i, error) from error
+    def _take(self, i: int, outcome: Outcome) -> tuple[NDArray[np.float32], float, bool, bool]:
+        """Counts a step of environment `i`, and begins a new episode where one has ended."""
+        if isinstance(outcome, Exception):
+            raise self._failure(i, outcome) from outcome
+        observed, reward, terminated, truncated, _ = outcome
         self._lengths[i] += 1
         next_obs = np.asarray(observed, dtype=np.float32)
         self._returns[i] += reward

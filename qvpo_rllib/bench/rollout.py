@@ -19,11 +19,12 @@ FRAGMENT_STEPS = 1024  # env steps of a measured fragment
 def run(
     *, task: str, num_envs: Sequence[int], setting: str, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """A row per number of environments, all in this process on one thread.
+    """A row per number of environments, all in this process; PyTorch on one thread.
 
     Rates are env steps/s: `environment`: the environments alone, stepped in a plain loop with
-    actions drawn beforehand; `columnar` and `stock`: the two workers with random actions; `acting`:
-    the columnar worker with the best of K_b actions.
+    actions drawn beforehand; `columnar` and `stock`: the two workers with random actions, the
+    columnar one stepping environments in threads where that is faster (OMP_NUM_THREADS=1: never);
+    `acting`: the columnar worker with the best of K_b actions.
     """
     for n in num_envs:
         yield {"task": task, "num_envs": n} | _row(TASKS[task], n, setting, repeats)
