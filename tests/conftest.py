@@ -62,6 +62,15 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def ray_address(ray_session: None) -> str:
+    """`--address` of the session's Ray, for commands whose own start of one is shown elsewhere."""
+    import ray
+
+    address: str = ray.get_runtime_context().gcs_address
+    return address
+
+
+@pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., Any]:
     """`tiny_config(env, **training)`: a configuration whose iteration is 60 env steps.
 
