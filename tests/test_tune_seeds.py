@@ -55,7 +55,7 @@ def test_seeds_workers_and_environments_have_streams_of_their_own(
         for trial in planned_trials(spec, "qvpo") or []
     ]
     assert [config.seed for config in configs] == SEEDS
-    algorithm = build(configs[0].copy())
+    algorithm = build(configs[0].copy(copy_frozen=False))
     algorithm.training_step()
     remote = algorithm.env_runner_group.foreach_env_runner(streams_of, local_env_runner=False)
     seen: dict[str, list[int]] = {"environment": [], "warm-up": [], "noise": [], "learner": []}
@@ -67,7 +67,8 @@ def test_seeds_workers_and_environments_have_streams_of_their_own(
         for streams in runners:
             for name, seeds in streams.items():
                 seen[name] += seeds
-        learner = build(config.copy().env_runners(num_env_runners=0)).learner
+        alone = config.copy(copy_frozen=False).env_runners(num_env_runners=0)
+        learner = build(alone).learner
         seen["learner"].append(int(learner.generator.initial_seed()))
     assert seen["learner"][0] == algorithm.learner.generator.initial_seed()
     assert len(seen["environment"]) == len(SEEDS) * WORKERS * ENVS
