@@ -186,12 +186,10 @@ def test_it_goes_on_and_is_reported(trained: tuple[str, Path], ray_address: str)
     assert (found.algorithm, found.env_steps) == (ALGORITHMS[trained[0]].label, 320)
 
 
-def test_an_experiment_of_several_runs_to_its_report(tmp_path: Path, ray_address: str) -> None:
+def test_an_experiment_of_several_runs_to_its_report(tmp_path: Path) -> None:
     (tmp_path / "several.yaml").write_text(SEVERAL)
     results = tmp_path / "results"
-    output = qvpo(
-        "tune", str(tmp_path / "several.yaml"), "--storage", str(results), "--address", ray_address
-    )
+    output = qvpo("tune", str(tmp_path / "several.yaml"), "--storage", str(results))
     assert "Done." in output
     for part in ("td3", "ppo", "sac"):
         (trial,) = read_trials(results / "several" / part)
