@@ -1,4 +1,4 @@
-"""What the tests that need Ray share: one Ray for all of them, and configurations that are tiny."""
+"""What the tests that need Ray share: one Ray in each test process, and tiny configurations."""
 
 import logging
 import os
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """The one Ray of a test session, on loopback."""
+    """The one Ray of a test process, on loopback."""
     import ray
 
     from qvpo_rllib.cli.ray_session import LOOPBACK
@@ -59,6 +59,15 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_address(ray_session: None) -> str:
+    """`--address` of the session's Ray, for commands whose own start of one is shown elsewhere."""
+    import ray
+
+    address: str = ray.get_runtime_context().gcs_address
+    return address
 
 
 @pytest.fixture(scope="session")

@@ -132,13 +132,13 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, capsys:
 
 
 @pytest.fixture(scope="module", params=["spo", "sac"])
-def trained(request: Any, tmp_path_factory: Any) -> tuple[str, Path]:
+def trained(request: Any, tmp_path_factory: Any, ray_address: str) -> tuple[str, Path]:
     """A run of 240 env steps with evaluations every 80."""
     run = tmp_path_factory.mktemp(request.param) / "run"
     settings = [word for setting in TINY[request.param] for word in ("--set", setting)]
     output = qvpo(
         "train", "--algo", request.param, "--preset", "quick", "--env-steps", "240",
-        "--eval-interval", "80", *settings, "--run-dir", str(run),
+        "--eval-interval", "80", *settings, "--run-dir", str(run), "--address", ray_address,
     )  # fmt: skip
     assert f"{ALGORITHMS[request.param].label} InvertedPendulum-v5 quick: evaluation" in output
     return request.param, run
@@ -175,10 +175,10 @@ def test_its_policy_is_evaluated_and_not_exported(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_it_goes_on_and_is_reported(trained: tuple[str, Path]) -> None:
+def test_it_goes_on_and_is_reported(trained: tuple[str, Path], ray_address: str) -> None:
     _, run = trained
     before = rows_of(run)
-    qvpo("train", "--resume", str(run), "--env-steps", "320")
+    qvpo("train", "--resume", str(run), "--env-steps", "320", "--address", ray_address)
     rows = rows_of(run)
     assert rows[: len(before)] == before
     assert rows[-1]["env_steps"] == 320

@@ -36,10 +36,16 @@ def test_length_of_a_fragment(
     assert config.env_runners(rollout_fragment_length=7).get_rollout_fragment_length() == 7
 
 
-def test_the_ledger_is_exact_and_weights_arrive(build: Any, tiny_config: Any) -> None:
-    algorithm = build(two_workers(tiny_config(TRACEABLE, update_ratio=0.3)))
+@pytest.fixture(scope="module")
+def traced(build_shared: Any, tiny_config: Any) -> Any:
+    """An algorithm with two workers, for two tests, and its trace from the first transition on."""
+    algorithm = build_shared(two_workers(tiny_config(TRACEABLE, update_ratio=0.3)))
+    return algorithm, Trace(algorithm)
+
+
+def test_the_ledger_is_exact_and_weights_arrive(traced: Any) -> None:
+    algorithm, trace = traced
     initial = flat(algorithm.policy)
-    trace = Trace(algorithm)
     for _ in range(10):
         result = algorithm.train()
         trace.check()
@@ -58,6 +64,27 @@ def test_the_ledger_is_exact_and_weights_arrive(build: Any, tiny_config: Any) ->
         assert 0 < np.abs(weights - latest).max() < np.abs(latest - initial).max()
 
 
+def test_a_checkpoint_holds_what_was_in_flight(build: Any, traced: Any, tmp_path: Path) -> None:
+    original, trace = traced
+    original.train()
+    before = original.ledger.ingested
+    original.save(str(tmp_path))
+    trace.check()
+    seen = dict(trace.last_step)  # what the checkpoint has; what follows may be collected again
+    assert before < original.ledger.ingested <= before + 4 * FRAGMENT
+    original.train()
+    trace.check()
+    restored = build(original.config.copy(copy_frozen=False))
+    restored.train()  # what is in flight now belongs to another run
+    restored.restore(str(tmp_path))
+    trace = Trace(restored)
+    trace.last_step.update(seen)
+    restored.train()
+    assert trace.repeated == 0
+    assert restored.ledger.done == int(0.3 * (restored.ledger.ingested - 40))
+    original.stop()  # the later tests need its workers' places
+
+
 def test_staleness_keeps_to_its_bound(build: Any, tiny_config: Any) -> None:
     config = two_workers(tiny_config(TRACEABLE, update_ratio=0.3, max_staleness=20))
     algorithm = build(config.reporting(min_sample_timesteps_per_iteration=200))
@@ -67,30 +94,6 @@ def test_staleness_keeps_to_its_bound(build: Any, tiny_config: Any) -> None:
         trace.check()
         assert result["ledger"]["staleness_max"] <= 20
     assert result["faults"]["fragments_lost"] == 0
-
-
-def test_a_checkpoint_holds_what_was_in_flight(
-    build: Any, tiny_config: Any, tmp_path: Path
-) -> None:
-    config = two_workers(tiny_config(TRACEABLE, update_ratio=0.3))
-    original = build(config.copy(copy_frozen=False))
-    trace = Trace(original)
-    original.train()
-    before = original.ledger.ingested
-    original.save(str(tmp_path))
-    trace.check()
-    seen = dict(trace.last_step)  # what the checkpoint has; what follows may be collected again
-    assert before < original.ledger.ingested <= before + 4 * FRAGMENT
-    original.train()
-    trace.check()
-    restored = build(config)
-    restored.train()  # what is in flight now belongs to another run
-    restored.restore(str(tmp_path))
-    trace = Trace(restored)
-    trace.last_step.update(seen)
-    restored.train()
-    assert trace.repeated == 0
-    assert restored.ledger.done == int(0.3 * (restored.ledger.ingested - 40))
 
 
 def evaluating(tiny_config: Any, *, parallel: bool) -> Any:

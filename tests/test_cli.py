@@ -223,7 +223,9 @@ def test_evaluate_prints_a_table(capsys: Any, trained: Any) -> None:
 # --- kill, resume and interrupt ----------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(trained: Any, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    trained: Any, tmp_path: Path, ray_address: str
+) -> None:
     """SIGKILL at some moment of a run that saves all the time; a new process; the same bits."""
     run = tmp_path / "run"
     process = start(
@@ -238,7 +240,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(trained: Any, tmp_path: Path
     assert len(kept) >= 3
     stopped_at = read_metadata(run / "checkpoints" / "last")["ledger"]["ingested"]
     assert 200 < stopped_at < 400
-    code, _, error = finish(start("train", "--resume", str(run)))
+    code, _, error = finish(start("train", "--resume", str(run), "--address", ray_address))
     assert code == 0, error
     assert "new episodes" not in error
 
@@ -276,7 +278,7 @@ def wait_for_row(run: Path, env_steps: int, process: subprocess.Popen[str]) -> N
         time.sleep(0.05)
 
 
-def test_resume_interrupt_and_resume(trained: Any, capsys: Any) -> None:
+def test_resume_interrupt_and_resume(trained: Any, capsys: Any, ray_address: str) -> None:
     run, _ = trained
     before = rows_of(run)
     process = start("train", "--resume", str(run), "--env-steps", "1000000")
@@ -298,7 +300,9 @@ def test_resume_interrupt_and_resume(trained: Any, capsys: Any) -> None:
     assert len(evaluate(capsys, last, "--episodes", "1")["returns"]) == 1
 
     end = metadata["ledger"]["ingested"] // 200 * 200 + 200
-    code, output, error = finish(start("train", "--resume", str(run), "--env-steps", str(end)))
+    code, output, error = finish(
+        start("train", "--resume", str(run), "--env-steps", str(end), "--address", ray_address)
+    )
     assert code == 0, error
     rows = rows_of(run)
     assert_rows_go_on(rows)
@@ -309,7 +313,7 @@ def test_resume_interrupt_and_resume(trained: Any, capsys: Any) -> None:
 
 
 def test_sigterm_does_not_wait_for_an_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_address: str
 ) -> None:
     """As on a node that is taken away; the evaluation is made when the run goes on."""
     monkeypatch.setenv("EPISODE_LENGTH", "1000000000")
@@ -328,7 +332,7 @@ def test_sigterm_does_not_wait_for_an_evaluation(
     assert evaluated_at(rows_of(run)) == []
 
     monkeypatch.setenv("EPISODE_LENGTH", "5")
-    code, output, error = finish(start("train", "--resume", str(run)))
+    code, output, error = finish(start("train", "--resume", str(run), "--address", ray_address))
     assert code == 0, error
     assert evaluated_at(rows_of(run)) == [20, 40]
     assert rows_of(run)[-1][RETURN] == 5.0
@@ -369,13 +373,15 @@ def test_an_interrupt_that_a_library_swallows_still_counts() -> None:
 # --- failures ----------------------------------------------------------------------------------
 
 
-def test_non_finite_observation_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+def test_non_finite_observation_ends_the_run_and_keeps_the_checkpoint(
+    tmp_path: Path, ray_address: str
+) -> None:
     """The environment returns a NaN at its 70th step; the run saves every 20 steps."""
     run = tmp_path / "run"
     env = "environments:LateNan-v0"
     process = start(
         "train", "--env", env, "--preset", "quick", "--env-steps", "400", "--eval-interval", "20",
-        "--num-envs-per-env-runner", "1", *TINY, "--run-dir", str(run),
+        "--num-envs-per-env-runner", "1", *TINY, "--run-dir", str(run), "--address", ray_address,
     )  # fmt: skip
     code, _, error = finish(process)
     assert code == 1, error

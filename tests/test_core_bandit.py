@@ -19,6 +19,7 @@ HP = Hyperparameters(
     critic_lr=3e-3,
     batch_size=128,
     entropy_weight=0.002,
+    engine="eager",  # compiling takes longer than the training
 )
 
 

@@ -24,7 +24,7 @@ def test_every_option_is_in_the_table():
 def test_ci_finds_the_test_command():
     block = README.split("<!-- test command -->")[1]
     command = re.search(r"```bash\n(.+)\n```", block).group(1)
-    assert command.endswith("&& pytest")
+    assert command.endswith("&& pytest -n 2 --dist loadfile")
     assert 'pip install -e ".[test]"' in command
 
 

@@ -1,90 +1,21 @@
-"""The run directory: nothing is overwritten, nothing repeats, and no crash loses a checkpoint."""
+"""The run directory: nothing is overwritten, no row is lost, torn or repeated."""
 
-import hashlib
-import inspect
-import itertools
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from checkpointed_run import COMMAND, REPLAY, commit, reopen
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qvpo_rllib.experiments.checkpoint_clock import CheckpointClock
-from qvpo_rllib.experiments.plan import parse_interval
 from qvpo_rllib.experiments.run_directory import RunDirectory, write_atomically
-
-COMMAND = ["qvpo", "train", "--env", "Hopper-v5"]
-REPLAY = "replay.arrow"
-
-
-def prune(directory: Path) -> None:
-    (directory / REPLAY).unlink(missing_ok=True)
-
-
-def commit(run: RunDirectory, step: int) -> Path:
-    """A checkpoint that says which was the best when it was saved, with a checksum of its data."""
-    best_step = step - step % 3
-
-    def write(directory: Path) -> None:
-        data = step.to_bytes(8, "little") * 5000
-        (directory / REPLAY).write_bytes(data)
-        (directory / "weights").mkdir()
-        (directory / "weights" / "actor").write_bytes(data)
-        state = {"step": step, "best_step": best_step, "sha": hashlib.sha256(data).hexdigest()}
-        (directory / "state.json").write_text(json.dumps(state))
-
-    return run.commit_checkpoint(step, write, best=step == best_step, prune=prune)
-
-
-# Commits checkpoints as fast as it can, until it is killed. It imports little, to start fast.
-COMMITTING_PROCESS = f"""
-import hashlib, json, sys
-from pathlib import Path
-from qvpo_rllib.experiments.run_directory import RunDirectory
-
-REPLAY = {REPLAY!r}
-
-{inspect.getsource(prune)}
-{inspect.getsource(commit)}
-run = RunDirectory(Path(sys.argv[1]), {{}})
-print("ready", flush=True)
-step = int(sys.argv[2])
-while True:
-    step += 1
-    commit(run, step)
-"""
-
-
-def check_whole(run: RunDirectory) -> int:
-    """Both names point to whole checkpoints that agree, and nothing else is kept. `last`'s step."""
-    last, best = run.checkpoint("last"), run.checkpoint("best")
-    states = {}
-    for name, directory in (("last", last), ("best", best)):
-        states[name] = json.loads((directory / "state.json").read_text())
-        data = (directory / "weights" / "actor").read_bytes()
-        assert hashlib.sha256(data).hexdigest() == states[name]["sha"]
-    assert (last / REPLAY).read_bytes() == (last / "weights" / "actor").read_bytes()
-    assert states["best"]["step"] == states["last"]["best_step"]
-    kept = {entry.name for entry in (run.path / "checkpoints").iterdir()}
-    assert kept == {"last", "best", last.name, best.name}
-    return int(states["last"]["step"])
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory.create(tmp_path / "run", {"env": "Hopper-v5", "hidden": (8, 8)}, COMMAND)
-
-
-def reopen(run: RunDirectory) -> RunDirectory:
-    return RunDirectory.open(run.path, [*COMMAND, "--resume"])
 
 
 def test_a_new_run_says_how_it_was_started(run: RunDirectory) -> None:
@@ -281,119 +212,6 @@ def test_tensorboard_shows_each_number_once_even_after_a_resume(run: RunDirector
     assert losses == [(10, 2.5), (20, 5.0), (30, 99.0)]
 
 
-def test_names_are_relative_links_and_only_what_they_name_is_kept(run: RunDirectory) -> None:
-    assert commit(run, 3).name == "000000003"
-    assert run.checkpoint("last") == run.checkpoint("best")
-    for step in (4, 5):
-        commit(run, step)
-    assert os.readlink(run.path / "checkpoints" / "last") == "000000005"
-    assert os.readlink(run.path / "checkpoints" / "best") == "000000003"
-    assert check_whole(run) == 5
-    assert not (run.checkpoint("best") / REPLAY).exists()
-    moved = run.path.rename(run.path.with_name("moved"))
-    assert check_whole(RunDirectory.open(moved, COMMAND)) == 5
-
-
-def test_the_newest_are_kept_as_many_as_asked_for(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "run", {"keep_checkpoints": 3}, COMMAND)
-    for step in (3, 4, 5, 7, 8):
-        commit(run, step)
-    (run.path / "checkpoints" / "000000009").mkdir()  # a crash before `last` was re-pointed
-    for resumed in (run, reopen(run)):
-        resumed._clean_checkpoints()
-        kept = {entry.name for entry in (run.path / "checkpoints").iterdir()}
-        assert kept == {"last", "best", "000000003", "000000005", "000000007", "000000008"}
-    assert not (run.path / "checkpoints" / "000000003" / REPLAY).exists()
-    assert (run.path / "checkpoints" / "000000005" / REPLAY).exists()
-
-
-def test_a_checkpoint_is_due_by_env_steps_or_by_minutes() -> None:
-    by_steps, by_time = CheckpointClock(100, None), CheckpointClock(None, 2.0)
-    never = CheckpointClock(None, None)
-    for clock in (by_steps, by_time, never):
-        clock.saved(150, 1000.0)
-    steps_and_times = [(199, 1119.0), (200, 1119.0), (199, 1120.0), (650, 9999.0)]
-    assert [by_steps.is_due(*at) for at in steps_and_times] == [False, True, False, True]
-    assert [by_time.is_due(*at) for at in steps_and_times] == [False, False, True, True]
-    assert not any(never.is_due(*at) for at in steps_and_times)
-
-
-@pytest.mark.parametrize(
-    ("text", "meaning"),
-    [
-        (None, (None, None)),
-        ("20000", (20000, None)),
-        ("10min", (None, 10.0)),
-        ("0.5min", (None, 0.5)),
-    ],
-)
-def test_an_interval_is_env_steps_or_minutes(
-    text: str | None, meaning: tuple[int | None, float | None]
-) -> None:
-    assert parse_interval(text) == meaning
-
-
-@pytest.mark.parametrize("text", ["", "0", "0min", "1.5", "-3", "10 min", "min", "1h", "1e5"])
-def test_an_interval_that_is_neither_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"--checkpoint-interval .* env steps, such as 20000"):
-        parse_interval(text)
-
-
-def test_the_same_step_saved_twice_replaces_the_first(run: RunDirectory) -> None:
-    names = []
-    for text in "abc":
-
-        def write(directory: Path, text: str = text) -> None:
-            (directory / "text").write_text(text)
-
-        names.append(run.commit_checkpoint(50_000, write, best=False).name)
-        assert (run.checkpoint("last") / "text").read_text() == text
-    assert names == ["000050000", "000050000-2", "000050000"]
-
-
-def test_a_failed_write_changes_nothing(run: RunDirectory) -> None:
-    commit(run, 3)
-
-    def fail(directory: Path) -> None:
-        (directory / "part").write_text("half")
-        raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run.commit_checkpoint(4, fail, best=True)
-    assert check_whole(run) == 3
-
-
-def test_open_cleans_leftovers_and_keeps_what_is_not_its_own(run: RunDirectory) -> None:
-    commit(run, 3)
-    checkpoints = run.path / "checkpoints"
-    (checkpoints / ".tmp-9-123").mkdir()
-    (checkpoints / ".tmp-9-123" / "part").write_text("half")
-    (checkpoints / ".tmp-link-last").symlink_to("000000009")
-    (checkpoints / "000000009").mkdir()
-    (checkpoints / "my-favourite").mkdir()
-    reopen(run)
-    kept = {entry.name for entry in checkpoints.iterdir()}
-    assert kept == {"last", "best", "000000003", "my-favourite"}
-
-
-def test_a_copy_whose_links_became_directories_can_go_on(run: RunDirectory) -> None:
-    commit(run, 3)
-    checkpoints = run.path / "checkpoints"
-    (checkpoints / "last").unlink()
-    (checkpoints / "000000003").rename(checkpoints / "last")
-    resumed = reopen(run)
-    assert (resumed.checkpoint("last") / REPLAY).exists()
-    commit(resumed, 6)
-    assert check_whole(resumed) == 6
-
-
-def test_checkpoint_knows_two_names(run: RunDirectory) -> None:
-    with pytest.raises(ValueError, match=r"no checkpoint 'newest'.*'last' or 'best'"):
-        run.checkpoint("newest")
-    with pytest.raises(ValueError, match="no checkpoint 'best'"):
-        run.checkpoint("best")
-
-
 def test_atomic_write_keeps_the_old_content_if_it_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -406,63 +224,3 @@ def test_atomic_write_keeps_the_old_content_if_it_fails(
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"
-
-
-@pytest.mark.parametrize("step", [6, 7], ids=["best", "not best"])
-def test_a_crash_before_any_single_file_operation_keeps_a_whole_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    class Crash(BaseException):
-        pass
-
-    survivors = set()
-    for crash_at in itertools.count():
-        run = RunDirectory.create(tmp_path / str(crash_at), {}, COMMAND)
-        commit(run, 3)
-        commit(run, 4)
-        if step == 7:
-            commit(run, 6)
-        countdown = itertools.count(crash_at, -1)
-        with monkeypatch.context() as patch:
-            for name in ("mkdir", "fsync", "rename", "symlink", "replace", "unlink", "rmdir"):
-                real = getattr(os, name)
-
-                def crashing(*args, _real=real, _countdown=countdown, **kwargs):  # type: ignore[no-untyped-def]
-                    if next(_countdown) <= 0:
-                        raise Crash
-                    return _real(*args, **kwargs)
-
-                patch.setattr(os, name, crashing)
-            try:
-                commit(run, step)
-                crashed = False
-            except Crash:
-                crashed = True
-        if not crashed:
-            break
-        survivors.add(check_whole(reopen(run)))
-    assert crash_at >= 10  # as many operations, at least, were interrupted
-    assert survivors == {4 if step == 6 else 6, step}
-
-
-def test_kill_at_random_moments_leaves_a_whole_last_and_best(run: RunDirectory) -> None:
-    commit(run, 3)
-    commit(run, 4)
-    moments = random.Random(0)
-    step = 4
-    for _ in range(20):
-        process = subprocess.Popen(
-            [sys.executable, "-c", COMMITTING_PROCESS, str(run.path), str(step)],
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parent.parent,
-        )
-        assert process.stdout is not None
-        with process.stdout:
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(moments.uniform(0.0, 0.05))
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-        reached = check_whole(reopen(run))
-        assert reached >= step
-        step = reached
-    assert step > 20  # the children did commit between the kills

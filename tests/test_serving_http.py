@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from request_bodies import BODIES, OBS_DIM, REFUSED
 
 from qvpo_rllib import cli
 from qvpo_rllib.cli.ray_session import LOOPBACK
@@ -30,7 +30,6 @@ from qvpo_rllib.serving.limits import MAX_BODY_BYTES, MAX_K, MAX_ROWS
 
 MODEL = "InvertedPendulum-v5"
 PATH = f"/v1/models/{MODEL}/act"
-OBS_DIM = 4
 RELOAD_TIMEOUT_S = 30
 
 
@@ -224,42 +223,8 @@ def test_wrong_paths_methods_and_models(raw: Any, client: Any) -> None:
 
 # --- bad bodies ---------------------------------------------------------------------------------
 
-ZEROS = "[0, 0, 0, 0]"
 
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ("", "JSON"),
-        ("{", "JSON"),
-        ("\x00\xff", "JSON"),
-        ("[" * 100_000, "JSON"),
-        ("null", "object"),
-        ("[]", "object"),
-        ("{}", "observations: Field required"),
-        ('{"observations": []}', "at least 1"),
-        ('{"observations": [[]]}', r"observations\[0\]"),
-        ('{"observations": [[0, 0, 0]]}', "has 3 numbers; InvertedPendulum-v5 needs 4"),
-        (f'{{"observations": [{ZEROS}, [0, 0, 0, 0, 0]]}}', r"observations\[1\] has 5"),
-        ('{"observations": [[0, 0, 0, NaN]]}', r"observations\[0\]\[3\].*finite"),
-        ('{"observations": [[0, 0, 0, -Infinity]]}', "finite"),
-        ('{"observations": [[0, 0, 0, 1e999]]}', "finite|valid"),
-        ('{"observations": [[0, 0, 0, 1e39]]}', "not finite in float32"),
-        ('{"observations": [[0, 0, 0, "0"]]}', "number"),
-        ('{"observations": [[0, 0, 0, true]]}', "number"),
-        ('{"observations": [[0, 0, 0, null]]}', "number"),
-        ('{"observations": "0000"}', "list|array"),
-        (f'{{"observations": [{ZEROS}], "K": 4}}', "K: Extra"),
-        (f'{{"observations": [{ZEROS}], "k": 0}}', "k: "),
-        (f'{{"observations": [{ZEROS}], "k": {MAX_K + 1}}}', "k: "),
-        (f'{{"observations": [{ZEROS}], "k": 4.5}}', "k: "),
-        (f'{{"observations": [{ZEROS}], "k": true}}', "k: "),
-        (f'{{"observations": [{ZEROS}], "seed": -1}}', "seed: "),
-        (f'{{"observations": [{ZEROS}], "seed": {2**63}}}', "seed: "),
-        (f'{{"observations": [{ZEROS}], "seed": 1e400}}', "seed: "),
-        (f'{{"observations": [{", ".join([ZEROS] * (MAX_ROWS + 1))}]}}', "at most 256"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("body", "words"), REFUSED)
 def test_refuses_with_a_sentence(raw: Any, body: str, words: str) -> None:
     error = assert_refused(raw("POST", PATH, body.encode("latin-1")), 422)
     assert re.search(words, error), error
@@ -300,30 +265,13 @@ def test_refuses_a_body_by_its_announced_length(url: str) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-JSON = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=20,
-)
-NUMBERS = st.floats(width=32) | st.floats() | st.integers()
-ALMOST = st.fixed_dictionaries(
-    {
-        "observations": st.lists(st.lists(NUMBERS, min_size=3, max_size=5), max_size=4)
-        | st.lists(st.lists(NUMBERS | SCALARS, min_size=OBS_DIM, max_size=OBS_DIM), max_size=2)
-        | JSON
-    },
-    optional={"k": st.integers(-2, 300) | JSON, "seed": st.integers() | JSON, "more": JSON},
-)
-
-
 @pytest.fixture(scope="module")
 def shared_raw(url: str) -> Raw:
     return Raw(url)
 
 
 @settings(max_examples=250, deadline=None)
-@given(body=ALMOST.map(json.dumps) | JSON.map(json.dumps) | st.binary(max_size=60))
+@given(body=BODIES)
 def test_any_body_gets_finite_actions_or_a_sentence(shared_raw: Any, body: Any) -> None:
     content = body.encode() if isinstance(body, str) else body
     reply = shared_raw("POST", PATH, content)

@@ -22,6 +22,7 @@ SMALL = {
     "entropy_weight": 0.3,
     "batch_size": 6,
     "actor_lr": 1e-2,
+    "engine": "eager",
 }
 
 
