@@ -167,11 +167,11 @@ class Lab:
         arguments = [*TRAIN, "--env-steps", str(env_steps), "--run-dir", f"runs/{name}"]
         return self.start_ray("submit", str(self.config), "cluster/submit.py", "--", *arguments)
 
-    def start_sweep(self) -> subprocess.Popen[str]:
-        """The README's command; the file is among the package's, on the head."""
+    def start_sweep(self, file: str = SWEEP_FILE) -> subprocess.Popen[str]:
+        """The README's command; the file is in the head's home, or among the package's there."""
         return self.start_ray(
             "submit", str(self.config), "cluster/submit.py", "--",
-            "tune", SWEEP_FILE, "--smoke", "--storage", str(self.share),
+            "tune", file, "--smoke", "--storage", str(self.share),
         )  # fmt: skip
 
     def fetch(self) -> Path:
@@ -282,6 +282,17 @@ def check_sweep(lab: Lab) -> None:
     say(f"passed: its trials ran on {' and '.join(sorted(hosts))}; results fetched, report made")
 
 
+def check_own_sweep(lab: Lab) -> None:
+    """An experiment file that `ray up` has not copied."""
+    file = lab.directory / "my_sweep.yaml"
+    file.write_text("name: mine\ntask: Hopper-v5\npreset: light\nseeds: [3]\nenv_steps: 50_000\n")
+    lab.ray("rsync-up", str(lab.config), str(file), "~/my_sweep.yaml")
+    assert "Done." in lab.finish(lab.start_sweep("my_sweep.yaml"))
+    [trial] = read_trials(lab.share / "mine-smoke" / "qvpo").values()
+    assert trial["status"] == FINISHED
+    say("passed: ray rsync-up and a sweep of one's own")
+
+
 def check_lost_rollout_node(lab: Lab) -> None:
     """The training goes on without it; when the machine is there again, Ray takes it back."""
     training = lab.start_submit("c", 1920)
@@ -353,6 +364,7 @@ def wait_until_gone(word: str, timeout_s: float = 120) -> None:
 CHECKS = (
     check_up_submit_down,
     check_sweep,
+    check_own_sweep,
     check_lost_rollout_node,
     check_lost_head,
     check_down,

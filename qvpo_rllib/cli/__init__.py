@@ -93,6 +93,5 @@ def _quiet() -> None:
     """RLlib announces on every start that the old API stack will go; the version is capped."""
     # Ray will stop hiding GPUs from actors that ask for none, and says so unless told which it is.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("ray").setLevel(logging.ERROR)
