@@ -10,6 +10,9 @@
 #
 #   ssh -L 8265:127.0.0.1:8265 -J LOGIN_NODE HEAD_NODE      # http://127.0.0.1:8265, the dashboard
 #
+# Ray's ports listen on all addresses of the nodes and ask for the job's token; whoever reaches the
+# nodes reaches them. Compute nodes are not usually reached from the internet: see that yours are not.
+#
 #SBATCH --job-name=qvpo
 #SBATCH --output=qvpo-%j.log
 #SBATCH --time=24:00:00

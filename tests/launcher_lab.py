@@ -3,8 +3,8 @@
 Each host is a network, process and mount namespace of Linux with an address, a home directory, a
 /tmp/ray and an sshd: `ray stop` ends the Ray of its own host alone, and killing a host's first
 process is a power cut. The whole lab is in namespaces too: when its first process ends, the kernel
-ends all others. Needs root and Debian's openssh-server, rsync and iproute2. `test_launcher.py` runs
-it; by hand:
+ends all others. Needs root and Debian's openssh-server, rsync and iproute2. `.ci/launcher` runs it;
+by hand:
 
     unshare --net --pid --mount --fork --mount-proc --kill-child python tests/launcher_lab.py DIR
 """
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ from typing import Any
 
 import psutil
 import yaml
+
+from qvpo_rllib.experiments.trial_results import FINISHED, read_rows, read_trials
 
 STARTED = time.monotonic()
 ROOT = Path(__file__).parents[1]
@@ -34,6 +37,8 @@ TRAIN = [
     "train", "--env", "InvertedPendulum-v5", "--num-env-runners", "2", "--eval-interval", "384",
     "--set", "warmup_steps=100", "--set", "batch_size=16", "--set", "hidden=16",
 ]  # fmt: skip
+
+SWEEP_FILE, SWEEP, NUM_TRIALS = "k_sweep.yaml", "k_sweep-smoke", 4
 
 HOST = """
 set -e
@@ -58,6 +63,7 @@ class Lab:
         self.directory = directory
         self.home = directory / "laptop"
         self.config = directory / "cluster.yaml"
+        self.share = directory / "share"  # every host sees it here, as it would a network's disk
         self.hosts: dict[str, subprocess.Popen[bytes]] = {}
 
     def build(self) -> None:
@@ -150,6 +156,7 @@ class Lab:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
 
     def submit(self, name: str, env_steps: int) -> str:
@@ -159,6 +166,13 @@ class Lab:
     def start_submit(self, name: str, env_steps: int) -> subprocess.Popen[str]:
         arguments = [*TRAIN, "--env-steps", str(env_steps), "--run-dir", f"runs/{name}"]
         return self.start_ray("submit", str(self.config), "cluster/submit.py", "--", *arguments)
+
+    def start_sweep(self, file: str = SWEEP_FILE) -> subprocess.Popen[str]:
+        """The README's command; the file is in the head's home, or among the package's there."""
+        return self.start_ray(
+            "submit", str(self.config), "cluster/submit.py", "--",
+            "tune", file, "--smoke", "--storage", str(self.share),
+        )  # fmt: skip
 
     def fetch(self) -> Path:
         """The folder that now holds the runs, by name."""
@@ -223,6 +237,62 @@ def check_up_submit_down(lab: Lab) -> None:
     say("passed: ray up, ray submit, ray rsync-down; workers on both nodes")
 
 
+def check_sweep(lab: Lab) -> None:
+    """Ctrl-C on the laptop in the middle of a sweep; the command again, and once more after."""
+    part = lab.share / SWEEP / "qvpo"
+    sweep = lab.start_sweep()
+    wait_for(rf"[1-{NUM_TRIALS - 1}] of {NUM_TRIALS} trials finished", sweep)
+    os.killpg(sweep.pid, signal.SIGINT)
+    sweep.communicate(timeout=120)
+    wait_until_gone("submit.py")
+    before = read_trials(part)
+    ended = [trial for trial, entry in before.items() if entry["status"] == FINISHED]
+    assert 1 <= len(ended) < NUM_TRIALS
+    rows = {trial: (part / "results" / f"{trial}.jsonl").read_bytes() for trial in ended}
+    say(f"the laptop's command was interrupted; {len(ended)} of {NUM_TRIALS} trials had finished")
+
+    output = lab.finish(lab.start_sweep())
+    assert "Done." in output, output
+    after = read_trials(part)
+    assert [entry["status"] for entry in after.values()] == [FINISHED] * NUM_TRIALS
+    for trial in ended:
+        assert after[trial] == before[trial]
+        assert (part / "results" / f"{trial}.jsonl").read_bytes() == rows[trial]
+    for trial in after:
+        assert [row["env_steps"] for row in read_rows(part, trial)] == [160, 320, 480]
+    say("passed: the sweep went on; the trials that had finished were not touched")
+
+    files = {path: path.stat().st_mtime_ns for path in lab.share.rglob("*") if path.is_file()}
+    assert "Finished already" in lab.finish(lab.start_sweep())
+    assert files == {p: p.stat().st_mtime_ns for p in lab.share.rglob("*") if p.is_file()}
+    say("passed: submitted once more, the sweep is finished already")
+
+    results = lab.directory / "results"
+    results.mkdir(exist_ok=True)
+    lab.ray("rsync-down", str(lab.config), f"{lab.share}/", str(results))
+    hosts = {
+        json.loads(line)["hostname"]
+        for file in (results / SWEEP).rglob("result.json")
+        for line in file.read_text().splitlines()
+    }
+    assert hosts == {"head", "rollout"}, hosts
+    report = results / "report"
+    run(sys.executable, "-m", "qvpo_rllib", "report", str(results / SWEEP), "--out", str(report))
+    assert (report / "report.html").exists()
+    say(f"passed: its trials ran on {' and '.join(sorted(hosts))}; results fetched, report made")
+
+
+def check_own_sweep(lab: Lab) -> None:
+    """An experiment file that `ray up` has not copied."""
+    file = lab.directory / "my_sweep.yaml"
+    file.write_text("name: mine\ntask: Hopper-v5\npreset: light\nseeds: [3]\nenv_steps: 50_000\n")
+    lab.ray("rsync-up", str(lab.config), str(file), "~/my_sweep.yaml")
+    assert "Done." in lab.finish(lab.start_sweep("my_sweep.yaml"))
+    [trial] = read_trials(lab.share / "mine-smoke" / "qvpo").values()
+    assert trial["status"] == FINISHED
+    say("passed: ray rsync-up and a sweep of one's own")
+
+
 def check_lost_rollout_node(lab: Lab) -> None:
     """The training goes on without it; when the machine is there again, Ray takes it back."""
     training = lab.start_submit("c", 1920)
@@ -274,16 +344,31 @@ def snapshots(run_path: Path) -> list[dict[str, Any]]:
     return list(json.loads((run_path / "workers.json").read_text()))
 
 
-def wait_for(text: str, process: subprocess.Popen[str]) -> None:
+def wait_for(pattern: str, process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        if text in line:
+        if re.search(pattern, line):
             say(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip())
             return
-    raise AssertionError(f"the command ended without {text!r}")
+    raise AssertionError(f"the command ended without {pattern!r}")
 
 
-CHECKS = (check_up_submit_down, check_lost_rollout_node, check_lost_head, check_down)
+def wait_until_gone(word: str, timeout_s: float = 120) -> None:
+    """Until no process on any host has the word in its command line."""
+    deadline = time.monotonic() + timeout_s
+    while any(word in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < deadline, f"{word} still runs"
+        time.sleep(0.5)
+
+
+CHECKS = (
+    check_up_submit_down,
+    check_sweep,
+    check_own_sweep,
+    check_lost_rollout_node,
+    check_lost_head,
+    check_down,
+)
 
 if __name__ == "__main__":
     lab = Lab(Path(sys.argv[1]).absolute())

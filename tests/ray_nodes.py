@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from qvpo_rllib.cli.ray_session import NO_CLUSTER
+
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD_IP, SECOND_IP = "127.0.0.2", "127.0.0.3"  # Ray replaces 127.0.0.1
 START_TIMEOUT_S = 60
@@ -29,7 +31,8 @@ class RayNodes:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         self.environment = {
-            **os.environ,
+            # Commands that ran in this process have told Ray that there will be no cluster.
+            **{name: value for name, value in os.environ.items() if name not in NO_CLUSTER},
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ADDRESS": f"{HEAD_IP}:{self.port}",

@@ -81,7 +81,7 @@ def test_ray_is_started_with_the_token_and_its_dashboard_on_loopback(name: str) 
     assert "RAY_AUTH_MODE=token" in head
     assert "RAY_AUTH_MODE=token" in worker
     assert "--dashboard-host=127.0.0.1" in head
-    assert "0.0.0.0" not in (CLUSTER / f"{name}.yaml").read_text()
+    assert "0.0.0.0" not in head + worker
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp"])
@@ -127,6 +127,19 @@ def test_a_kuberay_cluster_asks_for_the_token_and_is_not_reachable_from_outside(
     spec = cluster_spec(resources(name)[-1])
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_a_policy_lets_nobody_into_the_pods_from_outside(name: str) -> None:
+    [policy] = [r["spec"] for r in resources(name) if r["kind"] == "NetworkPolicy"]
+    labels = policy["podSelector"]["matchLabels"]
+    for template in pod_templates(resources(name)[-1]):
+        assert template["metadata"]["labels"] == labels
+    assert policy["policyTypes"] == ["Ingress"]
+    peers = [peer for rule in policy["ingress"] for peer in rule["from"]]
+    assert not [peer for peer in peers if "ipBlock" in peer]
+    everywhere = [peer for peer in peers if "namespaceSelector" in peer]
+    assert all(peer["podSelector"]["matchLabels"] for peer in everywhere)
 
 
 def test_the_service_serves_this_packages_application() -> None:

@@ -152,7 +152,21 @@ def test_two_different_bundles_may_not_share_a_version(bundle: Path) -> None:
     models.open([bundle])
     with pytest.raises(ValueError, match="hopper@fresh"):
         models.open([bundle, other])
-    assert list(models.snapshot.by_reference) == ["hopper", "hopper@fresh"]  # as it was
+    assert set(models.snapshot.by_reference) == {"hopper", "hopper@fresh"}  # as it was
+
+
+def test_a_policy_that_was_exported_twice_is_served_once(bundle: Path) -> None:
+    from dataclasses import replace
+
+    from qvpo_rllib.serving import write_bundle
+
+    again = bundle.parent / "again"
+    description = replace(load(bundle).description, created="2026-11-22", versions={"torch": "3"})
+    write_bundle(again, description, (bundle / "policy.safetensors").read_bytes())
+    models = Models()
+    models.open([bundle, again])
+    [policy] = models.snapshot.policies
+    assert models.snapshot.is_default(policy)
 
 
 def test_the_bundle_given_last_has_the_name(bundle: Path) -> None:

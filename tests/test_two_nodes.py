@@ -1,6 +1,7 @@
 """`ray job submit` on two nodes with token authentication, as on a cluster."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import requests
 from ray_nodes import HEAD_IP, RAY, SECOND_IP, RayNodes, ray_nodes
 
+from qvpo_rllib.experiments.trial_results import FINISHED, read_trials
+
 ROOT = Path(__file__).parents[1]
 TRAIN = [
     "python", "cluster/submit.py", "train", "--env", "InvertedPendulum-v5",
@@ -16,6 +19,8 @@ TRAIN = [
     "--run-dir", "runs/two", "--set", "warmup_steps=100", "--set", "batch_size=16",
     "--set", "hidden=16",
 ]  # fmt: skip
+
+SWEEP = "name: mine\ntask: InvertedPendulum-v5\npreset: quick\nseeds: [3]\nenv_steps: 5000\n"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def nodes() -> Iterator[RayNodes]:
 
 
 def test_workers_of_a_job_sit_on_both_nodes(nodes: RayNodes) -> None:
-    result = submit(nodes)
+    result = submit(nodes, ROOT, *TRAIN)
     assert result.returncode == 0, result.stdout + result.stderr
     line = f"Rollout workers: 1 on {HEAD_IP}; 2 on {SECOND_IP}; learner on {HEAD_IP}."
     assert result.stdout.count(line) == 2  # at the start and at the end
@@ -44,6 +49,20 @@ def test_workers_of_a_job_sit_on_both_nodes(nodes: RayNodes) -> None:
     assert 320 <= last["env_steps"] <= 320 + 4 * 64
 
 
+def test_a_sweep_of_ones_own_is_run_once(nodes: RayNodes, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "cluster" / "submit.py", tmp_path)
+    (tmp_path / "mine.yaml").write_text(SWEEP)
+    command = ["python", "submit.py", "tune", "mine.yaml", "--smoke"]
+    result = submit(nodes, tmp_path, *command)
+    assert "1 of 1 trials finished" in result.stdout, result.stdout + result.stderr
+    part = nodes.directory / "home" / "results" / "mine-smoke" / "qvpo"
+    before = read_trials(part)
+    assert [entry["status"] for entry in before.values()] == [FINISHED]
+    again = submit(nodes, tmp_path, *command)
+    assert "Finished already" in again.stdout, again.stdout + again.stderr
+    assert read_trials(part) == before
+
+
 def test_without_the_token_nobody_gets_in(nodes: RayNodes) -> None:
     jobs = f"{nodes.dashboard}/api/jobs/"
     token = (nodes.directory / "token").read_text()
@@ -53,8 +72,8 @@ def test_without_the_token_nobody_gets_in(nodes: RayNodes) -> None:
         assert reply.status_code == status
 
 
-def submit(nodes: RayNodes) -> subprocess.CompletedProcess[str]:
+def submit(nodes: RayNodes, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return nodes.run(
-        RAY, "job", "submit", "--address", nodes.dashboard, "--working-dir", str(ROOT), "--",
-        *TRAIN, timeout_s=180,
+        RAY, "job", "submit", "--address", nodes.dashboard, "--working-dir", str(folder), "--",
+        *command, timeout_s=180,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from qvpo_rllib.cli import (
     tune,
 )
 from qvpo_rllib.cli.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.cli.ray_session import keep_private
 from qvpo_rllib.core.errors import NonFiniteError
 
 COMMANDS = (train, evaluate, record, tune, report, export, replay, serve, bandit, theorem2, bench)
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         _subparser(options).error(f"unrecognized arguments: {' '.join(unknown)}")
     _quiet()
+    keep_private(getattr(options, "address", None))
     try:
         code: int = options.run(options)
     except ValueError as error:
@@ -91,6 +93,5 @@ def _quiet() -> None:
     """RLlib announces on every start that the old API stack will go; the version is capped."""
     # Ray will stop hiding GPUs from actors that ask for none, and says so unless told which it is.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("ray").setLevel(logging.ERROR)

@@ -4,8 +4,22 @@ import logging
 import os
 from typing import Any
 
-# Ray replaces 127.0.0.1 by the machine's own address and would listen to the network.
+# Ray replaces 127.0.0.1 by the machine's own address, this one it leaves as it is.
 LOOPBACK = "127.0.0.2"
+
+# Ray 2.60's ports are open on all of the machine's addresses unless its node has 127.0.0.1, which
+# it allows on Linux too if it is told, when it is imported, that it will never be a cluster.
+NO_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+def keep_private(address: str | None) -> None:
+    """Makes the Ray that a command starts listen on loopback alone; before Ray is imported.
+
+    Args:
+        address: of the cluster that the command joins instead, if it does.
+    """
+    if not address and not os.environ.get("RAY_ADDRESS"):
+        os.environ.update(NO_CLUSTER)
 
 
 def start_ray(num_processes: int, address: str | None = None) -> None:
@@ -30,9 +44,17 @@ def start_ray(num_processes: int, address: str | None = None) -> None:
         address="local",
         num_cpus=max(num_cores(), num_processes),
         include_dashboard=False,
-        _node_ip_address=LOOPBACK,
+        _node_ip_address=_own_address(),
         **quiet,
     )
+
+
+def _own_address() -> str:
+    """127.0.0.1 if Ray allows it; if it was imported before `keep_private`, LOOPBACK."""
+    import ray
+
+    own: str = ray.util.get_node_ip_address()
+    return own if own == "127.0.0.1" else LOOPBACK
 
 
 def _attach(address: str | None, options: dict[str, Any]) -> None:

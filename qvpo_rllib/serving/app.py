@@ -17,6 +17,7 @@ from ray import serve
 from qvpo_rllib.serving.api import create_api
 from qvpo_rllib.serving.bundle import load
 from qvpo_rllib.serving.limits import MAX_PENDING_REQUESTS
+from qvpo_rllib.serving.models import check_references
 
 
 class AppArguments(BaseModel):
@@ -54,10 +55,10 @@ def build(arguments: AppArguments) -> serve.Application:
     """The application for `serve run` and RayService.
 
     Raises:
-        ValueError: a bundle is missing or refused.
+        ValueError: a bundle is missing or refused, or two different ones have the same name and
+            version.
     """
-    for bundle in arguments.bundles:
-        load(bundle)
+    check_references([(bundle, load(bundle)) for bundle in arguments.bundles])
     deployment: Any = PolicyServer  # what the decorator made of the class
     return deployment.options(
         num_replicas=arguments.num_replicas,

@@ -1,5 +1,6 @@
 """The models being served: several names and versions side by side, replaced while in use."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qvpo_rllib.serving.bundle import DESCRIPTION_FILE, load
+from qvpo_rllib.serving.description import Description
 from qvpo_rllib.serving.policy import ServedPolicy
 
 logger = logging.getLogger(__name__)
@@ -98,6 +100,19 @@ class Models:
         return True
 
 
+def check_references(bundles: Sequence[tuple[str | Path, ServedPolicy]]) -> None:
+    """Raises `ValueError` if two different policies, each given with its path, have one name."""
+    by_reference: dict[str, Description] = {}
+    for path, policy in bundles:
+        # The same policy may have been exported twice, at another time or on another machine.
+        essence = dataclasses.replace(policy.description, created="", versions={})
+        if by_reference.setdefault(reference(policy), essence) != essence:
+            raise ValueError(
+                f"Two different bundles call themselves {reference(policy)}; the second is "
+                f"{str(path)!r}. Give one another --name or --version in qvpo export."
+            )
+
+
 def _load_warm(path: Path) -> ServedPolicy:
     policy = load(path)
     policy.warm_up(policy.description.k_eval, policy.description.k_behavior)
@@ -115,16 +130,12 @@ def _stamp(path: Path) -> Stamp | None:
 def _snapshot(places: Sequence[_Place]) -> Snapshot:
     by_reference: dict[str, ServedPolicy] = {}
     served: list[tuple[ServedPolicy, str | None]] = []
+    check_references([(place.path, place.policy) for place in places])
     for place in places:
-        other = by_reference.get(reference(place.policy))
-        if other is not None and other.description != place.policy.description:
-            raise ValueError(
-                f"Two different bundles call themselves {reference(place.policy)}; the second is "
-                f"{str(place.path)!r}. Give one another --name or --version in qvpo export."
-            )
-        by_reference[place.policy.description.name] = place.policy
-        by_reference[reference(place.policy)] = place.policy
-        served.append((place.policy, place.problem))
+        policy = by_reference.setdefault(reference(place.policy), place.policy)
+        by_reference[policy.description.name] = policy
+        if policy is place.policy:  # else it was exported twice
+            served.append((policy, place.problem))
     for place in places:
         if place.previous is not None and reference(place.previous) not in by_reference:
             by_reference[reference(place.previous)] = place.previous
