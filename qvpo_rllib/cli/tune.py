@@ -64,14 +64,15 @@ def _tune(options: argparse.Namespace) -> int:
     if experiment.complete:
         print(f"Finished already: {experiment.directory}\n{_report_hint(experiment.directory)}")
         return 0
-    try:
-        _start_ray(options.address, spec)
-        # A batch system ends a job with SIGTERM: as with Ctrl-C, Tune saves its state and stops.
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-        print(f"Experiment: {experiment.directory}", flush=True)
-        complete = experiment.run(callbacks, ["qvpo", *sys.argv[1:]])
-    finally:
-        _stop_ray()
+    with experiment.writing():
+        try:
+            _start_ray(options.address, spec)
+            # A batch system ends a job with SIGTERM: as with Ctrl-C, Tune saves its state.
+            signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+            print(f"Experiment: {experiment.directory}", flush=True)
+            complete = experiment.run(callbacks, ["qvpo", *sys.argv[1:]])
+        finally:
+            _stop_ray()
     if complete:
         print(f"Done.\n{_report_hint(experiment.directory)}")
         return 0
