@@ -22,6 +22,7 @@ from ray import tune
 
 from qvpo_rllib.experiments.algorithms import entry_of
 from qvpo_rllib.experiments.directory_lock import LOCK_FILE, DirectoryLock
+from qvpo_rllib.experiments.interruption import INTERRUPTION
 from qvpo_rllib.experiments.run_directory import write_atomically
 from qvpo_rllib.experiments.spec import ExperimentSpec, Setting
 from qvpo_rllib.experiments.start_record import describe_start
@@ -102,7 +103,7 @@ class Experiment:
     def run(self, callbacks: Sequence[tune.Callback] = (), command: Sequence[str] = ()) -> bool:
         """Runs what is left; says whether all trials have ended well.
 
-        Ctrl-C ends it between two results; `complete` is then false.
+        `INTERRUPTION` ends it early; `complete` is then false.
 
         Args:
             callbacks: of Ray Tune.
@@ -178,6 +179,8 @@ class Experiment:
     def _run_part(self, part: Part, callbacks: Sequence[tune.Callback]) -> bool:
         if self._part_complete(part):
             return True
+        if INTERRUPTION.asked:
+            return False
         tuner = self._restored(part) or self._fresh(part, callbacks)
         tuner.fit()
         return self._part_complete(part)
