@@ -16,6 +16,7 @@ from qvpo_rllib.experiments.spec import ExperimentSpec
 from qvpo_rllib.experiments.trial_ledger import result_row
 from qvpo_rllib.experiments.trial_results import read_rows, read_trials
 from qvpo_rllib.experiments.tuner import fixed_config
+from qvpo_rllib.stop_signal import LOOK_EVERY_S
 
 INTERVAL, STEPS = 300, 900  # held in step 400
 FILE = f"""
@@ -78,6 +79,7 @@ def test_trials_go_on_where_ctrl_c_stopped_them(
     assert f"process {process.pid} on" in " ".join(capsys.readouterr().err.split())
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the group
     assert any("Interrupted: 2 trials save" in line for line in process.stdout)
+    time.sleep(1.1 * LOOK_EVERY_S)
     (tmp_path / "go").touch()
     code, output = finish(process)
     assert code == 130, output
