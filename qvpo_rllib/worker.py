@@ -200,20 +200,29 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         return self._process_id
 
     def evaluate_episodes(
-        self, seeds: Sequence[int], action_seed: int
+        self,
+        seeds: Sequence[int],
+        action_seed: int,
+        before_step: Callable[[], None] = lambda: None,
     ) -> list[RolloutMetrics] | NonFiniteError:
         """One whole episode per seed, acting without exploration.
 
         Args:
             seeds: the environments' seeds, one per episode.
             action_seed: of the noise that actions are drawn with.
+            before_step: is called before every step; what it raises ends the evaluation.
         """
         policy = self.policy
         generator = torch.Generator(device=policy.device).manual_seed(action_seed)
+
+        def act(obs: NDArray[np.float32]) -> tuple[Any, Any]:
+            before_step()
+            return policy.choose_and_predict(obs, generator)
+
         try:
             episodes = run_episodes(
                 self.envs,
-                lambda obs: policy.choose_and_predict(obs, generator),
+                act,
                 self.scale,
                 seeds,
                 f"{self.config.env} (evaluation)",

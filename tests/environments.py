@@ -6,6 +6,7 @@ Importing this module registers them with Gymnasium; another process names one a
 
 import os
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,26 @@ class Elsewhere(Counting):
         raise TypeError("the state is in another process")
 
 
+class Holding(gym.Wrapper):
+    """InvertedPendulum, but that step 400 of its life waits for the file `go` in the directory that
+    the variable HOLDING names. It puts a file there to say so."""
+
+    metadata = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__(gym.make("InvertedPendulum-v5"))
+        self.life = 0
+
+    def step(self, action: Any) -> Any:
+        self.life += 1
+        if self.life == 400:
+            directory = Path(os.environ["HOLDING"])
+            (directory / f"held-{uuid.uuid4()}").touch()
+            while not (directory / "go").exists():
+                time.sleep(0.02)
+        return super().step(action)
+
+
 class Spaces(gym.Env):
     """Has the given spaces, and an episode of one step."""
 
@@ -204,6 +225,7 @@ _register("LateNan", NonFinite, quantity="observation", at_step=70, length=6)
 _register("Traceable", Traceable)
 _register("Lasting", Lasting)
 _register("Elsewhere", Elsewhere, length=50)
+_register("Holding", Holding)
 _register("Raising", Raising, length=100)
 _register("InfiniteReward", NonFinite, quantity="reward", at_step=70, length=100)
 for _name, (_observation_space, _action_space) in UNSUITED_SPACES.items():

@@ -161,7 +161,7 @@ def test_missing_evaluation_episodes_are_an_error(
 ) -> None:
     algorithm = build(evaluating(tiny_config(ENV)))
     worker = algorithm.eval_env_runner
-    monkeypatch.setattr(worker, "evaluate_episodes", lambda seeds, action_seed: [])
+    monkeypatch.setattr(worker, "evaluate_episodes", lambda *_: [])
     with pytest.raises(RuntimeError, match="Only 0 of 3 evaluation episodes"):
         algorithm.evaluate()
 

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import os
-import signal
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,11 @@ def add(commands: Any) -> None:
 
 def _tune(options: argparse.Namespace) -> int:
     from qvpo_rllib.experiments.experiment import EXPERIMENT_FILE, Experiment
+    from qvpo_rllib.experiments.interruption import INTERRUPTION
 
     spec = _spec(options)
     callbacks = [_logger(name, spec) for name in options.log]
+    command = ["qvpo", *sys.argv[1:]]
     experiment = Experiment(spec)
     if options.resume and not (experiment.directory / EXPERIMENT_FILE).exists():
         raise ValueError(
@@ -64,17 +66,22 @@ def _tune(options: argparse.Namespace) -> int:
     if experiment.complete:
         print(f"Finished already: {experiment.directory}\n{_report_hint(experiment.directory)}")
         return 0
-    try:
-        _start_ray(options.address, spec)
-        # A batch system ends a job with SIGTERM: as with Ctrl-C, Tune saves its state and stops.
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-        print(f"Experiment: {experiment.directory}", flush=True)
-        complete = experiment.run(callbacks, ["qvpo", *sys.argv[1:]])
-    finally:
-        _stop_ray()
+    with INTERRUPTION.watching(), experiment.writing():
+        try:
+            _start_ray(options.address, spec)
+            INTERRUPTION.listen()
+            print(f"Experiment: {experiment.directory}", flush=True)
+            complete = experiment.run(callbacks, command)
+        finally:
+            _stop_ray()
     if complete:
         print(f"Done.\n{_report_hint(experiment.directory)}")
         return 0
+    if INTERRUPTION.asked:
+        for name in INTERRUPTION.unsaved:
+            print(f"Not saved in time, goes on from its last checkpoint: {name}")
+        print(f"Saved. To go on, the same command again: {shlex.join(command)}")
+        return EXIT_INTERRUPTED
     failures = experiment.failures()
     if failures:
         print("\n".join(["Failed trials:", *(f"  {line}" for line in failures)]))
@@ -146,6 +153,8 @@ def _start_ray(address: str | None, spec: Any) -> None:
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     # Tune warns when its state is saved often; every checkpoint saves it.
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    # Ctrl-C is ours (`experiments.interruption`); Tune then ends at SIGUSR1 alone.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     start_ray(spec.num_cpus + spec.num_env_runners, address)
 
 

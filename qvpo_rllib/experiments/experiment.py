@@ -10,9 +10,10 @@
 Tune copies the files of its directory back and forth: ours are kept out of it.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from typing import Any
 from ray import tune
 
 from qvpo_rllib.experiments.algorithms import entry_of
-from qvpo_rllib.experiments.run_directory import describe_start, write_atomically
+from qvpo_rllib.experiments.directory_lock import LOCK_FILE, DirectoryLock
+from qvpo_rllib.experiments.interruption import INTERRUPTION
+from qvpo_rllib.experiments.run_directory import write_atomically
 from qvpo_rllib.experiments.spec import ExperimentSpec, Setting
+from qvpo_rllib.experiments.start_record import describe_start
 from qvpo_rllib.experiments.trial_ledger import TrialLedger
 from qvpo_rllib.experiments.trial_results import (
     FAILED,
@@ -55,7 +59,10 @@ class Part:
 
 
 class Experiment:
-    """An experiment in a directory of its own. Raises `ValueError` if another one is there."""
+    """An experiment in a directory of its own. Raises `ValueError` if another one is there.
+
+    Before `run`, enter `writing`.
+    """
 
     def __init__(self, spec: ExperimentSpec) -> None:
         self.spec = spec
@@ -75,10 +82,28 @@ class Experiment:
             parts += [self._confirmation(p) for p in self.parts if self._part_complete(p)]
         return parts
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps other programs from writing to the directory; it is made if need be.
+
+        Raises:
+            ValueError: another program is running the experiment. Nothing was changed.
+        """
+        missing = [p for p in (self.directory, *self.directory.parents) if not p.exists()]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with DirectoryLock(self.directory):
+                self._adopt()  # another program may have gone on with it since
+                yield
+        finally:
+            with contextlib.suppress(OSError):  # the first that is not empty
+                for made in missing:
+                    made.rmdir()
+
     def run(self, callbacks: Sequence[tune.Callback] = (), command: Sequence[str] = ()) -> bool:
         """Runs what is left; says whether all trials have ended well.
 
-        Ctrl-C ends it between two results; `complete` is then false.
+        `INTERRUPTION` ends it early; `complete` is then false.
 
         Args:
             callbacks: of Ray Tune.
@@ -109,7 +134,8 @@ class Experiment:
         """The directory is new, or holds this very experiment."""
         file = self.directory / EXPERIMENT_FILE
         if not file.exists():
-            if self.directory.exists() and any(self.directory.iterdir()):
+            found = self.directory.iterdir() if self.directory.exists() else ()
+            if {entry.name for entry in found} - {LOCK_FILE}:
                 raise ValueError(
                     f"{str(self.directory)!r} holds other files and no experiment of `qvpo tune`. "
                     "Give another --storage, or another name in the file."
@@ -153,6 +179,8 @@ class Experiment:
     def _run_part(self, part: Part, callbacks: Sequence[tune.Callback]) -> bool:
         if self._part_complete(part):
             return True
+        if INTERRUPTION.asked:
+            return False
         tuner = self._restored(part) or self._fresh(part, callbacks)
         tuner.fit()
         return self._part_complete(part)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qvpo_rllib.experiments.directory_lock import DirectoryLock
+
 
 def begun(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether `path` holds a run of `config` that can be gone on with.
@@ -17,7 +19,8 @@ def begun(path: Path, config: Mapping[str, Any]) -> bool:
         config: what `config.json` would hold for a new run.
 
     Raises:
-        ValueError: `path` holds a run with other settings. Nothing is changed.
+        ValueError: `path` holds a run with other settings, or one that another program is still
+            writing. Nothing is changed.
     """
     file = path / "config.json"
     if not file.exists():
@@ -33,5 +36,6 @@ def begun(path: Path, config: Mapping[str, Any]) -> bool:
         )
     if (path / "checkpoints" / "last").is_dir():
         return True
-    path.rename(path.with_name(f"{path.name}-unsaved-{time.strftime('%Y%m%d-%H%M%S')}"))
+    with DirectoryLock(path):
+        path.rename(path.with_name(f"{path.name}-unsaved-{time.strftime('%Y%m%d-%H%M%S')}"))
     return False

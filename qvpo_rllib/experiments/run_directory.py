@@ -11,19 +11,19 @@ Files are replaced, never rewritten in place, except `metrics.jsonl`, which is a
 cut short by a crash is ignored by readers and removed by `open`.
 """
 
-import importlib.metadata
+import contextlib
 import json
 import math
 import numbers
 import os
-import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvpo_rllib.experiments.directory_lock import LOCK_FILE, DirectoryLock
+from qvpo_rllib.experiments.start_record import describe_start
 from qvpo_rllib.staging import sync
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 Value = float | int | str | None
 Row = dict[str, Value]
 
-PACKAGES = ("qvpo_rllib", "torch", "ray", "gymnasium", "mujoco", "numpy", "pyarrow")
 NUMBERED = re.compile(r"\d{9,}(-\d+)?")
 # An empty file in each checkpoint that was the best when saved: `open` sees by it whether a crash
 # came after `last` was re-pointed and before `best` was.
@@ -40,7 +39,10 @@ BEST_MARK = ".best"
 
 
 class RunDirectory:
-    """One process at a time may write to a run directory; any number may read its files."""
+    """One process at a time may write to a run directory; any number may read its files.
+
+    `create` and `open` see to that with a lock, which `close` releases.
+    """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         """For `create` and `open`, which check the path."""
@@ -52,6 +54,7 @@ class RunDirectory:
         self._tensorboard: SummaryWriter | None = None
         self._purge_step: int | None = None
         self._made_path = False
+        self._lock: DirectoryLock | None = None
 
     @classmethod
     def create(
@@ -61,18 +64,20 @@ class RunDirectory:
         path = Path(path)
         _refuse_occupied(path)
         text = json.dumps(dict(config), indent=2, allow_nan=False)
-        made = not path.exists()
+        # Back from JSON, so that a new run and a resumed one see the same configuration.
+        run = cls(path, json.loads(text))
+        run._made_path = not path.exists()
         try:
-            (path / "checkpoints").mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
                 f"The run directory {str(path)!r} cannot be made: {error}. Give another --run-dir."
             ) from error
-        write_atomically(path / "config.json", text.encode() + b"\n")
-        # Back from JSON, so that a new run and a resumed one see the same configuration.
-        run = cls(path, json.loads(text))
-        run._made_path = made
-        run._record_start(command)
+        with run._locked():
+            _refuse_occupied(path)  # again: another program may have begun meanwhile
+            (path / "checkpoints").mkdir()
+            write_atomically(path / "config.json", text.encode() + b"\n")
+            run._record_start(command)
         return run
 
     @classmethod
@@ -89,7 +94,8 @@ class RunDirectory:
                 anything is changed, and raises `ValueError` unless a run can go on from it.
 
         Raises:
-            ValueError: `path` holds no run, or a run without a whole `checkpoints/last`.
+            ValueError: `path` holds no run, or a run without a whole `checkpoints/last`, or another
+                program is writing to it.
         """
         path = Path(path)
         missing = [name for name in ("config.json", "checkpoints") if not (path / name).exists()]
@@ -105,17 +111,18 @@ class RunDirectory:
                 f"Cannot resume {str(path)!r}: its config.json is damaged ({error}). Restore that "
                 "file, or start a new run in another --run-dir."
             ) from None
-        last_checkpoint = run.checkpoint("last")
-        if check is not None:
-            check(run.config, last_checkpoint)
-        whole_bytes = _read_metrics(run._metrics)[1]
-        if run._metrics.exists():
-            os.truncate(run._metrics, whole_bytes)
-        last = run._target("last")
-        if last is not None and (run._checkpoints / last / BEST_MARK).exists():
-            run._point("best", last)
-        run._clean_checkpoints()
-        run._record_start(command)
+        with run._locked():
+            last_checkpoint = run.checkpoint("last")
+            if check is not None:
+                check(run.config, last_checkpoint)
+            whole_bytes = _read_metrics(run._metrics)[1]
+            if run._metrics.exists():
+                os.truncate(run._metrics, whole_bytes)
+            last = run._target("last")
+            if last is not None and (run._checkpoints / last / BEST_MARK).exists():
+                run._point("best", last)
+            run._clean_checkpoints()
+            run._record_start(command)
         return run
 
     def append(self, row: Mapping[str, Value]) -> None:
@@ -158,7 +165,7 @@ class RunDirectory:
         write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
         if (self.path / "metrics.parquet").exists():
             self.compact()
-        self.close()
+        self._close_tensorboard()
         self._purge_step = env_steps + 1
 
     def compact(self) -> Path:
@@ -236,24 +243,43 @@ class RunDirectory:
         """Removes a directory in which nothing has been recorded yet; says whether it did."""
         if any(self._checkpoints.iterdir()) or self.rows():
             return False
-        self.close()
+        self._close_tensorboard()
         for entry in self.path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         if self._made_path:
             self.path.rmdir()
+        self.close()
         return True
 
     def close(self) -> None:
-        """Writes out what TensorBoard still holds in memory. May be called twice."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        """Ends writing: nothing more is held in memory, and other programs may write.
+
+        May be called twice.
+        """
+        self._close_tensorboard()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> "RunDirectory":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Takes the lock; keeps it unless the block raises."""
+        self._lock = DirectoryLock(self.path)
+        try:
+            yield
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _close_tensorboard(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
 
     def _record_start(self, command: Sequence[str]) -> None:
         file = self.path / "run.json"
@@ -328,7 +354,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _refuse_occupied(path: Path) -> None:
-    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
+    if not os.path.lexists(path):
+        return
+    if path.is_dir() and not {entry.name for entry in path.iterdir()} - {LOCK_FILE}:
         return
     advice = "Give another --run-dir, which must not exist yet or be empty."
     what = "is a directory with other files in it" if path.is_dir() else "is a file"
@@ -381,23 +409,3 @@ def _column(values: Sequence[Value]) -> Any:
     ):
         return pa.array(values, pa.int64())
     return pa.array([None if value is None else float(value) for value in values], pa.float64())
-
-
-def describe_start(command: Sequence[str]) -> dict[str, Any]:
-    """Command line, time, versions and machine, as `run.json` has them."""
-    import torch
-
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "command": list(command),
-        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-    }

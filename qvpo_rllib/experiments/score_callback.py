@@ -4,7 +4,7 @@ from typing import Any
 
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
-SCORE = "evaluation_return_mean"
+from qvpo_rllib.interruptible import SCORE
 
 
 class ScoreCallback(RLlibCallback):  # type: ignore[misc]

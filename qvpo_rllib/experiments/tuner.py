@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from qvpo_rllib.experiments.algorithms import entry_of
-from qvpo_rllib.experiments.score_callback import SCORE, ScoreCallback
+from qvpo_rllib.experiments.interruption import PausingASHA, PausingFIFO, PausingPBT
+from qvpo_rllib.experiments.score_callback import ScoreCallback
 from qvpo_rllib.experiments.spec import ExperimentSpec, Setting
+from qvpo_rllib.interruptible import SCORE
 
 STEPS = "num_env_steps_sampled_lifetime"
 EVALUATION = "evaluation/env_runners/episode_return_mean"
@@ -153,13 +154,11 @@ def confirmation_spec(spec: ExperimentSpec, settings: Sequence[Setting]) -> Expe
     )
 
 
-def _search(
-    spec: ExperimentSpec, algorithm: str, space: dict[str, Any]
-) -> tuple[Any, int, Any | None]:
+def _search(spec: ExperimentSpec, algorithm: str, space: dict[str, Any]) -> tuple[Any, int, Any]:
     """Search algorithm, number of samples, scheduler; puts the swept options into `space`."""
     if spec.search.method == "optuna":
         space |= {name: d.domain() for name, d in spec.space.items()}
-        return _optuna(spec), int(spec.search.num_samples or 0), None
+        return _optuna(spec), int(spec.search.num_samples or 0), PausingFIFO()
     points = planned_trials(spec, algorithm) or []
     for name in points[0]:
         # Tune takes points only for what varies; it keeps the order of the points.
@@ -168,10 +167,10 @@ def _search(
     return search, len(points), _scheduler(spec)
 
 
-def _scheduler(spec: ExperimentSpec) -> Any | None:
+def _scheduler(spec: ExperimentSpec) -> Any:
     search = spec.search
     if search.method == "asha":
-        return AsyncHyperBandScheduler(
+        return PausingASHA(
             time_attr=STEPS,
             metric=EVALUATION,
             mode="max",
@@ -180,7 +179,7 @@ def _scheduler(spec: ExperimentSpec) -> Any | None:
             reduction_factor=search.reduction,
         )
     if search.method == "pbt":
-        return PopulationBasedTraining(
+        return PausingPBT(
             time_attr=STEPS,
             metric=EVALUATION,
             mode="max",
@@ -189,7 +188,7 @@ def _scheduler(spec: ExperimentSpec) -> Any | None:
             custom_explore_fn=functools.partial(_with_fresh_seed, mutated=tuple(spec.space)),
             quantile_fraction=search.quantile,
         )
-    return None
+    return PausingFIFO()
 
 
 def _with_fresh_seed(config: dict[str, Any], mutated: Sequence[str]) -> dict[str, Any]:

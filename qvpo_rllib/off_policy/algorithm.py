@@ -33,6 +33,7 @@ from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.ledger import UpdateLedger
 from qvpo_rllib.core.replay import ReplayBuffer, replay_bytes
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
+from qvpo_rllib.interruptible import Interruptible
 from qvpo_rllib.memory import available_bytes
 from qvpo_rllib.off_policy.config import OffPolicyConfig
 from qvpo_rllib.off_policy.evaluation import Share, Summary, evaluate_shares, summarize
@@ -41,11 +42,12 @@ from qvpo_rllib.replay_files import ReplayFiles
 from qvpo_rllib.run_state import RunState
 from qvpo_rllib.sampling.collectors import Collector, make_collector
 from qvpo_rllib.staging import staged, whole
+from qvpo_rllib.tune_storage import is_local, save_in_place
 
 logger = logging.getLogger(__name__)
 
 
-class OffPolicyAlgorithm(Algorithm):  # type: ignore[misc]
+class OffPolicyAlgorithm(Interruptible, Algorithm):  # type: ignore[misc]
     """An algorithm that learns from a replay, with an exact ratio of updates to env steps.
 
     A result of `train()` has RLlib's usual keys; the learner's metrics are under
@@ -114,8 +116,6 @@ class OffPolicyAlgorithm(Algorithm):  # type: ignore[misc]
             device=self.policy.device,
             improves_actions=self.improves_actions,
         )
-        # Set it from a signal handler to end training between two steps, with a state to save.
-        self.stop_requested = False
         self.replay_missing = False
         self.replay_files = ReplayFiles()
         self.told_of_new_episodes = False
@@ -131,8 +131,7 @@ class OffPolicyAlgorithm(Algorithm):  # type: ignore[misc]
 
     def training_step(self) -> dict[str, Any]:
         """Takes in what the collector has next, and does all the updates owed for it."""
-        if self.stop_requested:
-            raise KeyboardInterrupt
+        self.raise_if_stop_requested()
         if self.replay_missing:
             self.replay_missing = False
             logger.warning(
@@ -217,7 +216,9 @@ class OffPolicyAlgorithm(Algorithm):  # type: ignore[misc]
                 "config.evaluation(evaluation_interval=…), or evaluation_num_env_runners=1."
             )
         seeds, action_seed = self._evaluation_seeds(), self._action_seed(0)
-        return self._summarize([env_runner.evaluate_episodes(seeds, action_seed)])
+        return self._summarize(
+            [env_runner.evaluate_episodes(seeds, action_seed, self.raise_if_stop_requested)]
+        )
 
     def _evaluate_with_fixed_duration(self) -> Summary:
         group, seeds = self.eval_env_runner_group, self._evaluation_seeds()
@@ -255,6 +256,12 @@ class OffPolicyAlgorithm(Algorithm):  # type: ignore[misc]
 
     def _action_seed(self, worker: int) -> int:
         return spawn_seed(self.config.seed, Stream.EVALUATION, self.ledger.ingested, worker)
+
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """Ray's; a trial of Ray Tune writes only what is new since its last checkpoint."""
+        if checkpoint_dir is None and is_local(self._storage):
+            return save_in_place(self)
+        return super().save(checkpoint_dir)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         self.settle()

@@ -19,6 +19,7 @@ from ray.rllib.utils.metrics.learner_info import LEARNER_STATS_KEY
 from qvpo_rllib import __version__, checkpoint
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.seeding import episode_seeds
+from qvpo_rllib.interruptible import Interruptible
 from qvpo_rllib.rollout import run_episodes
 from qvpo_rllib.spaces import action_scale
 from qvpo_rllib.staging import staged, whole
@@ -42,7 +43,7 @@ class ChoosingPolicy:
         return np.asarray(np.clip(actions, -1.0, 1.0), np.float32)
 
 
-class RllibAlgorithm(Algorithm):  # type: ignore[misc]
+class RllibAlgorithm(Interruptible, Algorithm):  # type: ignore[misc]
     """To be put before RLlib's own algorithm; a subclass names its configuration and policy."""
 
     config_class: ClassVar[type]
@@ -65,8 +66,6 @@ class RllibAlgorithm(Algorithm):  # type: ignore[misc]
             )
         if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
             torch.set_num_threads(max(1, int(self.config.num_cpus_for_main_process)))
-        # Set it from a signal handler to end training between two steps, with a state to save.
-        self.stop_requested = False
         self._updates_before = 0  # those of the policy that a checkpoint was made of
         super().setup(config)
 
@@ -80,8 +79,7 @@ class RllibAlgorithm(Algorithm):  # type: ignore[misc]
         return self._updates_before + int(self.get_policy().num_grad_updates)
 
     def training_step(self) -> dict[str, Any]:
-        if self.stop_requested:
-            raise KeyboardInterrupt
+        self.raise_if_stop_requested()
         try:
             results: dict[str, Any] = super().training_step()
         except ValueError as error:  # a distribution's, whose parameters have become NaN
@@ -121,9 +119,14 @@ class RllibAlgorithm(Algorithm):  # type: ignore[misc]
                 "config.evaluation(evaluation_interval=…)."
             )
         envs, policy = env_runner.async_env.get_sub_environments(), env_runner.get_policy()
+
+        def act(obs: NDArray[np.float32]) -> tuple[NDArray[np.float32], None]:
+            self.raise_if_stop_requested()
+            return policy.choose(obs, explore=False), None
+
         played = run_episodes(
             envs,
-            lambda obs: (policy.choose(obs, explore=False), None),
+            act,
             action_scale(envs[0].action_space),
             episode_seeds(self.config.seed, self.env_steps, self.config.evaluation_duration),
             str(self.config.env),

@@ -1,0 +1,100 @@
+"""Ctrl-C on `qvpo tune`: trials save where they are, and go on as if nothing had been."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_tune_run import TIMEOUT_S, finish, start
+
+from qvpo_rllib import cli
+from qvpo_rllib.checkpoint import read_metadata
+from qvpo_rllib.experiments.algorithms import entry_of
+from qvpo_rllib.experiments.spec import ExperimentSpec
+from qvpo_rllib.experiments.trial_ledger import result_row
+from qvpo_rllib.experiments.trial_results import read_rows, read_trials
+from qvpo_rllib.experiments.tuner import fixed_config
+from qvpo_rllib.stop_signal import LOOK_EVERY_S
+
+INTERVAL, STEPS = 300, 900  # held in step 400
+FILE = f"""
+name: interrupted
+task: environments:Holding-v0
+preset: quick
+seeds: [0, 1]
+env_steps: {STEPS}
+training:
+  hidden: [16]
+  diffusion_steps: 2
+  batch_size: 16
+  warmup_steps: 100
+  num_policy_samples: 4
+  k_eval: 2
+  engine: eager
+workers:
+  num_envs_per_env_runner: 1
+evaluation:
+  interval: {INTERVAL}
+  episodes: 2
+"""
+
+
+def checkpoints(part: Path) -> dict[str, list[int]]:
+    """The env steps of each trial's checkpoints."""
+    return {
+        trial: sorted(
+            read_metadata(directory)["ledger"]["ingested"]
+            for directory in (part / "tune" / entry["directory"]).glob("checkpoint_*")
+        )
+        for trial, entry in read_trials(part).items()
+    }
+
+
+def uninterrupted(file: Path) -> list[dict[str, Any]]:
+    """The rows of the trial with seed 0, trained in this process."""
+    algorithm = entry_of("qvpo").load()(config=fixed_config(ExperimentSpec.load(file), "qvpo"))
+    rows = [result_row(algorithm.train()) for _ in range(STEPS // INTERVAL)]
+    algorithm.stop()
+    return rows
+
+
+def test_trials_go_on_where_ctrl_c_stopped_them(
+    tmp_path: Path, capsys: Any, monkeypatch: Any, request: Any
+) -> None:
+    file, part = tmp_path / "x.yaml", tmp_path / "interrupted" / "qvpo"
+    file.write_text(FILE)
+    monkeypatch.setenv("HOLDING", str(tmp_path))
+    command = [str(file), "--storage", str(tmp_path)]
+    process = start(*command)
+    assert process.stdout
+    deadline = time.monotonic() + TIMEOUT_S
+    while len(list(tmp_path.glob("held-*"))) < 2:
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"the trials did not get there: {process.communicate()[0]}")
+        time.sleep(0.02)
+    assert cli.main(["tune", *command]) == 2  # the same command twice at once
+    assert f"process {process.pid} on" in " ".join(capsys.readouterr().err.split())
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the group
+    assert any("Interrupted: 2 trials save" in line for line in process.stdout)
+    time.sleep(1.1 * LOOK_EVERY_S)
+    (tmp_path / "go").touch()
+    code, output = finish(process)
+    assert code == 130, output
+    assert "Saved. To go on, the same command again: qvpo tune" in output
+    assert not (tmp_path / "interrupted" / ".lock").exists()
+    assert list(checkpoints(part).values()) == [[300, 400]] * 2  # the best one, and the last
+    assert {entry["status"] for entry in read_trials(part).values()} == {"running"}
+
+    code, output = finish(start(*command))
+    assert code == 0, output
+    trials = read_trials(part)
+    assert [entry["status"] for entry in trials.values()] == ["finished"] * 2
+    rows = {entry["config"]["seed"]: read_rows(part, trial) for trial, entry in trials.items()}
+    assert [[row["env_steps"] for row in rows[seed]] for seed in (0, 1)] == [[300, 600, 900]] * 2
+    request.getfixturevalue("ray_session")  # not before: one Ray at a time is enough
+    for found, expected in zip(rows[0], uninterrupted(file), strict=True):
+        del found["time_total_s"], expected["time_total_s"]
+        assert found == expected
