@@ -30,6 +30,15 @@ TINY = {
     "spo": {"hidden": [8], "train_batch_size": 60, "minibatch_size": 20, "num_epochs": 2},
     "sac": {"hidden": [8], "batch_size": 8, "warmup_steps": 40, "replay_capacity": 500},
 }
+BEST = np.array([0.4, -0.6])
+BANDIT = {
+    "ppo": {"hidden": [16], "lr": 1e-2, "train_batch_size": 200, "minibatch_size": 100,
+            "num_epochs": 5, "normalize_observations": False},
+    "spo": {"hidden": [16], "lr": 1e-2, "lr_end": None, "train_batch_size": 200,
+            "minibatch_size": 100, "num_epochs": 5, "normalize_observations": False},
+    "sac": {"hidden": [32, 32], "actor_lr": 3e-3, "critic_lr": 3e-3, "batch_size": 64,
+            "warmup_steps": 200, "auto_alpha": True},
+}  # fmt: skip
 LIMIT = 7  # env steps of an episode in `SevenSteps`
 
 
@@ -49,7 +58,22 @@ class SevenSteps(gym.Env[Any, Any]):
         return np.full(1, self.time, np.float32), 1.0, False, self.time == LIMIT, {}
 
 
+class Bandit(gym.Env[Any, Any]):
+    """One state, episodes of one step, reward -|a - BEST|²."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return np.ones(1, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return np.ones(1, np.float32), -float(((action - BEST) ** 2).sum()), True, False, {}
+
+
 gym.register("SevenSteps-v0", SevenSteps)
+gym.register("Bandit-v0", Bandit)
 
 
 def config_of(name: str, env: str = "InvertedPendulum-v5", **training: Any) -> Any:
@@ -300,6 +324,22 @@ def test_replay_can_be_left_out_of_checkpoints() -> None:
 
 
 # --- training, evaluation, checkpoints ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "env_steps"), [("ppo", 6000), ("spo", 6000), ("sac", 900)])
+def test_the_best_action_of_a_bandit_is_found(
+    name: str, env_steps: int, build: Callable[[Any], Any]
+) -> None:
+    config = config_of(name, env="Bandit-v0")
+    config.training(**BANDIT[name]).evaluation(evaluation_interval=None)
+    config.reporting(min_sample_timesteps_per_iteration=env_steps)
+    algorithm = build(config)
+    state = np.ones((1, 1), np.float32)
+    before = algorithm.get_policy().choose(state, explore=False)[0]
+    algorithm.train()
+    after = algorithm.get_policy().choose(state, explore=False)[0]
+    assert np.linalg.norm(before - BEST) > 0.5
+    assert np.linalg.norm(after - BEST) < 0.1
 
 
 @pytest.mark.parametrize("name", NAMES)
