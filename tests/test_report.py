@@ -181,9 +181,23 @@ def test_heat_map_lines_and_profile_are_drawn_where_they_mean_something(tmp_path
     build_report([make_results(tmp_path, values, score)], tmp_path / "out")
     names = {path.stem for path in (tmp_path / "out").glob("*.png")}
     for task in values["task"]:
-        for kind in ("curves", "heatmap", "k_behavior", "k_target"):
+        for kind in ("curves", "heatmap", "k_behavior", "k_target", "improvement"):
             assert f"sweep-{task}-{kind}" in names
-    assert {"sweep-profile", "sweep-improvement"} <= names
+    assert "sweep-profile" in names
+
+
+def test_each_task_is_decided_by_itself(tmp_path: Path) -> None:
+    """Returns of one task are a hundred times the other's, and the order is the other way round."""
+    tasks = ["InvertedPendulum-v5", "Hopper-v5"]
+
+    def opposite(config: dict[str, Any], share: float) -> float:
+        value = float(10 * config["k_behavior"] + config["seed"])
+        return value if config["env"] == tasks[0] else 10_000 - 100 * value
+
+    build_report([make_results(tmp_path, {**SWEEP, "task": tasks}, opposite)], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert re.search(r"InvertedPendulum-v5: Highest: K_b=4, .* It beats every other setting", text)
+    assert re.search(r"Hopper-v5: Highest: K_b=1, .* It beats every other setting", text)
 
 
 def test_diagnostics_are_drawn_where_runs_have_them() -> None:

@@ -104,11 +104,14 @@ def _by_stage(groups: Sequence[Group]) -> dict[tuple[str, str], list[Group]]:
 def _experiment(page: "_Page", experiment: str, stage: str, groups: Sequence[Group]) -> None:
     name = experiment + ("-confirm" if stage == "confirm" else "")
     page.heading(name + (": the best settings on fresh seeds" if stage == "confirm" else ""))
-    compared, left_out = candidates(groups)
-    if len({group.label for group in groups}) > 1:
-        page.verdict(verdict(compared, left_out, stage))
-    for task in dict.fromkeys(group.task for group in groups):
+    tasks = list(dict.fromkeys(group.task for group in groups))
+    for task in tasks:
         here = [group for group in groups if group.task == task]
+        # Each task by itself: a mean of returns of different scales would be the largest one's.
+        prefix, own = (f"{task}: ", f"{name}-{task}") if len(tasks) > 1 else ("", name)
+        compared, left_out = candidates(here)
+        if len(here) > 1:
+            page.verdict(prefix + verdict(compared, left_out, stage))
         title = f"{_label(here)} on {task}"
         page.figure(f"{name}-{task}-curves", figures.learning_curves(here, title=title))
         if stage != POPULATION:
@@ -116,14 +119,15 @@ def _experiment(page: "_Page", experiment: str, stage: str, groups: Sequence[Gro
         panels = diagnostics(here, title=f"{title}: diagnostics")
         if panels is not None:
             page.figure(f"{name}-{task}-diagnostics", panels)
-    several = all(candidate.estimate.has_interval for candidate in compared)
-    if len(compared) > 1 and several and stage != POPULATION:
-        best, others = against_best(compared)
-        shown = others[:12]
-        chart = figures.improvements(shown, title=f"P({best.label} is better)")
-        page.figure(f"{name}-improvement", chart)
-        page.table(f"{name}-comparison", comparison_table(compared, f"{name}: which is better"))
-    if len({group.task for group in groups}) > 1 and compared:
+        several = all(candidate.estimate.has_interval for candidate in compared)
+        if len(compared) > 1 and several and stage != POPULATION:
+            best, others = against_best(compared)
+            chart = figures.improvements(others[:12], title=f"{prefix}P({best.label} is better)")
+            page.figure(f"{own}-improvement", chart)
+            heading = f"{prefix}which is better" if prefix else f"{name}: which is better"
+            page.table(f"{own}-comparison", comparison_table(compared, heading))
+    compared, _ = candidates(groups)
+    if len(tasks) > 1 and compared:
         _profiles(page, name, groups, [c.label for c in compared])
 
 

@@ -116,8 +116,8 @@ def comparison_table(compared: Sequence[Candidate], heading: str) -> Table:
         )
     return Table(
         heading,
-        "IQM over seeds of the last evaluation (the mean below four seeds), mean over tasks, with "
-        f"its 95 % stratified bootstrap interval; and the probability that a run of {best.label} "
+        "IQM over seeds of the last evaluation (the mean below four seeds), with "
+        f"its 95 % bootstrap interval; and the probability that a run of {best.label} "
         "beats a run of the setting (0.5: a draw).",
         ("setting", "seeds", "last return", f"P({best.label} is better)"),
         rows,
