@@ -112,7 +112,7 @@ def _experiment(page: "_Page", experiment: str, stage: str, groups: Sequence[Gro
         compared, left_out = candidates(here)
         if len(here) > 1:
             page.verdict(prefix + verdict(compared, left_out, stage))
-        title = f"{_label(here)} on {task}"
+        title = _title(here, task)
         page.figure(f"{name}-{task}-curves", figures.learning_curves(here, title=title))
         if stage != POPULATION:
             _sweep_figures(page, f"{name}-{task}", here, title)
@@ -131,8 +131,10 @@ def _experiment(page: "_Page", experiment: str, stage: str, groups: Sequence[Gro
         _profiles(page, name, groups, [c.label for c in compared])
 
 
-def _label(groups: Sequence[Group]) -> str:
-    return ", ".join(dict.fromkeys(group.algorithm for group in groups))
+def _title(groups: Sequence[Group], task: str) -> str:
+    """The task, and the algorithms where they have room; the legend has them all."""
+    algorithms = list(dict.fromkeys(group.algorithm for group in groups))
+    return f"{', '.join(algorithms)} on {task}" if len(algorithms) <= 3 else task
 
 
 def _sweep_figures(page: "_Page", name: str, groups: Sequence[Group], title: str) -> None:
