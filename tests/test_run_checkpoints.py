@@ -204,6 +204,7 @@ def kill_many_times(path: Path) -> None:
 def test_kill_at_random_moments_leaves_a_whole_last_and_best(run: RunDirectory) -> None:
     commit(run, 3)
     commit(run, 4)
+    run.close()  # its lock: the next process writes
     result = subprocess.run(
         [sys.executable, __file__, str(run.path)],
         capture_output=True,

@@ -18,11 +18,13 @@ from qvpo_rllib.experiments.checks import require_at_least
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal's; Kubernetes' and systemd's
 
 # Serve's own defaults keep user code and router in threads of their own, for user code that blocks
-# the event loop. Ours never does, and each hop between threads costs time.
-FAST = {
+# the event loop. Ours never does, and each hop between threads costs time. A proxy that is not ready
+# within 5 s is killed and started anew: on a busy machine that need not end.
+SETTINGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 
 
@@ -145,7 +147,7 @@ def serving(
     """
     direct = replicas == 1 and not os.environ.get("RAY_ADDRESS")
     # Before Serve is imported, which reads them once; Ray's processes inherit them.
-    os.environ.update(FAST | (direct_ingress(port) if direct else {}))
+    os.environ.update(SETTINGS | (direct_ingress(port) if direct else {}))
     try:
         import ray
         from ray import serve
