@@ -18,8 +18,8 @@ from qvpo_rllib.experiments.checks import require_at_least
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal's; Kubernetes' and systemd's
 
 # Serve's own defaults keep user code and router in threads of their own, for user code that blocks
-# the event loop. Ours never does, and each hop between threads costs time. A proxy that is not ready
-# within 5 s is killed and started anew: on a busy machine that need not end.
+# the event loop. Ours never does, and each hop between threads costs time. And a proxy that is not
+# ready within 5 s is killed and started anew: on a busy machine that need not end.
 SETTINGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
