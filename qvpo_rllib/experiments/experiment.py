@@ -34,11 +34,11 @@ from qvpo_rllib.experiments.trial_results import (
     read_rows,
     read_trials,
 )
+from qvpo_rllib.experiments.tune_state import TUNE_DIRECTORY, mend
 from qvpo_rllib.experiments.tuner import build_tuner, confirmation_spec, planned_trials
 
 EXPERIMENT_FILE = "experiment.json"
 FORMAT = 1
-TUNE_DIRECTORY = "tune"
 STATE_FILES = "experiment_state-*.json"
 LAST_EVALUATIONS = 3  # whose mean says how good a setting is
 
@@ -204,6 +204,7 @@ class Experiment:
         directory = self.directory / part.name / TUNE_DIRECTORY
         if not (directory / "tuner.pkl").exists() or not any(directory.glob(STATE_FILES)):
             return None
+        mend(directory.parent)
         _mark_ended(directory, read_trials(directory.parent))
         return tune.Tuner.restore(
             str(directory), entry_of(part.algorithm).load(), resume_errored=True

@@ -27,6 +27,7 @@ from qvpo_rllib.experiments.trial_results import (
     read_trials,
 )
 from qvpo_rllib.experiments.trial_table import TrialTable
+from qvpo_rllib.experiments.tune_state import keep_whole
 from qvpo_rllib.experiments.tuner import STEPS
 
 
@@ -95,6 +96,7 @@ class TrialLedger(Callback):  # type: ignore[misc]
         self._write(trial, note=True)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        keep_whole(self.directory)
         if self._table is not None:
             self._table.refresh(self.trials)
 
