@@ -60,7 +60,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         filter_warnings()
         super().__init__(**kwargs)
         self.envs = self.async_env.get_sub_environments() if self.async_env is not None else []
-        self._stepper = EnvStepper(self.envs, allowed_threads())
+        self.stepper = EnvStepper(self.envs, allowed_threads())
         self.fragment_length: int = self.config.get_rollout_fragment_length(self.worker_index)
         self._obs: NDArray[np.float32] | None = None
         self._returns = np.zeros(len(self.envs))
@@ -152,7 +152,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
             actions[step] = self._choose(random_actions)
             env_actions = self.scale.to_env(actions[step])
             lengths = self._lengths + 1
-            for i, outcome in enumerate(self._stepper.step(env_actions)):
+            for i, outcome in enumerate(self.stepper.step(env_actions)):
                 next_obs[step, i], rewards[step, i], terminateds[step, i], truncateds[step, i] = (
                     self._take(i, outcome)
                 )
@@ -242,7 +242,7 @@ class QVPORolloutWorker(RolloutWorker):  # type: ignore[misc]
         return metrics._replace(hist_data={**metrics.hist_data, **values})
 
     def stop(self) -> None:
-        self._stepper.stop()
+        self.stepper.stop()
         super().stop()
 
     def get_metrics(self) -> list[RolloutMetrics]:

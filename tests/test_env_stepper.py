@@ -138,6 +138,10 @@ def test_other_libraries_are_called_from_one_thread(stepper_of: Any) -> None:
         assert {t for env in envs for t in env.threads} == {threading.get_ident()}
 
 
+def test_a_worker_may_have_no_environment() -> None:
+    assert EnvStepper([], 4).step(np.zeros((0, 3))) == []
+
+
 def test_the_threads_end_when_it_stops() -> None:
     before = threading.active_count()
     stepper = EnvStepper(environments(), 3)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tune_run import TIMEOUT_S, finish, start
+from test_tune_run import TIMEOUT_S, TRAINING, finish, start
 
 from qvpo_rllib import cli
 from qvpo_rllib.checkpoint import read_metadata
@@ -25,14 +25,7 @@ task: environments:Holding-v0
 preset: quick
 seeds: [0, 1]
 env_steps: {STEPS}
-training:
-  hidden: [16]
-  diffusion_steps: 2
-  batch_size: 16
-  warmup_steps: 100
-  num_policy_samples: 4
-  k_eval: 2
-  engine: eager
+{TRAINING}  engine: eager
 workers:
   num_envs_per_env_runner: 1
 evaluation:

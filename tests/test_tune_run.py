@@ -15,12 +15,7 @@ from qvpo_rllib.experiments.trial_results import read_rows, read_trials
 
 TIMEOUT_S = 240
 STEPS = 2400
-FILE = f"""
-name: killed
-task: InvertedPendulum-v5
-preset: quick
-seeds: [0, 1]
-env_steps: {STEPS}
+TRAINING = """
 training:
   hidden: [16]
   diffusion_steps: 2
@@ -28,7 +23,14 @@ training:
   warmup_steps: 100
   num_policy_samples: 4
   k_eval: 2
-sweep:
+"""
+FILE = f"""
+name: killed
+task: InvertedPendulum-v5
+preset: quick
+seeds: [0, 1]
+env_steps: {STEPS}
+{TRAINING}sweep:
   grid:
     k_behavior: [1, 4]
 evaluation:

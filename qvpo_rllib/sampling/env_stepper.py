@@ -42,7 +42,7 @@ class EnvStepper:
         self._threads_are_faster = False
         self._helpers: list[_Helper] = []
         can_share = all(isinstance(env.unwrapped, MujocoEnv) for env in envs)
-        number = min(num_threads, len(envs)) if can_share else 1
+        number = max(1, min(num_threads, len(envs))) if can_share else 1
         self._parts = _parts(len(envs), number)
         if number > 1:
             self._helpers = [_Helper(partial(self._step, part)) for part in self._parts[1:]]
