@@ -3,19 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qvpo_rllib.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from qvpo_rllib.algorithm import QVPO as QVPO
-    from qvpo_rllib.config import QVPOConfig as QVPOConfig
-    from qvpo_rllib.policy import QVPOTorchPolicy as QVPOTorchPolicy
+    from qvpo_rllib.algorithms.qvpo import QVPO as QVPO
+    from qvpo_rllib.algorithms.qvpo import QVPOConfig as QVPOConfig
+    from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy as QVPOTorchPolicy
 
-__version__ = "0.1.0"
 __all__ = ["QVPO", "QVPOConfig", "QVPOTorchPolicy"]
-
-# Loaded on first use: `import qvpo_rllib.core` must not import Ray.
-_HOMES = {"QVPO": "algorithm", "QVPOConfig": "config", "QVPOTorchPolicy": "policy"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    """Loads the three on first use: `import qvpo_rllib.core` must not import Ray."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.algorithms.qvpo"), name)

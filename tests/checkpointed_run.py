@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from qvpo_rllib.experiments.run_directory import RunDirectory
+from qvpo_rllib.training.run_directory import RunDirectory
 
 COMMAND = ["qvpo", "train", "--env", "Hopper-v5"]
 REPLAY = "replay.arrow"

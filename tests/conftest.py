@@ -48,7 +48,7 @@ def ray_session() -> Iterator[None]:
     """The one Ray of a test process, on loopback."""
     import ray
 
-    from qvpo_rllib.cli.ray_session import LOOPBACK
+    from qvpo_rllib.ray_session import LOOPBACK
 
     ray.init(
         address="local",

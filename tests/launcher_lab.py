@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import yaml
 
-from qvpo_rllib.experiments.trial_results import FINISHED, read_rows, read_trials
+from qvpo_rllib.tuning.results import FINISHED, read_rows, read_trials
 
 STARTED = time.monotonic()
 ROOT = Path(__file__).parents[1]

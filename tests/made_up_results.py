@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.experiments.experiment import Experiment
-from qvpo_rllib.experiments.spec import ExperimentSpec
+from qvpo_rllib.tuning.experiment import Experiment
+from qvpo_rllib.tuning.spec import ExperimentSpec
 
 Score = Callable[[dict[str, Any], float], float]
 

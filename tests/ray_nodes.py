@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from qvpo_rllib.cli.ray_session import NO_CLUSTER
+from qvpo_rllib.ray_session import NO_CLUSTER
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD_IP, SECOND_IP = "127.0.0.2", "127.0.0.3"  # Ray replaces 127.0.0.1

@@ -296,7 +296,7 @@ def loss_and_gradients(loss_of, weights):
 
 
 class Update:
-    """What `Learner.update` should do, for the same networks, hyperparameters and noise."""
+    """What `QVPOLearner.update` should do, for the same networks, hyperparameters and noise."""
 
     def __init__(self, networks, hp):
         self.hp = hp

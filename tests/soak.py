@@ -29,10 +29,10 @@ import ray
 from ray.cluster_utils import Cluster
 
 from qvpo_rllib import QVPOConfig
-from qvpo_rllib.cli.ray_session import LOOPBACK
+from qvpo_rllib.ray_session import LOOPBACK
 
 NODES, CPUS_PER_NODE, WORKERS = 2, 2, 3
-WORKER_TITLE = "ray::QVPORolloutWorker"
+WORKER_TITLE = "ray::ColumnarRolloutWorker"
 NODE = {"num_cpus": CPUS_PER_NODE, "object_store_memory": 100 * 2**20}
 MAX_GROWTH_MIB = 30  # of the driver, from the run's second fifth to its last
 
@@ -115,7 +115,7 @@ def soak(minutes: float, kill_every_s: float, mode: str, seed: int) -> dict[str,
                     f"{result['faults']}",
                     flush=True,
                 )
-        algorithm.settle()
+        algorithm.drain()
         trace.check()
         fifth = max(1, len(memory) // 5)
         growth = statistics.median(memory[-fifth:]) - statistics.median(memory[fifth : 2 * fifth])

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from qvpo_rllib import cli
+from qvpo_rllib.algorithms import ALGORITHMS
 from qvpo_rllib.bench import rivals
 from qvpo_rllib.core.options import options_of
-from qvpo_rllib.experiments.algorithms import ALGORITHMS
-from qvpo_rllib.experiments.plan import make_plan
-from qvpo_rllib.experiments.report.runs import load_runs
-from qvpo_rllib.experiments.smoke import shrink
-from qvpo_rllib.experiments.spec import ExperimentSpec
-from qvpo_rllib.experiments.trial_results import read_rows, read_trials
-from qvpo_rllib.experiments.tuner import fixed_config
+from qvpo_rllib.report.runs import load_runs
+from qvpo_rllib.training.plan import make_plan
+from qvpo_rllib.tuning.results import read_rows, read_trials
+from qvpo_rllib.tuning.smoke import shrink
+from qvpo_rllib.tuning.spec import ExperimentSpec
+from qvpo_rllib.tuning.tuner import fixed_config
 
 TIMEOUT_S = 240
 BASE: dict[str, Any] = {"name": "x", "task": "InvertedPendulum-v5", "preset": "quick"}

@@ -52,7 +52,7 @@ def test_the_ledger_is_exact_and_weights_arrive(traced: Any) -> None:
         assert 0 <= result["ledger"]["staleness_mean"] <= result["ledger"]["staleness_max"]
     assert result["ledger"]["staleness_max"] > 0
     assert result["env_runners"]["episode_len_mean"] == 50
-    algorithm.settle()
+    algorithm.drain()
     trace.check()
     collector = algorithm.collector
     assert collector.pool.num_asked() == 0

@@ -12,7 +12,7 @@ import reference
 import torch
 
 from qvpo_rllib import QVPO, QVPOConfig, cli
-from qvpo_rllib.checkpoint import write_metadata
+from qvpo_rllib.checkpoints.metadata import write_metadata
 from qvpo_rllib.core.errors import NonFiniteError
 
 ENV = "InvertedPendulum-v5"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qvpo_rllib import cli
-from qvpo_rllib.experiments import bandit
-from qvpo_rllib.experiments.single_state import toy_hyperparameters
+from qvpo_rllib.paper import bandit
+from qvpo_rllib.paper.single_state import toy_hyperparameters
 
 SEEDS = range(5)
 QUICK = [

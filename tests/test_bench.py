@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qvpo_rllib import cli
 from qvpo_rllib.bench import rollout, runtime, sizes
 from qvpo_rllib.bench.timing import measure, ratio
-from qvpo_rllib.core.learner import Learner, Networks
+from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.core.sampler import draw_noise, select_actions
 
@@ -49,7 +49,9 @@ def double():
 @pytest.mark.parametrize("task", sizes.TASKS.values(), ids=list(sizes.TASKS))
 def test_flops_of_an_update_are_those_of_its_products(double, task):
     hp = sizes.hyperparameters("light", task, engine="eager", batch_size=16)
-    learner = Learner(Networks(task.obs_dim, task.act_dim, hp).double(), hp, seed=0, device=CPU)
+    learner = QVPOLearner(
+        QVPONetworks(task.obs_dim, task.act_dim, hp).double(), hp, seed=0, device=CPU
+    )
     shapes = ((task.obs_dim,), (task.act_dim,), (), (task.obs_dim,), ())
     batch = Transitions(*(torch.zeros(16, *shape) for shape in shapes))
     # Beyond the needed: the step's embedding, whose rows are as few as T.
@@ -62,7 +64,7 @@ def test_flops_of_an_update_are_those_of_its_products(double, task):
 def test_flops_of_acting_are_those_of_its_products(double, k):
     task = sizes.TASKS["ant"]
     hp = sizes.hyperparameters("light", task)
-    nets = Networks(task.obs_dim, task.act_dim, hp).double()
+    nets = QVPONetworks(task.obs_dim, task.act_dim, hp).double()
     obs = torch.zeros(50, task.obs_dim)
     noise = draw_noise(hp.diffusion_steps, 50, k, task.act_dim, torch.Generator(), CPU)
     args = (nets.actor, nets.critic, nets.schedule, obs, noise)
@@ -177,7 +179,7 @@ def test_bad_input(arguments, message, capsys):
 MEMORY = """
 import pathlib, torch
 from qvpo_rllib.bench.sizes import TASKS, hyperparameters
-from qvpo_rllib.core.learner import Learner, Networks
+from qvpo_rllib.core.qvpo import Learner, Networks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 
 def peak():

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from qvpo_rllib import checkpoint
+from qvpo_rllib.checkpoints import metadata as checkpoint
+from qvpo_rllib.checkpoints.replay_files import ReplayFiles, Segment, check_segments, read_segments
+from qvpo_rllib.checkpoints.staging import committed, staged
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
-from qvpo_rllib.replay_files import ReplayFiles, Segment, check_segments, read_segments
-from qvpo_rllib.staging import staged, whole
 
 KILLS = 60
 
@@ -46,12 +46,12 @@ class Saver:
             metadata: dict[str, Any] = {"env": "", "shapes": [], "hyperparameters": {}}
             metadata |= {"ledger": {"done": self.step}, "replay": state | described}
             checkpoint.write_metadata(directory, metadata)
-        self.files.found_in(self.target / "replay", segments)
+        self.files.link_from(self.target / "replay", segments)
 
 
 def saved_step(target: Path) -> int:
     """The number of the checkpoint in `target`, whose every file is whole and of that save."""
-    directory = whole(target)
+    directory = committed(target)
     metadata = checkpoint.read_metadata(directory)
     checkpoint.check_files(directory, metadata)
     segments = [Segment(**s) for s in metadata["replay"]["segments"]]

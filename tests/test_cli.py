@@ -19,10 +19,10 @@ import torch
 from ray.rllib.policy.policy import Policy
 
 from qvpo_rllib import cli
-from qvpo_rllib.checkpoint import read_metadata
+from qvpo_rllib.checkpoints.metadata import read_metadata
+from qvpo_rllib.checkpoints.replay_files import Segment, read_segments
 from qvpo_rllib.cli.train import _interrupts_are_kept
-from qvpo_rllib.experiments.training import RETURN
-from qvpo_rllib.replay_files import Segment, read_segments
+from qvpo_rllib.training.run import RETURN
 
 TRAIN_OPTIONS = [
     "--algo", "--env", "--preset", "--seed", "--env-steps", "--num-env-runners",

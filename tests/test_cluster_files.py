@@ -205,7 +205,7 @@ def test_ray_has_one_version_everywhere() -> None:
 
 
 def test_images_carry_the_packages_version() -> None:
-    from qvpo_rllib import __version__
+    from qvpo_rllib.version import __version__
 
     for file in [CLUSTER / "Dockerfile", *(CLUSTER / f"{name}.yaml" for name in KUBERAY)]:
         tags = re.findall(r"qvpo_rllib:([\w.]+)", file.read_text())

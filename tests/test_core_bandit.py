@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from qvpo_rllib.core.hyperparameters import Hyperparameters
-from qvpo_rllib.core.learner import Learner, Networks
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import draw_noise, sample_actions, select_actions
 
 BEST = torch.tensor([0.4, -0.6])
 UPDATES = 400
-HP = Hyperparameters(
+HP = QVPOHyperparameters(
     hidden=(64, 64),
     diffusion_steps=5,
     num_policy_samples=16,
@@ -37,7 +37,7 @@ def replay(seed):
 
 def learner(seed):
     torch.manual_seed(seed)
-    return Learner(Networks(1, 2, HP), HP, seed=seed, device="cpu")
+    return QVPOLearner(QVPONetworks(1, 2, HP), HP, seed=seed, device="cpu")
 
 
 def train(subject, held, updates):
@@ -91,8 +91,8 @@ def test_a_larger_entropy_weight_keeps_the_policy_wider():
     spread = []
     for weight in (0.0, 0.3):
         torch.manual_seed(0)
-        hp = Hyperparameters(**{**HP.to_dict(), "entropy_weight": weight})
-        subject, held = Learner(Networks(1, 2, hp), hp, seed=0, device="cpu"), replay(0)
+        hp = QVPOHyperparameters(**{**HP.to_dict(), "entropy_weight": weight})
+        subject, held = QVPOLearner(QVPONetworks(1, 2, hp), hp, seed=0, device="cpu"), replay(0)
         train(subject, held, 150)
         nets, generator = subject.networks, torch.Generator().manual_seed(7)
         noise = draw_noise(HP.diffusion_steps, 1, 500, 2, generator, torch.device("cpu"))

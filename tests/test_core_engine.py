@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from qvpo_rllib.bench.straightforward import Straightforward
 from qvpo_rllib.core import engine, kernels
-from qvpo_rllib.core.hyperparameters import Hyperparameters
-from qvpo_rllib.core.learner import Learner, Networks
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import sample_actions
 
@@ -50,9 +50,9 @@ def transitions(count, seed, device="cpu"):
 
 
 def learner(device="cpu", **options):
-    hp = Hyperparameters(**{**BASE, **options})
+    hp = QVPOHyperparameters(**{**BASE, **options})
     torch.manual_seed(0)
-    return Learner(Networks(OBS, ACT, hp), hp, seed=0, device=device)
+    return QVPOLearner(QVPONetworks(OBS, ACT, hp), hp, seed=0, device=device)
 
 
 def replay(device="cpu"):
@@ -347,7 +347,7 @@ def test_rates_and_entropy_weight_change_without_a_new_capture():
     mine.train(source, 12)
     graphs = dict(mine._graphs.graphs)
     before = copy.deepcopy(mine.networks)
-    mine.configure(Hyperparameters(**{**BASE, "engine": "cuda_graph", "actor_lr": 1e-30,
+    mine.configure(QVPOHyperparameters(**{**BASE, "engine": "cuda_graph", "actor_lr": 1e-30,
                                       "critic_lr": 1e-30, "entropy_weight": 0.0}))  # fmt: skip
     mine.pop_metrics()
     mine.train(source, 12)

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from qvpo_rllib.core import presets
+from qvpo_rllib.core import hyperparameters as presets
 from qvpo_rllib.core.hyperparameters import (
     CHOICES,
-    Hyperparameters,
+    QVPOHyperparameters,
     check_name,
     option_names,
     parse_option,
@@ -66,7 +66,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "value", "allowed"), BAD)
 def test_a_bad_value_is_refused_by_name_with_what_is_allowed(name, value, allowed):
     with pytest.raises(ValueError, match=f"^{name}=") as error:
-        Hyperparameters(**{name: value})
+        QVPOHyperparameters(**{name: value})
     message = str(error.value)
     shown = [repr(v) for v in (value, *((tuple(value),) if isinstance(value, list) else ()))]
     if isinstance(value, int) and not isinstance(value, bool):
@@ -77,7 +77,7 @@ def test_a_bad_value_is_refused_by_name_with_what_is_allowed(name, value, allowe
 
 def test_an_integer_beyond_every_float_is_refused_by_name():
     with pytest.raises(ValueError, match=r"^actor_lr="):
-        Hyperparameters(actor_lr=10**400)
+        QVPOHyperparameters(actor_lr=10**400)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_an_integer_beyond_every_float_is_refused_by_name():
 )
 def test_contradictions_are_refused_naming_both_sides(values, name, other):
     with pytest.raises(ValueError, match=f"^{name}={values[name]} .*{other}"):
-        Hyperparameters(**values)
+        QVPOHyperparameters(**values)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_contradictions_are_refused_naming_both_sides(values, name, other):
 )  # fmt: skip
 def test_a_misspelt_choice_gets_a_suggestion(name, value, suggestion):
     with pytest.raises(ValueError, match=f"Did you mean '{suggestion}'"):
-        Hyperparameters(**{name: value})
+        QVPOHyperparameters(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -138,19 +138,19 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all_names(refuse, name,
     ],
 )
 def test_the_ends_of_what_is_allowed_are_allowed(values):
-    made = Hyperparameters(**values)
+    made = QVPOHyperparameters(**values)
     assert {name: getattr(made, name) for name in values} == values
 
 
 def test_values_are_brought_to_their_types():
-    made = Hyperparameters(hidden=[64, 32], batch_size=128.0, gamma=0, grad_clip=1)
+    made = QVPOHyperparameters(hidden=[64, 32], batch_size=128.0, gamma=0, grad_clip=1)
     assert made.hidden == (64, 32)
     assert (type(made.batch_size), type(made.gamma), type(made.grad_clip)) == (int, float, float)
-    assert hash(made) == hash(Hyperparameters(**made.to_dict()))
+    assert hash(made) == hash(QVPOHyperparameters(**made.to_dict()))
 
 
 def test_immutable_and_checked_again_when_replaced():
-    made = Hyperparameters()
+    made = QVPOHyperparameters()
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.gamma = 0.5
     assert dataclasses.replace(made, gamma=0.5).gamma == 0.5
@@ -159,14 +159,14 @@ def test_immutable_and_checked_again_when_replaced():
 
 
 def test_a_dictionary_goes_round():
-    made = Hyperparameters(k_target=3, hidden=(7,), grad_clip=None, q_weights="qcut")
-    assert Hyperparameters(**made.to_dict()) == made
+    made = QVPOHyperparameters(k_target=3, hidden=(7,), grad_clip=None, q_weights="qcut")
+    assert QVPOHyperparameters(**made.to_dict()) == made
     assert set(made.to_dict()) == set(option_names())
 
 
 def test_defaults_are_the_documented_ones():
     """The table of the reference, typed out again: a changed default must be changed twice."""
-    assert Hyperparameters().to_dict() == {
+    assert QVPOHyperparameters().to_dict() == {
         "k_behavior": 4, "k_target": None, "k_eval": 32, "num_policy_samples": 64,
         "num_chosen_samples": 1, "num_uniform_samples": 10, "entropy_weight": 0.01,
         "entropy_weight_end": None, "entropy_weight_floor": 0.0,
@@ -181,7 +181,7 @@ def test_defaults_are_the_documented_ones():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("option", dataclasses.fields(Hyperparameters), ids=lambda f: f.name)
+@pytest.mark.parametrize("option", dataclasses.fields(QVPOHyperparameters), ids=lambda f: f.name)
 def test_every_option_has_a_meaning_and_its_default_can_be_typed(option):
     assert option.metadata["meaning"]
     value = option.default
@@ -245,7 +245,7 @@ def test_unreadable_text_is_refused_with_what_is_allowed(name, text, allowed):
 
 
 def test_the_entropy_weight_is_constant_by_default():
-    assert {Hyperparameters().entropy_weight_at(n) for n in (0, 1, 10**6, 10**9)} == {0.01}
+    assert {QVPOHyperparameters().entropy_weight_at(n) for n in (0, 1, 10**6, 10**9)} == {0.01}
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_the_entropy_weight_is_constant_by_default():
      (950_000, 0.002), (1_000_000, 0.002), (5_000_000, 0.002)],
 )  # fmt: skip
 def test_the_authors_entropy_weight_falls_linearly_to_its_floor(env_steps, weight):
-    authors = Hyperparameters(**presets.PRESETS["authors"])
+    authors = QVPOHyperparameters(**presets.PRESETS["authors"])
     assert authors.entropy_weight_at(env_steps) == pytest.approx(weight, rel=1e-12)
 
 
@@ -262,7 +262,7 @@ def test_the_authors_entropy_weight_falls_linearly_to_its_floor(env_steps, weigh
     ("env_steps", "weight"), [(0, 0.0), (50, 0.25), (100, 0.5), (101, 0.5), (10_000, 0.5)]
 )
 def test_the_entropy_weight_may_rise_and_stops_at_its_end(env_steps, weight):
-    made = Hyperparameters(entropy_weight=0, entropy_weight_end=0.5, entropy_decay_steps=100)
+    made = QVPOHyperparameters(entropy_weight=0, entropy_weight_end=0.5, entropy_decay_steps=100)
     assert made.entropy_weight_at(env_steps) == pytest.approx(weight)
 
 
@@ -276,7 +276,7 @@ K_TARGET = {"Hopper": 1, "Walker2d": 2, "Ant": 2, "HalfCheetah": 4, "Humanoid": 
 @pytest.mark.parametrize("task", K_TARGET)
 @pytest.mark.parametrize("preset", presets.PRESETS)
 def test_every_preset_builds_for_every_task(preset, task, version):
-    made = Hyperparameters(**presets.PRESETS[preset])
+    made = QVPOHyperparameters(**presets.PRESETS[preset])
     values = presets.resolve_for_task(made, task + version)
     resolved = dataclasses.replace(made, **values)
     assert resolved.k_target == presets.PRESETS[preset].get("k_target", K_TARGET[task])
@@ -285,11 +285,11 @@ def test_every_preset_builds_for_every_task(preset, task, version):
 
 
 def test_a_given_k_target_is_kept():
-    assert presets.resolve_for_task(Hyperparameters(k_target=7), "Hopper-v5") == {}
+    assert presets.resolve_for_task(QVPOHyperparameters(k_target=7), "Hopper-v5") == {}
 
 
 def test_the_paper_preset_follows_its_table_2():
-    paper = Hyperparameters(**presets.PRESETS["paper"])
+    paper = QVPOHyperparameters(**presets.PRESETS["paper"])
     assert (paper.actor_lr, paper.critic_lr, paper.hidden) == (3e-4, 3e-4, (256, 256))
     assert (paper.grad_clip, paper.entropy_reduction) == (None, "mean")
     assert paper.update_order == "policy_then_critic"

@@ -7,8 +7,8 @@ import pytest
 import reference
 import torch
 
-from qvpo_rllib.core.hyperparameters import Hyperparameters
-from qvpo_rllib.core.learner import Learner, Networks, UpdateNoise, nearest_sample_distance
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks, UpdateNoise, nearest_sample_distance
 from qvpo_rllib.core.replay import Transitions
 
 OBS, ACT, BATCH, UPDATES = 3, 2, 4, 3
@@ -63,12 +63,12 @@ def double():
 
 
 def hyperparameters(**overrides):
-    return Hyperparameters(**{**BASE, **overrides})
+    return QVPOHyperparameters(**{**BASE, **overrides})
 
 
 def networks(hp, seed=0, dtype=torch.float64):
     """Every parameter random, targets unlike the online networks: no mistake can hide in zeros."""
-    result = Networks(OBS, ACT, hp)
+    result = QVPONetworks(OBS, ACT, hp)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in result.named_parameters():
         spread = 1.2 / parameter.shape[1] ** 0.5 if name.endswith("weight") else 0.3
@@ -94,7 +94,7 @@ def batch(seed, dtype=torch.float64, size=BATCH):
 
 def learner(hp, seed=0, nets=None):
     nets = networks(hp, dtype=torch.float32) if nets is None else nets
-    return Learner(nets, hp, seed=seed, device="cpu")
+    return QVPOLearner(nets, hp, seed=seed, device="cpu")
 
 
 def parameters(net):
@@ -186,7 +186,7 @@ def differ(one, other):
 
 
 def test_targets_start_as_copies_that_share_no_memory_and_no_gradient():
-    nets = Networks(OBS, ACT, hyperparameters())
+    nets = QVPONetworks(OBS, ACT, hyperparameters())
     for online, target in ((nets.actor, nets.target_actor), (nets.critic, nets.target_critic)):
         for a, b in zip(online.parameters(), target.parameters(), strict=True):
             assert torch.equal(a, b)

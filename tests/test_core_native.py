@@ -9,11 +9,17 @@ import pytest
 import torch
 from test_core_engine import ACT, CPU, OBS, assert_same_updates, learner, transitions
 
-from qvpo_rllib.core import engine, native, native_build, sampler
-from qvpo_rllib.core.acting import ActionSelector
-from qvpo_rllib.core.hyperparameters import Hyperparameters
-from qvpo_rllib.core.learner import Learner, Networks
-from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions, select_actions
+from qvpo_rllib.core import engine, native, sampler
+from qvpo_rllib.core import native as native_build
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
+from qvpo_rllib.core.sampler import (
+    ActionSelector,
+    draw_noise,
+    min_q,
+    sample_actions,
+    select_actions,
+)
 
 NATIVE = sampler.EAGER._replace(native=True)
 SIZES = [(1, 1), (1, 4), (7, 4), (64, 4), (3, 32), (5, 1), (33, 3), (2, 100)]
@@ -28,7 +34,7 @@ def builds():
 def networks(obs_dim=OBS, act_dim=ACT, seed=0, **options):
     options = {"hidden": (50, 37), "diffusion_steps": 6, "engine": "eager", **options}
     torch.manual_seed(seed)
-    nets = Networks(obs_dim, act_dim, Hyperparameters(**options))
+    nets = QVPONetworks(obs_dim, act_dim, QVPOHyperparameters(**options))
     for parameter in nets.parameters():  # biases begin at zero
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return nets
@@ -160,9 +166,11 @@ def test_weights_that_are_loaded_are_noticed(part):
 
 
 def test_weights_an_optimiser_moved_are_taken_when_told():
-    hp = Hyperparameters(engine="eager", hidden=(32,), k_target=1, diffusion_steps=4, batch_size=64,
-                         actor_lr=0.1, critic_lr=0.1)  # fmt: skip
-    mine = Learner(Networks(OBS, ACT, hp), hp, seed=0, device="cpu")
+    hp = QVPOHyperparameters(
+        engine="eager", hidden=(32,), k_target=1, diffusion_steps=4, batch_size=64,
+        actor_lr=0.1, critic_lr=0.1,
+    )  # fmt: skip
+    mine = QVPOLearner(QVPONetworks(OBS, ACT, hp), hp, seed=0, device="cpu")
     nets = mine.networks
     obs, noise = inputs(nets, 6, 8)
     select = selector(nets)
@@ -177,7 +185,7 @@ def test_weights_an_optimiser_moved_are_taken_when_told():
 # --- Building ----------------------------------------------------------------------------------
 
 ACT_ONCE = (
-    "from qvpo_rllib.core.native_build import load_library, cache_dir;"
+    "from qvpo_rllib.core.native import load_library, cache_dir;"
     "print(load_library().qvpo_lanes(), len(list(cache_dir().iterdir())))"
 )
 

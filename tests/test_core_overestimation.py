@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvpo_rllib.core.overestimation import CUT_OFF_WEIGHT, value_bias
+from qvpo_rllib.rollout.episodes import CUT_OFF_WEIGHT, value_bias
 
 rewards = st.lists(st.floats(-10, 10), min_size=1, max_size=40)
 

@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 
 from qvpo_rllib import cli
-from qvpo_rllib.experiments.directory_lock import LOCK_FILE, DirectoryLock
-from qvpo_rllib.experiments.rerun import begun
-from qvpo_rllib.experiments.run_directory import RunDirectory
+from qvpo_rllib.files import LOCK_FILE, DirectoryLock
+from qvpo_rllib.training.run_directory import RunDirectory, can_resume
 
 WRITER = """
 import sys
 from pathlib import Path
-from qvpo_rllib.experiments.directory_lock import DirectoryLock
+from qvpo_rllib.files import DirectoryLock
 lock = DirectoryLock(Path(sys.argv[1]))
 print("locked", flush=True)
 sys.stdin.read()
@@ -86,9 +85,9 @@ def test_a_run_that_has_just_begun_is_not_moved_away(tmp_path: Path) -> None:
     run = tmp_path / "run"
     RunDirectory.create(run, {"env": "Hopper-v5"}, ["qvpo"]).close()
     with another_program(run), pytest.raises(ValueError, match="Another program"):
-        begun(run, {"env": "Hopper-v5"})
+        can_resume(run, {"env": "Hopper-v5"})
     assert os.listdir(tmp_path) == ["run"]
-    assert not begun(run, {"env": "Hopper-v5"})
+    assert not can_resume(run, {"env": "Hopper-v5"})
     [kept] = tmp_path.iterdir()
     assert not (kept / LOCK_FILE).exists()
 

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from qvpo_rllib.env_state import NotCapturableError, capture, put_back
+from qvpo_rllib.checkpoints.env_state import NotCapturableError, capture, restore
 
 TASKS = ["Hopper-v5", "Walker2d-v5", "Ant-v5", "HalfCheetah-v5", "Humanoid-v5"]
 
@@ -32,9 +32,9 @@ def test_mujoco_goes_on_bit_for_bit(task: str) -> None:
     play(original, 31, seed=1)
     state = capture(original)
     expected = play(original, 60, seed=2)  # past the time limit
-    put_back(other, state)
+    restore(other, state)
     assert play(other, 60, seed=2) == expected
-    put_back(original, state)  # into the one it came from, too
+    restore(original, state)  # into the one it came from, too
     assert play(original, 60, seed=2) == expected
 
 
@@ -43,7 +43,7 @@ def test_a_changed_model_comes_back() -> None:
     original.reset(seed=1)
     other.reset(seed=1)
     original.unwrapped.model.body_mass[:] *= 2
-    put_back(other, capture(original))
+    restore(other, capture(original))
     np.testing.assert_array_equal(
         other.unwrapped.model.body_mass, original.unwrapped.model.body_mass
     )
@@ -53,7 +53,7 @@ def test_a_changed_model_comes_back() -> None:
 def test_rendering_shows_the_restored_state() -> None:
     env = gym.make("Hopper-v5")
     env.reset(seed=1)
-    put_back(env, capture(env))
+    restore(env, capture(env))
     renderer = env.unwrapped.mujoco_renderer
     assert renderer.data is env.unwrapped.data
     assert renderer.model is env.unwrapped.model
@@ -68,7 +68,7 @@ def test_any_environment_that_is_made_of_python() -> None:
     original.unwrapped.added_later = 3
     other.unwrapped.only_here = 4
     play(original, 17, seed=1)
-    put_back(other, capture(original))
+    restore(other, capture(original))
     assert other.unwrapped.added_later == 3
     assert not hasattr(other.unwrapped, "only_here")
     assert other.unwrapped is not original.unwrapped
@@ -79,9 +79,9 @@ def test_a_spec_that_was_asked_for_in_one_only() -> None:
     original, other = gym.make("Pendulum-v1"), gym.make("Pendulum-v1")
     assert original.spec is not None  # wrappers remember it from now on
     original.reset(seed=1)
-    put_back(other, capture(original))
+    restore(other, capture(original))
     assert other.spec == original.spec
-    put_back(original, capture(other))
+    restore(original, capture(other))
     assert play(other, 5, seed=2) == play(original, 5, seed=2)
 
 
@@ -123,5 +123,5 @@ def test_another_environment_is_refused(task: str) -> None:
         env = gym.wrappers.TransformReward(env, lambda r: r)
     env.reset(seed=1)
     with pytest.raises(NotCapturableError, match="other wrappers, or is another environment"):
-        put_back(env, state)
+        restore(env, state)
     play(env, 3, seed=0)

@@ -7,8 +7,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from qvpo_rllib.sampling import env_stepper
-from qvpo_rllib.sampling.env_stepper import PERIOD, TIMED_ROUNDS, EnvStepper, allowed_threads
+from qvpo_rllib.rollout import stepper as env_stepper
+from qvpo_rllib.rollout.stepper import PERIOD, TIMED_ROUNDS, EnvStepper, allowed_threads
 
 NUM_ENVS = 5
 

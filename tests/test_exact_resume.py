@@ -80,7 +80,9 @@ def test_what_cannot_be_captured_starts_a_new_episode_and_a_warning_says_so(
     original.train()
     for directory in ("1", "2"):
         original.save(str(tmp_path / directory))
-    assert [r.name for r in caplog.records].count("qvpo_rllib.run_state") == 1  # not every time
+    assert [r.name for r in caplog.records].count(
+        "qvpo_rllib.checkpoints.run_state"
+    ) == 1  # not every time
     assert "state is in another process" in caplog.text
     caplog.clear()
     resumed = build(config.copy(copy_frozen=False))

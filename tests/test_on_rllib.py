@@ -15,13 +15,13 @@ from ray.rllib.models.torch.torch_action_dist import TorchSquashedGaussian
 from ray.rllib.policy.policy import Policy
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, MultiAgentBatch, SampleBatch
 
+from qvpo_rllib.algorithms import ALGORITHMS
+from qvpo_rllib.algorithms.columnar_buffer import ColumnarBuffer
+from qvpo_rllib.algorithms.normalization import CLIP, Moments, ReturnTracker, RunningMoments
+from qvpo_rllib.algorithms.sac import RivalSACConfig, SquashedGaussian
+from qvpo_rllib.algorithms.spo import spo_loss
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.options import option_table
-from qvpo_rllib.experiments.algorithms import ALGORITHMS
-from qvpo_rllib.rivals.columnar_buffer import ColumnarBuffer
-from qvpo_rllib.rivals.normalization import CLIP, Moments, ReturnTracker, RunningMoments
-from qvpo_rllib.rivals.sac import RivalSACConfig, SquashedGaussian
-from qvpo_rllib.rivals.spo import spo_loss
 
 NAMES = ("ppo", "spo", "sac")
 ON_POLICY = ("ppo", "spo")

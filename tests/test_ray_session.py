@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 SCRIPT = """
-from qvpo_rllib.cli.ray_session import keep_private, start_ray
+from qvpo_rllib.ray_session import keep_private, start_ray
 
 keep_private(None)
 start_ray(1)

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from qvpo_rllib.core.hyperparameters import Hyperparameters, OffPolicyHyperparameters, option_table
-from qvpo_rllib.rivals import dipo, qsm, td3
+from qvpo_rllib.algorithms import dipo, qsm, td3
+from qvpo_rllib.core.hyperparameters import (
+    OffPolicyHyperparameters,
+    QVPOHyperparameters,
+    option_table,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -17,7 +21,7 @@ def test_the_options_table_is_the_code():
 
 
 def test_every_option_is_in_the_table():
-    for name in Hyperparameters().to_dict():
+    for name in QVPOHyperparameters().to_dict():
         assert f"| `{name}` |" in README
 
 

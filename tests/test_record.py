@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qvpo_rllib import cli
-from qvpo_rllib.experiments import renderer
+from qvpo_rllib.play import renderer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import ray.data
 import reference
 from ray.rllib.algorithms.bc import BCConfig
 
-from qvpo_rllib import checkpoint, cli
+from qvpo_rllib import cli
+from qvpo_rllib.checkpoints import metadata as checkpoint
 
 ENV = "Humanoid-v5"  # its box is not [-1, 1]
 

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvpo_rllib import replay_files
+from qvpo_rllib.checkpoints import replay_files
+from qvpo_rllib.checkpoints.replay_files import ReplayFiles, Segment, check_segments, read_segments
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
-from qvpo_rllib.replay_files import ReplayFiles, Segment, check_segments, read_segments
 
 OBS, ACT = 3, 2
 
@@ -43,7 +43,7 @@ def numbered(first: int, count: int) -> Transitions:
 
 def save(files: ReplayFiles, directory: Path, replay: ReplayBuffer) -> list[Segment]:
     segments = files.write(directory, replay)
-    files.found_in(directory, segments)
+    files.link_from(directory, segments)
     return segments
 
 
@@ -137,7 +137,7 @@ def test_after_a_restore_files_are_shared_too(tmp_path: Path) -> None:
     replay.add(numbered(0, 20))
     segments = save(ReplayFiles(), tmp_path / "1", replay)
     restored, files = load(tmp_path / "1", segments, replay), ReplayFiles()
-    files.found_in(tmp_path / "1", segments)
+    files.link_from(tmp_path / "1", segments)
     restored.add(numbered(20, 2))
     save(files, tmp_path / "2", restored)
     assert inodes(tmp_path / "1").items() <= inodes(tmp_path / "2").items()

@@ -12,18 +12,12 @@ import pytest
 from made_up_results import make_results
 
 from qvpo_rllib import cli
-from qvpo_rllib.experiments.report.build import build_report
-from qvpo_rllib.experiments.report.diagnostics import PANELS, diagnostics
-from qvpo_rllib.experiments.report.runs import Group, Run, grouped, load_runs
-from qvpo_rllib.experiments.report.statistics import (
-    curve_band,
-    estimate,
-    improvement,
-    iqm,
-    profile,
-)
-from qvpo_rllib.experiments.run_directory import RunDirectory
-from qvpo_rllib.experiments.trial_results import read_rows
+from qvpo_rllib.report.build import build_report
+from qvpo_rllib.report.diagnostics import PANELS, diagnostics
+from qvpo_rllib.report.runs import Group, Run, grouped, load_runs
+from qvpo_rllib.report.statistics import curve_band, estimate, improvement, iqm, profile
+from qvpo_rllib.training.run_directory import RunDirectory
+from qvpo_rllib.tuning.results import read_rows
 
 SWEEP = {
     "name": "sweep",

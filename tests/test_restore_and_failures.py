@@ -11,10 +11,10 @@ import reference
 import torch
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
-from qvpo_rllib.core.ledger import UpdateLedger
+from qvpo_rllib.core.replay import UpdateLedger
 from qvpo_rllib.core.seeding import restore_generator
-from qvpo_rllib.experiments.trainee import OffPolicyTrainee
-from qvpo_rllib.experiments.training import _interrupts
+from qvpo_rllib.training.run import _interrupts
+from qvpo_rllib.training.trainee import OffPolicyTrainee
 
 ENV = "InvertedPendulum-v5"
 
@@ -86,7 +86,7 @@ def test_a_higher_update_ratio_owes_nothing_for_the_past(
 def test_settling_a_ledger(ratio: float, done: int) -> None:
     for refill in (False, True):
         ledger = UpdateLedger(ratio, 50, ingested=400, done=done)
-        ledger.settle(refill=refill)
+        ledger.rebase(refill=refill)
         assert ledger.owed == 0
         ledger.ingested += 50 * refill
         assert ledger.owed == 0

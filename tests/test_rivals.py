@@ -5,12 +5,12 @@ import pytest
 import rival_reference
 import torch
 
+from qvpo_rllib.algorithms import dipo, qsm, td3
 from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.learner import Networks
 from qvpo_rllib.core.networks import NoisePredictor
+from qvpo_rllib.core.qvpo import QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import draw_noise, sample_actions
-from qvpo_rllib.rivals import dipo, qsm, td3
 
 OBS, ACT, BATCH, UPDATES = 3, 2, 4, 3
 SMALL = {"hidden": (6, 5), "batch_size": BATCH, "actor_lr": 3e-3, "critic_lr": 5e-3, "tau": 0.1,
@@ -78,7 +78,7 @@ def test_td3_updates_equal_the_reference(double, overrides):
 def test_dipo_updates_equal_the_reference_and_are_written_back(double, overrides):
     values = {"diffusion_steps": 3, "action_steps": 4, **SMALL, **overrides}
     hp = dipo.DIPOHyperparameters(**values).resolved_for("Hopper-v5")
-    nets = randomised(Networks(OBS, ACT, hp).double())
+    nets = randomised(QVPONetworks(OBS, ACT, hp).double())
     expected = rival_reference.DIPOUpdate(nets, hp)
     learner = dipo.DIPOLearner(nets, hp, seed=0, device="cpu")
     replay = ReplayBuffer(50, OBS, ACT, seed=1, device="cpu", improves_actions=True)
@@ -115,7 +115,7 @@ def _same_noise(learner, generator):
 @pytest.mark.parametrize("overrides", [{}, {"grad_clip": 0.5, "exploration_noise": 1.0}], ids=str)
 def test_qsm_updates_equal_the_reference(double, overrides):
     hp = qsm.QSMHyperparameters(diffusion_steps=3, **SMALL, **overrides)
-    nets = randomised(Networks(OBS, ACT, hp).double())
+    nets = randomised(QVPONetworks(OBS, ACT, hp).double())
     expected = rival_reference.QSMUpdate(nets, hp)
     learner = qsm.QSMLearner(nets, hp, seed=0, device="cpu")
     target_actor = {n: v.clone() for n, v in nets.target_actor.named_parameters()}
@@ -165,7 +165,7 @@ def test_td3_finds_the_best_action_of_a_bandit():
 def test_dipo_finds_the_best_action_of_a_bandit():
     torch.manual_seed(0)
     hp = dipo.DIPOHyperparameters(**TOY, diffusion_steps=5).resolved_for("Bandit-v0")
-    learner = dipo.DIPOLearner(Networks(1, 2, hp), hp, seed=0, device="cpu")
+    learner = dipo.DIPOLearner(QVPONetworks(1, 2, hp), hp, seed=0, device="cpu")
     replay = bandit(improves_actions=True)
 
     def act(nets, obs, generator):
@@ -181,7 +181,7 @@ def test_qsm_samples_around_the_best_action_of_a_bandit():
     """M_q ∇Q of Q = -|a - a*|² pulls the samples to a*; a larger M_q would jump over it."""
     torch.manual_seed(0)
     hp = qsm.QSMHyperparameters(**TOY, diffusion_steps=10, q_gradient_scale=1.0)
-    learner = qsm.QSMLearner(Networks(1, 2, hp), hp, seed=0, device="cpu")
+    learner = qsm.QSMLearner(QVPONetworks(1, 2, hp), hp, seed=0, device="cpu")
 
     def act(nets, obs, generator):
         noise = torch.randn(10, len(obs), 2, generator=generator)

@@ -10,10 +10,10 @@ import torch
 from ray.tune.registry import get_trainable_cls
 from test_exact_resume import assert_identical, identity_of
 
-from qvpo_rllib import checkpoint
+from qvpo_rllib.algorithms import dipo, qsm, td3
+from qvpo_rllib.checkpoints import metadata as checkpoint
 from qvpo_rllib.core.hyperparameters import option_names, parse_option
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
-from qvpo_rllib.rivals import dipo, qsm, td3
 
 ENV = "InvertedPendulum-v5"
 TASKS = ["Hopper-v5", "Walker2d-v4", "Ant-v5", "HalfCheetah-v5", "Humanoid-v5", "Pendulum-v1"]

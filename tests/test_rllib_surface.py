@@ -14,9 +14,9 @@ from ray.rllib.policy.policy import Policy
 from ray.tune.registry import get_trainable_cls
 
 from qvpo_rllib import QVPO, QVPOConfig, QVPOTorchPolicy
-from qvpo_rllib.core.hyperparameters import Hyperparameters, option_names
-from qvpo_rllib.experiments.evaluation_columns import evaluation_columns
-from qvpo_rllib.experiments.plan import parse_settings
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters, option_names
+from qvpo_rllib.training.plan import parse_settings
+from qvpo_rllib.training.rows import evaluation_columns
 
 EVALUATION_EPISODES = 3
 ENV = "InvertedPendulum-v5"
@@ -92,13 +92,13 @@ def as_text(value: Any) -> str:
 
 @pytest.mark.parametrize("name", option_names())
 def test_every_option_is_known_to_dataclass_config_and_command_line(name: str) -> None:
-    default = getattr(Hyperparameters(), name)
+    default = getattr(QVPOHyperparameters(), name)
     marker = object()
     parameters = inspect.signature(QVPOConfig.training).parameters
     assert parameters[name].default == default
     assert getattr(QVPOConfig(), name) == default
     assert getattr(QVPOConfig().training(**{name: marker}), name) is marker
-    assert parse_settings([f"{name}={as_text(default)}"], Hyperparameters) == {name: default}
+    assert parse_settings([f"{name}={as_text(default)}"], QVPOHyperparameters) == {name: default}
 
 
 def test_training_shows_no_option_that_does_not_exist() -> None:
@@ -110,7 +110,7 @@ def test_misspelt_option_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match=r"'k_behaviour'.*Did you mean 'k_behavior'"):
         QVPOConfig().training(k_behaviour=4)
     with pytest.raises(ValueError, match=r"'k_behaviour'.*Did you mean 'k_behavior'"):
-        parse_settings(["k_behaviour=4"], Hyperparameters)
+        parse_settings(["k_behaviour=4"], QVPOHyperparameters)
 
 
 @pytest.mark.parametrize(

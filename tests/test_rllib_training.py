@@ -12,7 +12,7 @@ import reference
 import torch
 from scipy import stats
 
-import qvpo_rllib.off_policy.algorithm
+import qvpo_rllib.runtime.algorithm
 from qvpo_rllib.core.seeding import Stream, spawn_seed
 
 WARMUP = 40
@@ -335,6 +335,6 @@ def test_replay_that_does_not_fit_is_refused_before_it_is_allocated(
     def allocate(*args: Any, **kwargs: Any) -> None:
         pytest.fail("the replay was allocated")
 
-    monkeypatch.setattr(qvpo_rllib.off_policy.algorithm, "ReplayBuffer", allocate)
+    monkeypatch.setattr(qvpo_rllib.runtime.algorithm, "ReplayBuffer", allocate)
     with pytest.raises(ValueError, match=r"replay_capacity=1000000000000 .*44,000,000,000,000"):
         tiny_config(replay_capacity=10**12).build_algo()

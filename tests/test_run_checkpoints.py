@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from checkpointed_run import COMMAND, REPLAY, check_whole, commit, reopen
 
-from qvpo_rllib.experiments.checkpoint_clock import CheckpointClock
-from qvpo_rllib.experiments.plan import parse_interval
-from qvpo_rllib.experiments.run_directory import RunDirectory
+from qvpo_rllib.training.plan import parse_interval
+from qvpo_rllib.training.run import CheckpointClock
+from qvpo_rllib.training.run_directory import RunDirectory
 
 KILLS = 20
 

@@ -10,7 +10,8 @@ import pytest
 from checkpointed_run import COMMAND, REPLAY, commit, reopen
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qvpo_rllib.experiments.run_directory import RunDirectory, write_atomically
+from qvpo_rllib.files import write_atomically
+from qvpo_rllib.training.run_directory import RunDirectory
 
 
 @pytest.fixture

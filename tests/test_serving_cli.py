@@ -20,7 +20,7 @@ import torch
 
 from qvpo_rllib import cli
 from qvpo_rllib.bench.http_load import fresh_bundle
-from qvpo_rllib.cli.ray_session import LOOPBACK
+from qvpo_rllib.ray_session import LOOPBACK
 from qvpo_rllib.serving import load, write_bundle
 from qvpo_rllib.serving.client import Client
 

@@ -4,15 +4,11 @@ import pytest
 import torch
 
 from qvpo_rllib.core.errors import NonFiniteError
-from qvpo_rllib.core.hyperparameters import Hyperparameters
-from qvpo_rllib.core.learner import Learner, Networks
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.core.sampler import min_q, sample_actions
-from qvpo_rllib.experiments.single_state import (
-    ImprovementNoise,
-    SingleStatePolicy,
-    toy_hyperparameters,
-)
+from qvpo_rllib.paper.single_state import ImprovementNoise, SingleStatePolicy, toy_hyperparameters
 
 SMALL = {
     "hidden": (16, 16),
@@ -37,9 +33,9 @@ SMALL = {
     ids=str,
 )
 def test_improve_is_the_policy_half_of_the_learners_update(options):
-    hp = Hyperparameters(**{**SMALL, **options}, k_target=1, update_order="policy_then_critic")
+    hp = QVPOHyperparameters(**{**SMALL, **options}, k_target=1, update_order="policy_then_critic")
     torch.manual_seed(0)
-    learner = Learner(Networks(1, 2, hp), hp, seed=0, device="cpu")
+    learner = QVPOLearner(QVPONetworks(1, 2, hp), hp, seed=0, device="cpu")
     toy = SingleStatePolicy(2, hp, seed=5)
     toy.actor.load_state_dict(learner.networks.actor.state_dict())
 
@@ -59,7 +55,7 @@ def test_improve_is_the_policy_half_of_the_learners_update(options):
 
 
 def test_a_measurement_leaves_the_training_as_it_was():
-    hp = Hyperparameters(**SMALL)
+    hp = QVPOHyperparameters(**SMALL)
     policies = [SingleStatePolicy(2, hp, seed=1) for _ in range(2)]
     policies[1].sample(3, 5, torch.Generator().manual_seed(9))
     first, second = (policy.sample(6, 8) for policy in policies)
@@ -68,7 +64,7 @@ def test_a_measurement_leaves_the_training_as_it_was():
 
 
 def test_a_nan_stops_the_training():
-    policy = SingleStatePolicy(1, Hyperparameters(**SMALL), seed=0)
+    policy = SingleStatePolicy(1, QVPOHyperparameters(**SMALL), seed=0)
     with pytest.raises(NonFiniteError, match="loss"):
         policy.improve(torch.zeros(6, 8, 1), torch.full((6, 8), torch.nan))
 

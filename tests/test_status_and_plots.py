@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from qvpo_rllib.experiments.plots import learning_curve, plot_learning_curve, short_count
-from qvpo_rllib.experiments.status import TrainingStatus
+from qvpo_rllib.training.learning_curve import learning_curve, plot_learning_curve, short_count
+from qvpo_rllib.training.status import TrainingStatus
 
 
 class Clock:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qvpo_rllib import cli
-from qvpo_rllib.experiments import theorem2
-from qvpo_rllib.experiments.single_state import toy_hyperparameters
+from qvpo_rllib.paper import theorem2
+from qvpo_rllib.paper.single_state import toy_hyperparameters
 
 HP = toy_hyperparameters(theorem2.HYPERPARAMETERS, {})
 QUICK = ["--updates", "3", "--set", "hidden=8", "--set", "diffusion_steps=3"]

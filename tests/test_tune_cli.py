@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from qvpo_rllib import cli
-from qvpo_rllib.experiments.spec import ExperimentSpec
-from qvpo_rllib.experiments.trial_table import TrialTable
-from qvpo_rllib.experiments.tuner import build_tuner
+from qvpo_rllib.tuning.spec import ExperimentSpec
+from qvpo_rllib.tuning.table import TrialTable
+from qvpo_rllib.tuning.tuner import build_tuner
 
 OPTIONS = {
     "tune": {

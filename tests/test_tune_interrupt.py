@@ -10,13 +10,13 @@ import pytest
 from test_tune_run import TIMEOUT_S, TRAINING, finish, start
 
 from qvpo_rllib import cli
-from qvpo_rllib.checkpoint import read_metadata
-from qvpo_rllib.experiments.algorithms import entry_of
-from qvpo_rllib.experiments.spec import ExperimentSpec
-from qvpo_rllib.experiments.trial_ledger import result_row
-from qvpo_rllib.experiments.trial_results import read_rows, read_trials
-from qvpo_rllib.experiments.tuner import fixed_config
-from qvpo_rllib.stop_signal import LOOK_EVERY_S
+from qvpo_rllib.algorithms import entry_of
+from qvpo_rllib.checkpoints.metadata import read_metadata
+from qvpo_rllib.runtime.stop_signal import LOOK_EVERY_S
+from qvpo_rllib.tuning.ledger import result_row
+from qvpo_rllib.tuning.results import read_rows, read_trials
+from qvpo_rllib.tuning.spec import ExperimentSpec
+from qvpo_rllib.tuning.tuner import fixed_config
 
 INTERVAL, STEPS = 300, 900  # held in step 400
 FILE = f"""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qvpo_rllib.experiments.trial_results import read_rows, read_trials
+from qvpo_rllib.tuning.results import read_rows, read_trials
 
 TIMEOUT_S = 240
 STEPS = 2400

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from qvpo_rllib import QVPOConfig
-from qvpo_rllib.experiments.spec import ExperimentSpec
-from qvpo_rllib.experiments.tuner import fixed_config, planned_trials
+from qvpo_rllib.tuning.spec import ExperimentSpec
+from qvpo_rllib.tuning.tuner import fixed_config, planned_trials
 
 WORKERS, ENVS, SEEDS = 2, 2, [0, 1, 2, 3, 4]
 

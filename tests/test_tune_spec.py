@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from qvpo_rllib.core.hyperparameters import Hyperparameters, option_names
-from qvpo_rllib.experiments.algorithms import ALGORITHMS
-from qvpo_rllib.experiments.smoke import MAX_SEEDS, shrink
-from qvpo_rllib.experiments.spec import ExperimentSpec
-from qvpo_rllib.experiments.tuner import confirmation_spec, fixed_config, planned_trials
+from qvpo_rllib.algorithms import ALGORITHMS
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters, option_names
+from qvpo_rllib.tuning.smoke import MAX_SEEDS, shrink
+from qvpo_rllib.tuning.spec import ExperimentSpec
+from qvpo_rllib.tuning.tuner import confirmation_spec, fixed_config, planned_trials
 
 FILES = sorted((Path(__file__).parents[1] / "tune_configs").glob("*.yaml"))
 BASE: dict[str, Any] = {"name": "x", "task": "InvertedPendulum-v5", "preset": "quick"}
@@ -51,7 +51,7 @@ def test_the_readmes_experiment_file_is_valid(tmp_path: Path) -> None:
 
 
 def test_training_takes_every_hyperparameter() -> None:
-    values = {**Hyperparameters().to_dict(), "hidden": [8], "k_target": 3}
+    values = {**QVPOHyperparameters().to_dict(), "hidden": [8], "k_target": 3}
     config = fixed_config(spec_of(training=values), "qvpo")
     assert {name: config[name] for name in option_names()} == values
 

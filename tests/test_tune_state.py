@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qvpo_rllib.experiments.tune_state import KEPT_DIRECTORY, TUNE_DIRECTORY, keep_whole, mend
+from qvpo_rllib.tuning.tune_state import KEPT_DIRECTORY, TUNE_DIRECTORY, back_up, repair
 
 STATE, SEARCH = "experiment_state-2026-01-01.json", "basic-variant-state-2026-01-01.json"
 
@@ -38,29 +38,29 @@ def steps(part: Path) -> list[int]:
 def test_the_last_whole_state_takes_the_place_of_one_cut_short(
     part: Path, name: str, length: int
 ) -> None:
-    keep_whole(part)
+    back_up(part)
     write(part, 2)
-    keep_whole(part)
+    back_up(part)
     file = part / TUNE_DIRECTORY / name
     whole = file.read_bytes()
     os.truncate(file, length)
-    keep_whole(part)  # while it is being written
+    back_up(part)  # while it is being written
     assert file.read_bytes() == whole[:length]
-    mend(part)
+    repair(part)
     assert steps(part) == [2, 2]
     assert (part / TUNE_DIRECTORY / "tuner.pkl").read_bytes() == b"not a state"
 
 
 def test_whole_states_stay(part: Path) -> None:
-    keep_whole(part)
+    back_up(part)
     write(part, 2)
-    mend(part)
+    repair(part)
     assert steps(part) == [2, 2]
 
 
 def test_what_was_never_whole_is_refused(part: Path) -> None:
     os.truncate(part / TUNE_DIRECTORY / STATE, 4)
-    keep_whole(part)
+    back_up(part)
     with pytest.raises(ValueError, match=r"experiment_state-.*cut short.*another --storage"):
-        mend(part)
+        repair(part)
     assert [file.name for file in (part / KEPT_DIRECTORY).iterdir()] == [SEARCH]

@@ -8,7 +8,7 @@ import pytest
 from ray.train._internal.storage import StorageContext
 
 from qvpo_rllib import QVPO
-from qvpo_rllib.run_state import RunState
+from qvpo_rllib.checkpoints.run_state import RunState
 
 
 def replay_of(checkpoint: Any) -> dict[int, int]:

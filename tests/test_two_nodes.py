@@ -10,7 +10,7 @@ import pytest
 import requests
 from ray_nodes import HEAD_IP, RAY, SECOND_IP, RayNodes, ray_nodes
 
-from qvpo_rllib.experiments.trial_results import FINISHED, read_trials
+from qvpo_rllib.tuning.results import FINISHED, read_trials
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [

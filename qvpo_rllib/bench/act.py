@@ -8,11 +8,10 @@ import torch
 from qvpo_rllib.bench.sizes import TASKS, Task, acting_flops, hyperparameters
 from qvpo_rllib.bench.straightforward import Straightforward
 from qvpo_rllib.bench.timing import matrix_product, measure, ratio
-from qvpo_rllib.core.acting import ActionSelector
 from qvpo_rllib.core.engine import acting_engine, kernels_of
-from qvpo_rllib.core.hyperparameters import Hyperparameters
-from qvpo_rllib.core.learner import Networks
-from qvpo_rllib.core.sampler import draw_noise
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.qvpo import QVPONetworks
+from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 
 
 def run(
@@ -41,14 +40,14 @@ def run(
 
 def _row(
     task: Task,
-    hp: Hyperparameters,
+    hp: QVPOHyperparameters,
     batch_size: int,
     k: int,
     device: torch.device,
     repeats: int,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
-    networks = Networks(task.obs_dim, task.act_dim, hp).to(device)
+    networks = QVPONetworks(task.obs_dim, task.act_dim, hp).to(device)
     straightforward = Straightforward(networks, hp)
     engine = acting_engine(hp.engine, device)
     kernels = kernels_of(engine, device).sampler

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Generator
 
-from qvpo_rllib.core.hyperparameters import Hyperparameters
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.serving import Description, ServedPolicy, write_bundle
 from qvpo_rllib.serving.bundle import encode_parameters
 from qvpo_rllib.serving.limits import MAX_PENDING_REQUESTS
@@ -44,7 +44,7 @@ class Direct:
 
 def fresh_bundle(directory: Path) -> Path:
     """A bundle of Hopper's sizes with the default networks, not trained."""
-    hp = Hyperparameters()
+    hp = QVPOHyperparameters()
     description = Description(
         name="hopper",
         version="fresh",

@@ -8,8 +8,8 @@ import torch
 from qvpo_rllib.bench.sizes import TASKS, Task, hyperparameters, update_flops
 from qvpo_rllib.bench.straightforward import Straightforward
 from qvpo_rllib.bench.timing import matrix_product, measure, ratio
-from qvpo_rllib.core.hyperparameters import Hyperparameters
-from qvpo_rllib.core.learner import Learner, Networks
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 
 REPLAY_SIZE = 10_000
@@ -41,11 +41,11 @@ def run(
                     yield row | _row(TASKS[name], hp, device, repeats)
 
 
-def _row(task: Task, hp: Hyperparameters, device: torch.device, repeats: int) -> dict[str, Any]:
+def _row(task: Task, hp: QVPOHyperparameters, device: torch.device, repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    networks = Networks(task.obs_dim, task.act_dim, hp).to(device)
+    networks = QVPONetworks(task.obs_dim, task.act_dim, hp).to(device)
     straightforward = Straightforward(networks, hp)
-    learner = Learner(networks, hp, seed=0, device=device)
+    learner = QVPOLearner(networks, hp, seed=0, device=device)
     replay = filled_replay(task, device)
 
     def straightforward_update() -> object:

@@ -10,11 +10,11 @@ import torch
 from ray.rllib.evaluation.postprocessing import Postprocessing
 from ray.rllib.policy.sample_batch import SampleBatch
 
+from qvpo_rllib.algorithms import ALGORITHMS
+from qvpo_rllib.algorithms.columnar_buffer import ColumnarBuffer
 from qvpo_rllib.bench.learner import filled_replay
 from qvpo_rllib.bench.sizes import SETTINGS, TASKS, Task
 from qvpo_rllib.bench.timing import measure
-from qvpo_rllib.experiments.algorithms import ALGORITHMS
-from qvpo_rllib.rivals.columnar_buffer import ColumnarBuffer
 
 # As in the paper's Table 4: the diffusion policies take as many steps.
 SAME_CHAIN = {"paper": {"diffusion_steps": 20}, "light": {"diffusion_steps": 5}}

@@ -7,11 +7,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from qvpo_rllib.algorithms.qvpo import QVPOConfig, QVPOTorchPolicy
 from qvpo_rllib.bench.sizes import TASKS, Task, hyperparameters
 from qvpo_rllib.bench.timing import Times, measure, ratio
-from qvpo_rllib.config import QVPOConfig
-from qvpo_rllib.policy import QVPOTorchPolicy
-from qvpo_rllib.worker import QVPORolloutWorker
+from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 
 FRAGMENT_STEPS = 1024  # env steps of a measured fragment
 
@@ -75,12 +74,12 @@ def _rates(steps: int, times: Times) -> list[float]:
     return [steps / slowest, steps / fastest]
 
 
-def columnar_worker(task: Task, num_envs: int, length: int, setting: str) -> QVPORolloutWorker:
+def columnar_worker(task: Task, num_envs: int, length: int, setting: str) -> ColumnarRolloutWorker:
     """This package's worker, without an algorithm around it."""
     options = hyperparameters(setting, task, engine="eager").to_dict()
     config = QVPOConfig().environment(task.env).training(**options).debugging(seed=0)
     config.env_runners(num_envs_per_env_runner=num_envs, rollout_fragment_length=length)
-    return QVPORolloutWorker(
+    return ColumnarRolloutWorker(
         env_creator=_creator(task), default_policy_class=QVPOTorchPolicy, config=config
     )
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from qvpo_rllib.algorithms.qvpo import QVPOConfig
 from qvpo_rllib.bench.sizes import TASKS, Task, hyperparameters
-from qvpo_rllib.config import QVPOConfig
 
 STAND_IN_S = 0.001  # an update of the learner's stand-in
 WARMUP_STEPS = 500

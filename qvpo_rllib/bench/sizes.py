@@ -7,8 +7,7 @@ needed: what the observation and the diffusion step share is multiplied once.
 import itertools
 from typing import NamedTuple
 
-from qvpo_rllib.core.hyperparameters import Hyperparameters
-from qvpo_rllib.core.presets import PRESETS, resolve_for_task
+from qvpo_rllib.core.hyperparameters import PRESETS, QVPOHyperparameters, resolve_for_task
 
 
 class Task(NamedTuple):
@@ -26,11 +25,11 @@ TASKS = {
 SETTINGS = {"paper": "default", "light": "light"}
 
 
-def hyperparameters(setting: str, task: Task, **options: object) -> Hyperparameters:
+def hyperparameters(setting: str, task: Task, **options: object) -> QVPOHyperparameters:
     """The hyperparameters of a setting for a task, with some options changed."""
     values = PRESETS[SETTINGS[setting]] | options
-    hp = Hyperparameters(**values)
-    return Hyperparameters(**values | resolve_for_task(hp, task.env))
+    hp = QVPOHyperparameters(**values)
+    return QVPOHyperparameters(**values | resolve_for_task(hp, task.env))
 
 
 def hidden_flops(hidden: tuple[int, ...], out: int) -> int:
@@ -38,7 +37,7 @@ def hidden_flops(hidden: tuple[int, ...], out: int) -> int:
     return sum(2 * i * o for i, o in itertools.pairwise((*hidden, out)))
 
 
-def sampling_flops(task: Task, hp: Hyperparameters, num_states: int, num_samples: int) -> int:
+def sampling_flops(task: Task, hp: QVPOHyperparameters, num_states: int, num_samples: int) -> int:
     """Drawing N actions for each of B states."""
     width = hp.hidden[0]
     row = 2 * task.act_dim * width + hidden_flops(hp.hidden, task.act_dim)
@@ -47,20 +46,20 @@ def sampling_flops(task: Task, hp: Hyperparameters, num_states: int, num_samples
     )
 
 
-def ranking_flops(task: Task, hp: Hyperparameters, num_states: int, num_samples: int) -> int:
+def ranking_flops(task: Task, hp: QVPOHyperparameters, num_states: int, num_samples: int) -> int:
     """Both critics on N actions for each of B states."""
     width = hp.hidden[0]
     row = 2 * task.act_dim * width + hidden_flops(hp.hidden, 1)
     return 2 * (num_states * num_samples * row + 2 * num_states * task.obs_dim * width)
 
 
-def acting_flops(task: Task, hp: Hyperparameters, num_states: int, k: int) -> int:
+def acting_flops(task: Task, hp: QVPOHyperparameters, num_states: int, k: int) -> int:
     """The best of K actions for each of B states."""
     ranking = ranking_flops(task, hp, num_states, k) if k > 1 else 0
     return sampling_flops(task, hp, num_states, k) + ranking
 
 
-def update_flops(task: Task, hp: Hyperparameters) -> int:
+def update_flops(task: Task, hp: QVPOHyperparameters) -> int:
     """One update: target and policy samples, their ranking, both fits forward and backward."""
     assert hp.k_target is not None
     batch, width = hp.batch_size, hp.hidden[0]

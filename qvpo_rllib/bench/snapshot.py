@@ -12,9 +12,9 @@ import psutil
 import torch
 
 from qvpo_rllib.bench.sizes import TASKS, Task
+from qvpo_rllib.checkpoints.replay_files import ReplayFiles, Segment, check_segments, read_segments
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions, replay_bytes
-from qvpo_rllib.replay_files import ReplayFiles, Segment, check_segments, read_segments
-from qvpo_rllib.staging import sync
+from qvpo_rllib.files import sync
 
 CHUNK = 10_000  # transitions
 
@@ -56,7 +56,7 @@ def _rows(
         def save(place: Path, files: ReplayFiles = files) -> list[Segment]:
             segments = files.write(place, replay)
             sync(place)
-            files.found_in(place, segments)
+            files.link_from(place, segments)
             return segments
 
         seconds, segments = _timed(lambda place=first: save(place))  # type: ignore[misc]

@@ -3,7 +3,7 @@
 The yardstick of `qvpo bench` and an independent implementation for the tests: every input is
 concatenated, states are repeated for their samples, Mish is the library's, the time embedding is
 computed for every row, the reverse process gathers its constants by step. It takes the parameters
-of `Networks` and the noise of `UpdateNoise`, and must arrive at the same numbers.
+of `QVPONetworks` and the noise of `UpdateNoise`, and must arrive at the same numbers.
 """
 
 import copy
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.hyperparameters import Hyperparameters
-from qvpo_rllib.core.learner import Networks, UpdateNoise
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.networks import TIME_DIM, sinusoidal_embedding
+from qvpo_rllib.core.qvpo import QVPONetworks, UpdateNoise
 from qvpo_rllib.core.replay import Transitions
 
 
@@ -29,7 +29,7 @@ def mlp(linears: list[nn.Linear]) -> nn.Sequential:
 
 
 class Actor(nn.Module):
-    def __init__(self, networks: Networks, *, target: bool) -> None:
+    def __init__(self, networks: QVPONetworks, *, target: bool) -> None:
         super().__init__()
         source = networks.target_actor if target else networks.actor
         self.time_mlp = copy.deepcopy(source.time_mlp)
@@ -42,7 +42,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    def __init__(self, networks: Networks, *, target: bool) -> None:
+    def __init__(self, networks: QVPONetworks, *, target: bool) -> None:
         super().__init__()
         source = networks.target_critic if target else networks.critic
         self.q1, self.q2 = mlp(source.q1.linears()), mlp(source.q2.linears())
@@ -62,7 +62,7 @@ class Straightforward:
         networks: whose parameters are copied.
     """
 
-    def __init__(self, networks: Networks, hp: Hyperparameters) -> None:
+    def __init__(self, networks: QVPONetworks, hp: QVPOHyperparameters) -> None:
         self.hp = hp
         self.act_dim = networks.act_dim
         self.device = next(networks.parameters()).device
@@ -162,7 +162,7 @@ class Straightforward:
             nn.utils.clip_grad_norm_(module.parameters(), self.hp.grad_clip)
         optimizer.step()
 
-    def load_parameters(self, networks: Networks) -> None:
+    def load_parameters(self, networks: QVPONetworks) -> None:
         """Writes this implementation's parameters into `networks`, to compare them."""
         pairs = (
             (self.actor, networks.actor),

@@ -24,8 +24,8 @@ from qvpo_rllib.cli import (
     tune,
 )
 from qvpo_rllib.cli.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
-from qvpo_rllib.cli.ray_session import keep_private
 from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.ray_session import keep_private
 
 COMMANDS = (train, evaluate, record, tune, report, export, replay, serve, bandit, theorem2, bench)
 

@@ -50,12 +50,12 @@ def add(commands: Any) -> None:
 
 
 def _bandit(options: argparse.Namespace) -> int:
-    from qvpo_rllib.core.hyperparameters import Hyperparameters
-    from qvpo_rllib.experiments import bandit
-    from qvpo_rllib.experiments.checks import require_at_least
-    from qvpo_rllib.experiments.output_directory import OutputDirectory
-    from qvpo_rllib.experiments.plan import parse_settings
-    from qvpo_rllib.experiments.single_state import toy_hyperparameters
+    from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+    from qvpo_rllib.core.options import require_at_least
+    from qvpo_rllib.files import OutputDirectory
+    from qvpo_rllib.paper import bandit
+    from qvpo_rllib.paper.single_state import toy_hyperparameters
+    from qvpo_rllib.training.plan import parse_settings
 
     variance = _variance(options, bandit.VARIANCE)
     num_updates = bandit.NUM_UPDATES if options.updates is None else options.updates
@@ -66,7 +66,7 @@ def _bandit(options: argparse.Namespace) -> int:
     ):
         require_at_least(f"--{name}", value, least)
     hp = toy_hyperparameters(
-        bandit.HYPERPARAMETERS, parse_settings(options.settings, Hyperparameters)
+        bandit.HYPERPARAMETERS, parse_settings(options.settings, QVPOHyperparameters)
     )
     if hp.entropy_weight == 0 or hp.num_uniform_samples == 0:
         raise ValueError(
@@ -94,7 +94,7 @@ def _variance(options: argparse.Namespace, default: float) -> float:
 def _train_all(hp: Any, seeds: range, num_updates: int, variance: float) -> list[tuple[Any, Any]]:
     """(without, with) the entropy term, for each seed."""
     from qvpo_rllib.cli.progress import progress_line
-    from qvpo_rllib.experiments import bandit
+    from qvpo_rllib.paper import bandit
 
     shown = {round(share * num_updates) for share in bandit.SNAPSHOTS}
     pairs = []
@@ -135,9 +135,9 @@ def _describe(found: Any) -> str:
 def _write(
     out: Any, pairs: list[tuple[Any, Any]], hp: Any, num_updates: int, variance: float
 ) -> int:
-    from qvpo_rllib.experiments import bandit
-    from qvpo_rllib.experiments.bandit_plot import plot_bandit
-    from qvpo_rllib.experiments.single_state import APPLICABLE
+    from qvpo_rllib.paper import bandit
+    from qvpo_rllib.paper.bandit import plot_bandit
+    from qvpo_rllib.paper.single_state import APPLICABLE
 
     runs = [run for pair in pairs for run in pair]
     out.write_table(

@@ -275,7 +275,7 @@ def _runtime(options: argparse.Namespace) -> int:
     import torch
 
     from qvpo_rllib.bench import runtime
-    from qvpo_rllib.cli.ray_session import start_ray
+    from qvpo_rllib.ray_session import start_ray
 
     if not 0 < options.seconds <= 3600:
         raise ValueError(f"--seconds {options.seconds:g} is not allowed: from 0 to 3600.")

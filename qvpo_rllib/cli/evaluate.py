@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from qvpo_rllib.experiments.evaluation import evaluate_checkpoint, evaluate_server
+    from qvpo_rllib.play.evaluation import evaluate_checkpoint, evaluate_server
 
     settings = {"episodes": options.episodes, "k": options.k, "seed": options.seed}
     _check_source(options)

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from qvpo_rllib.experiments.export import export_checkpoint
+    from qvpo_rllib.play.export import export_checkpoint
 
     description = export_checkpoint(
         options.checkpoint,

@@ -33,11 +33,11 @@ def add(commands: Any) -> None:
 
 def _record(options: argparse.Namespace) -> int:
     from qvpo_rllib.cli.progress import progress_line
-    from qvpo_rllib.experiments.renderer import VARIABLE, choose_renderer
+    from qvpo_rllib.play.renderer import VARIABLE, choose_renderer
 
     # Before anything imports MuJoCo, which reads it once.
     os.environ[VARIABLE] = choose_renderer()
-    from qvpo_rllib.experiments.recording import record_checkpoint
+    from qvpo_rllib.play.recording import record_checkpoint
 
     out = options.out or Path(f"video-{time.strftime('%Y%m%d-%H%M%S')}.mp4")
     with progress_line(max(1, options.episodes), "episodes") as line:

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from qvpo_rllib.experiments.replay_export import export_replay
+    from qvpo_rllib.play.replay_export import export_replay
 
     done = export_replay(options.path, options.out)
     print(

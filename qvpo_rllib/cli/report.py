@@ -26,11 +26,11 @@ def add(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from qvpo_rllib.experiments.report.build import build_report
+    from qvpo_rllib.report.build import build_report
 
     action_time = None
     if options.time_actions:
-        from qvpo_rllib.experiments.action_time import action_time_ms
+        from qvpo_rllib.play.action_time import action_time_ms
 
         action_time = action_time_ms
     page = build_report(options.results, options.out, action_time)

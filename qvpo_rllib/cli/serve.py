@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.cli.ray_session import LOOPBACK, start_ray
-from qvpo_rllib.experiments.checks import require_at_least
+from qvpo_rllib.core.options import require_at_least
+from qvpo_rllib.ray_session import LOOPBACK, start_ray
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal's; Kubernetes' and systemd's
 
@@ -104,7 +104,7 @@ def _as_bundles(paths: list[Path], trust: bool, scratch: Path) -> list[Path]:
                 f"(qvpo export {path} OUT) and serve the bundle."
             )
         if is_checkpoint:
-            from qvpo_rllib.experiments.export import export_checkpoint
+            from qvpo_rllib.play.export import export_checkpoint
 
             export_checkpoint(path, scratch / str(number))
             path = scratch / str(number)

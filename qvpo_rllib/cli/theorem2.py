@@ -38,17 +38,17 @@ FIXED = ("q_weights", "num_chosen_samples", "batch_size")
 
 
 def _theorem2(options: argparse.Namespace) -> int:
-    from qvpo_rllib.core.hyperparameters import Hyperparameters
-    from qvpo_rllib.experiments import theorem2
-    from qvpo_rllib.experiments.checks import require_at_least
-    from qvpo_rllib.experiments.output_directory import OutputDirectory
-    from qvpo_rllib.experiments.plan import parse_settings
-    from qvpo_rllib.experiments.single_state import toy_hyperparameters
+    from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+    from qvpo_rllib.core.options import require_at_least
+    from qvpo_rllib.files import OutputDirectory
+    from qvpo_rllib.paper import theorem2
+    from qvpo_rllib.paper.single_state import toy_hyperparameters
+    from qvpo_rllib.training.plan import parse_settings
 
     num_updates = theorem2.NUM_UPDATES if options.updates is None else options.updates
     for name, value, least in (("seed", options.seed, 0), ("updates", num_updates, 1)):
         require_at_least(f"--{name}", value, least)
-    settings = parse_settings(options.settings, Hyperparameters)
+    settings = parse_settings(options.settings, QVPOHyperparameters)
     for name in FIXED:
         if name in settings:
             raise ValueError(
@@ -63,7 +63,7 @@ def _theorem2(options: argparse.Namespace) -> int:
 
 def _train_all(hp: Any, seed: int, num_updates: int) -> list[Any]:
     from qvpo_rllib.cli.progress import progress_line
-    from qvpo_rllib.experiments import theorem2
+    from qvpo_rllib.paper import theorem2
 
     results = []
     with progress_line(len(theorem2.VARIANTS) * num_updates, "updates") as line:
@@ -85,9 +85,9 @@ def _train_all(hp: Any, seed: int, num_updates: int) -> list[Any]:
 
 
 def _write(out: Any, results: list[Any], hp: Any, seed: int, num_updates: int) -> int:
-    from qvpo_rllib.experiments import theorem2
-    from qvpo_rllib.experiments.single_state import APPLICABLE
-    from qvpo_rllib.experiments.theorem2_plot import plot_theorem2
+    from qvpo_rllib.paper import theorem2
+    from qvpo_rllib.paper.single_state import APPLICABLE
+    from qvpo_rllib.paper.theorem2 import plot_theorem2
 
     chain = theorem2.chain_distance(
         results[0].expected, hp, seed=seed, num_samples=theorem2.NUM_MEASURED_SAMPLES

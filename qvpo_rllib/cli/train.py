@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qvpo_rllib.algorithms import ALGORITHMS, RUN_DEFAULTS, entry_of
 from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
-from qvpo_rllib.experiments.algorithms import ALGORITHMS, RUN_DEFAULTS, entry_of
 
 # Numbers in a hidden layer for all the samples of an update from which a second thread is worth its
 # synchronisation: beside other programs an update of `quick` takes 15 ms on two threads and 6 ms on
@@ -111,9 +111,8 @@ def add(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from qvpo_rllib.experiments.plan import TrainingPlan, make_plan
-    from qvpo_rllib.experiments.rerun import begun
-    from qvpo_rllib.experiments.run_directory import RunDirectory
+    from qvpo_rllib.training.plan import TrainingPlan, make_plan
+    from qvpo_rllib.training.run_directory import RunDirectory, can_resume
 
     command = ["qvpo", *sys.argv[1:]]
     if options.or_resume and options.run_dir is None:
@@ -151,7 +150,7 @@ def _train(options: argparse.Namespace) -> int:
         )
         name = f"{plan.env}-{plan.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = options.run_dir or Path("runs") / name
-        if options.or_resume and begun(path, plan.to_dict()):
+        if options.or_resume and can_resume(path, plan.to_dict()):
             options.resume = path
             directory = RunDirectory.open(path, command)
         else:
@@ -184,7 +183,7 @@ def _run_plan(plan: Any, directory: Any, *, resume: bool, address: str | None) -
     training = None
     try:
         with _interrupts_are_kept():
-            from qvpo_rllib.experiments.training import TrainingRun
+            from qvpo_rllib.training.run import TrainingRun
 
             _start_ray(plan, address)
             print(f"Run directory: {directory.path}")
@@ -242,7 +241,7 @@ def _run_training(training: Any, path: Path) -> int:
 
 def _record_placement(training: Any) -> None:
     """At the start and at the end: a worker whose node was lost may have come back elsewhere."""
-    from qvpo_rllib.experiments.placement import PlacementRecord, describe
+    from qvpo_rllib.training.records import PlacementRecord, describe
 
     if training.plan.num_env_runners > 0:
         record = PlacementRecord(training.directory.path)
@@ -253,7 +252,7 @@ def _record_placement(training: Any) -> None:
 def _start_ray(plan: Any, address: str | None) -> None:
     import torch
 
-    from qvpo_rllib.cli.ray_session import num_cores, start_ray
+    from qvpo_rllib.ray_session import num_cores, start_ray
 
     start_ray(plan.num_env_runners + 1, address)
     on_own_ray = not address and not os.environ.get("RAY_ADDRESS")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
-from qvpo_rllib.cli.ray_session import start_ray
-from qvpo_rllib.experiments.checks import require_at_least
+from qvpo_rllib.core.options import require_at_least
+from qvpo_rllib.ray_session import start_ray
 
 LOGGERS = ("wandb", "mlflow")
 
@@ -51,8 +51,8 @@ def add(commands: Any) -> None:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from qvpo_rllib.experiments.experiment import EXPERIMENT_FILE, Experiment
-    from qvpo_rllib.experiments.interruption import INTERRUPTION
+    from qvpo_rllib.tuning.experiment import EXPERIMENT_FILE, Experiment
+    from qvpo_rllib.tuning.interruption import INTERRUPTION
 
     spec = _spec(options)
     callbacks = [_logger(name, spec) for name in options.log]
@@ -93,9 +93,9 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _spec(options: argparse.Namespace) -> Any:
     """The file's experiment with what the command line changes, checked."""
-    from qvpo_rllib.experiments.smoke import shrink
-    from qvpo_rllib.experiments.spec import ExperimentSpec
-    from qvpo_rllib.experiments.tuner import require
+    from qvpo_rllib.tuning.smoke import shrink
+    from qvpo_rllib.tuning.spec import ExperimentSpec
+    from qvpo_rllib.tuning.tuner import require
 
     spec = ExperimentSpec.load(options.file)
     for name in ("num_samples", "max_concurrent"):
@@ -134,7 +134,7 @@ def _check_gpu(spec: Any, file: Path) -> None:
 
 
 def _logger(name: str, spec: Any) -> Any:
-    from qvpo_rllib.experiments.tuner import require
+    from qvpo_rllib.tuning.tuner import require
 
     require(name, f"--log {name}")
     if name == "wandb":

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator
 
-from qvpo_rllib.core import objectives, sampler
+from qvpo_rllib.core import losses, sampler
 from qvpo_rllib.core.kernels import mish
-from qvpo_rllib.core.native_build import load_library
+from qvpo_rllib.core.native import load_library
 
 # Batch sizes of one function that `torch.compile` may meet in a process: the chunks of an update,
 # acting and evaluation with any number of environments, a test session with many learners.
@@ -38,7 +38,7 @@ class Kernels(NamedTuple):
     actor_objective: Callable[..., Any]
 
 
-EAGER = Kernels(sampler.EAGER, objectives.critic_objective, objectives.actor_objective)
+EAGER = Kernels(sampler.EAGER, losses.critic_objective, losses.actor_objective)
 
 
 def resolve_engine(engine: str, device: torch.device) -> str:

@@ -1,244 +1,233 @@
-"""QVPO's learner: one update of actor, critics and targets."""
+"""What the learners of QVPO and its off-policy rivals share: everything but the losses.
 
+They know nothing of how they are driven: batches come in, detached scalar tensors go out.
+"""
+
+import copy
 import dataclasses
-import math
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor, nn
 
 from qvpo_rllib.core import losses
-from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.engine import matmul_precision
-from qvpo_rllib.core.hyperparameters import Hyperparameters
-from qvpo_rllib.core.networks import NoisePredictor, TwinQ
-from qvpo_rllib.core.off_policy_learner import ActorCritic, OffPolicyLearner
+from qvpo_rllib.core.engine import CudaGraphs, kernels_of, resolve_engine
+from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
-from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
-
-# Rate of the running mean and standard deviation of Q that `qexp` normalises with (the authors'
-# program's alpha_mean and alpha_std).
-Q_STATISTICS_RATE = 1e-3
-# States of a batch whose samples' distances are taken, N_d² each: a batch's states are in no order.
-DISTANCE_STATES = 16
+from qvpo_rllib.core.seeding import restore_generator
 
 
-class UpdateNoise(NamedTuple):
-    """Every random number of one update, so that another implementation can be fed the same."""
+class ActorCritic(nn.Module):
+    """Actor, critics and a target of each."""
 
-    target: Tensor  # [T, B, K_t, A] standard normal: the TD target's actions
-    policy: Tensor  # [T, B, N_d, A] standard normal: the policy samples
-    uniform: Tensor  # [B, N_e, A] uniform in [-1, 1]
-    step: Tensor  # [B·(k + N_e)] int64 in [0, T): the diffusion step of each trained row
-    forward: Tensor  # [B·(k + N_e), A] standard normal: the noise to be predicted
-
-
-class Networks(ActorCritic):
-    """Diffusion actor, twin critics, a target of each, and the noise schedule."""
-
-    actor: NoisePredictor
-    critic: TwinQ
-    target_actor: NoisePredictor
-    target_critic: TwinQ
-
-    def __init__(self, obs_dim: int, act_dim: int, hp: Hyperparameters) -> None:
-        super().__init__(
-            NoisePredictor(obs_dim, act_dim, hp.hidden, hp.diffusion_steps),
-            TwinQ(obs_dim, act_dim, hp.hidden),
-        )
-        self.act_dim = act_dim
-        self.schedule = NoiseSchedule(hp.noise_schedule, hp.diffusion_steps)
+    def __init__(self, actor: nn.Module, critic: nn.Module) -> None:
+        super().__init__()
+        self.actor = actor
+        self.critic = critic
+        self.target_actor = copy.deepcopy(actor).requires_grad_(False)
+        self.target_critic = copy.deepcopy(critic).requires_grad_(False)
 
 
-class Learner(OffPolicyLearner):
-    """One QVPO learner on one device; see `OffPolicyLearner` for its arguments.
+class OffPolicyLearner:
+    """Actor, critics, targets and optimisers on one device, and updates of them all.
 
-    Raises:
-        ValueError: the hyperparameters ask for what the device has not.
+    A subclass says what one update is (`step` and the noise it takes, or all of `update_from`);
+    `train` does many and keeps their metrics until they are asked for.
+
+    Args:
+        networks: built for the same hyperparameters; moved to `device`.
+        seed: of the generator that draws an update's noise.
     """
 
-    networks: Networks
-    hp: Hyperparameters
+    networks: Any  # an `ActorCritic`; each learner names its own
+    hp: Any
 
     def __init__(
-        self, networks: Networks, hp: Hyperparameters, *, seed: int, device: torch.device | str
-    ) -> None:
-        if hp.k_target is None:
-            raise ValueError(
-                "k_target is not resolved: give a number (see presets.resolve_for_task)."
-            )
-        device = torch.device(device)
-        if hp.sampling_precision == "tf32" and device.type != "cuda":
-            raise ValueError(
-                f"sampling_precision='tf32' needs an NVIDIA GPU; the learner is on "
-                f"{str(device)!r}. Use 'fp32', or 'bf16', which CPUs know too."
-            )
-        self.entropy_weight = torch.zeros((), device=device)
-        self.q_mean = torch.zeros((), device=device)
-        self.q_std = torch.ones((), device=device)
-        super().__init__(networks, hp, seed=seed, device=device)
-
-    def graph_constants(self, hp: Hyperparameters) -> Hyperparameters:
-        return dataclasses.replace(
-            hp,
-            actor_lr=1.0,
-            critic_lr=1.0,
-            entropy_weight=0.0,
-            entropy_weight_end=None,
-            entropy_weight_floor=0.0,
-        )
-
-    def set_env_steps(self, env_steps: int) -> None:
-        """Moves ω_ent to its value after `env_steps` environment steps."""
-        super().set_env_steps(env_steps)
-        self.entropy_weight.fill_(self.hp.entropy_weight_at(env_steps))
-
-    def settings_in_force(self) -> dict[str, float]:
-        return {"entropy_weight": float(self.entropy_weight)}
-
-    def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
-        critic_batch = policy_batch = replay.sample(self.hp.batch_size)
-        if self.hp.update_order == "critic_then_policy":
-            policy_batch = replay.sample(self.hp.batch_size)
-        noise = self.draw_update_noise(self.hp.batch_size)
-        return self._update(critic_batch, policy_batch, noise)
-
-    def draw_update_noise(self, batch_size: int) -> UpdateNoise:
-        hp, act_dim, device = self.hp, self.networks.act_dim, self.device
-        rows = batch_size * (hp.num_chosen_samples + hp.num_uniform_samples)
-        generator = self.generator
-        assert hp.k_target is not None
-
-        def noise(num_samples: int) -> Tensor:
-            return draw_noise(
-                hp.diffusion_steps, batch_size, num_samples, act_dim, generator, device
-            )
-
-        return UpdateNoise(
-            target=noise(hp.k_target),
-            policy=noise(hp.num_policy_samples),
-            uniform=torch.empty(
-                batch_size, hp.num_uniform_samples, act_dim, device=device
-            ).uniform_(-1, 1, generator=generator),
-            step=torch.randint(hp.diffusion_steps, (rows,), generator=generator, device=device),
-            forward=torch.randn(rows, act_dim, generator=generator, device=device),
-        )
-
-    def update(
         self,
-        critic_batch: Transitions,
-        policy_batch: Transitions | None = None,
-        noise: UpdateNoise | None = None,
-    ) -> dict[str, Tensor]:
-        """One update of critics, actor and targets (Algorithm 1, lines 4 to 11).
+        networks: ActorCritic,
+        hp: OffPolicyHyperparameters,
+        *,
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
+        self.device = torch.device(device)
+        self.engine = resolve_engine(hp.engine, self.device)
+        self.kernels = kernels_of(self.engine, self.device)
+        self.networks = networks.to(self.device)
+        self.generator = Generator(device=self.device)
+        self.generator.manual_seed(seed)
+        self.actor_optimizer = self._adam(networks.actor)
+        self.critic_optimizer = self._adam(networks.critic)
+        self.num_updates = 0
+        self.env_steps = 0
+        self._metric_names: list[str] = []
+        self._metric_sums: Tensor | None = None  # [metrics]
+        self._num_summed = 0
+        self._graphs: CudaGraphs | None = None
+        self._captured_replay: ReplayBuffer | None = None
+        self.hp = hp
+        self.configure(hp)
+
+    @staticmethod
+    def _adam(module: nn.Module) -> torch.optim.Adam:
+        return torch.optim.Adam(module.parameters(), fused=True)
+
+    def draw_update_noise(self, batch_size: int) -> Any:
+        """Every random number of one update, from the learner's generator."""
+        raise NotImplementedError
+
+    def step(self, batch: Transitions, noise: Any) -> dict[str, Tensor]:
+        """One update on one batch. Returns detached scalars on the device, always the same ones."""
+        raise NotImplementedError
+
+    def update(self, batch: Transitions, /, *, noise: Any = None) -> dict[str, Tensor]:
+        """One update on a batch of the caller's; see `step`.
 
         Args:
-            critic_batch: transitions for the TD loss.
-            policy_batch: transitions whose states train the policy; the same batch if None.
             noise: drawn from the learner's generator if None.
-
-        Returns:
-            Detached scalar tensors on the device; see the README's table of metrics.
         """
-        if policy_batch is None:
-            policy_batch = critic_batch
-        if policy_batch.reward.shape != critic_batch.reward.shape:
-            raise ValueError(
-                f"The two batches must be of one size, not {critic_batch.reward.shape[0]} and "
-                f"{policy_batch.reward.shape[0]}."
-            )
         if noise is None:
-            noise = self.draw_update_noise(critic_batch.reward.shape[0])
+            noise = self.draw_update_noise(batch.reward.shape[0])
+        metrics = self.step(batch, noise)
         self.num_updates += 1
-        return self._update(critic_batch, policy_batch, noise)
-
-    def _update(
-        self, critic_batch: Transitions, policy_batch: Transitions, noise: UpdateNoise
-    ) -> dict[str, Tensor]:
-        if self.hp.update_order == "critic_then_policy":
-            metrics = self._update_critic(critic_batch, noise)
-            metrics |= self._update_policy(policy_batch.obs, noise)
-        else:
-            metrics = self._update_policy(policy_batch.obs, noise)
-            metrics |= self._update_critic(critic_batch, noise)
-        self.move_target(self.networks.target_actor, self.networks.actor)
-        self.move_target(self.networks.target_critic, self.networks.critic)
         return metrics
 
-    def _update_critic(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
-        nets, hp = self.networks, self.hp
-        actor = nets.target_actor if hp.target_actor else nets.actor
-        next_samples = self._sample_actions(actor, batch.next_obs, noise.target)  # [B, K_t, A]
-        next_q = min_q(nets.target_critic, batch.next_obs, next_samples, self.kernels.sampler)
-        return self.fit_critics(batch, next_q.amax(dim=1))
+    def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
+        """One update on what it draws from `replay`; the caller counts it."""
+        batch = replay.sample(self.hp.batch_size)
+        return self.step(batch, self.draw_update_noise(self.hp.batch_size))
 
-    def _update_policy(self, obs: Tensor, noise: UpdateNoise) -> dict[str, Tensor]:
-        nets, hp = self.networks, self.hp
-        samples = self._sample_actions(nets.actor, obs, noise.policy)  # [B, N_d, A]
-        q = min_q(nets.critic, obs, samples, self.kernels.sampler)  # [B, N_d]
-        value = q.mean(dim=1)
-        self.q_mean.lerp_(q.mean(), Q_STATISTICS_RATE)
-        self.q_std.lerp_(q.std(correction=0), Q_STATISTICS_RATE)
-        chosen_q, chosen = losses.best_of(q, samples, hp.num_chosen_samples)  # [B, k], [B, k, A]
-        weights = losses.q_weights(
-            hp.q_weights, chosen_q, value, q_cut=hp.q_cut, q_mean=self.q_mean, q_std=self.q_std
-        )
-        loss, entropy_term, mean_error = self.kernels.actor_objective(
-            nets.actor,
-            nets.schedule,
-            obs,
-            chosen,
-            weights,
-            noise.uniform,
-            losses.entropy_weights(weights, self.entropy_weight),
-            noise.step,
-            noise.forward,
-            hp.entropy_reduction,
-            hp.vlo_coefficient,
-        )
-        grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)
+    def configure(self, hp: OffPolicyHyperparameters) -> None:
+        """Takes new hyperparameters into effect; networks and engine must stay as they are."""
+        on_gpu = self.device.type == "cuda"
+        for optimizer, lr in (
+            (self.actor_optimizer, hp.actor_lr),
+            (self.critic_optimizer, hp.critic_lr),
+        ):
+            for group in optimizer.param_groups:
+                group["eps"], group["capturable"] = hp.adam_eps, on_gpu
+                # A tensor on the GPU stays where a captured graph reads it.
+                if on_gpu and isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = torch.tensor(lr, device=self.device) if on_gpu else lr
+        if self.graph_constants(hp) != self.graph_constants(self.hp):
+            self._graphs = None
+        self.hp = hp
+        self.set_env_steps(self.env_steps)
+
+    def graph_constants(self, hp: Any) -> Any:
+        """What a captured graph holds as constants: all but what is read from tensors."""
+        return dataclasses.replace(hp, actor_lr=1.0, critic_lr=1.0)
+
+    def set_env_steps(self, env_steps: int) -> None:
+        """Moves whatever follows a schedule to its value after `env_steps` environment steps."""
+        self.env_steps = env_steps
+
+    def train(self, replay: ReplayBuffer, num_updates: int) -> None:
+        """`num_updates` updates on batches from `replay`; the metrics wait for `pop_metrics`."""
+        if self.engine == "cuda_graph":
+            if self._graphs is None or self._captured_replay is not replay:
+                step = functools.partial(self._train_once, replay)
+                self._graphs = CudaGraphs(step, [self.generator, replay.generator])
+                self._captured_replay = replay
+            self._graphs.run(num_updates)
+            self.num_updates += num_updates
+        else:
+            for _ in range(num_updates):
+                self._train_once(replay)
+                self.num_updates += 1
+        self._num_summed += num_updates
+
+    def _train_once(self, replay: ReplayBuffer) -> None:
+        metrics = self.update_from(replay)
+        values = torch.stack([value.float() for value in metrics.values()])
+        if self._metric_sums is None:
+            self._metric_names, self._metric_sums = list(metrics), torch.zeros_like(values)
+        self._metric_sums.add_(values)
+
+    def metric_mean(self, name: str) -> float:
+        """Mean of one metric over the updates of `train` since `pop_metrics`; waits for it."""
+        assert self._metric_sums is not None
+        return float(self._metric_sums[self._metric_names.index(name)]) / self._num_summed
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Means over the updates of `train` since the last call; empty if there were none."""
+        if self._metric_sums is None or self._num_summed == 0:
+            return {}
+        values = (self._metric_sums / self._num_summed).tolist()
+        self._metric_sums.zero_()
+        self._num_summed = 0
+        return dict(zip(self._metric_names, values, strict=True))
+
+    def settings_in_force(self) -> dict[str, float]:
+        """Hyperparameters that follow a schedule, at their present values, for the results."""
+        return {}
+
+    def _unreported_metrics(self) -> dict[str, Any] | None:
+        """The metrics of the updates since `pop_metrics`."""
+        if self._metric_sums is None or self._num_summed == 0:
+            return None
         return {
-            "actor_loss": loss.detach(),
-            "entropy_loss": entropy_term,
-            "denoising_error": mean_error,
-            "actor_grad_norm": grad_norm,
-            "value_mean": value.mean(),
-            "advantage_mean": (chosen_q[:, 0] - value).mean(),
-            "q_weight_mean": weights.mean(),
-            "q_weight_zero_share": (weights <= 0).float().mean(),
-            "sample_std": samples.std(dim=1, correction=0).mean(),
-            "nearest_sample_distance": nearest_sample_distance(samples[:DISTANCE_STATES]),
+            "names": list(self._metric_names),
+            "sums": self._metric_sums.clone(),
+            "count": self._num_summed,
         }
 
-    def _sample_actions(self, actor: NoisePredictor, obs: Tensor, noise: Tensor) -> Tensor:
-        """`sample_actions` in the sampling precision."""
-        dtype = torch.bfloat16 if self.hp.sampling_precision == "bf16" else None
-        with matmul_precision(self.hp.sampling_precision):
-            return sample_actions(
-                actor, self.networks.schedule, obs, noise, self.kernels.sampler, dtype
-            )
+    def fit_critics(self, batch: Transitions, next_q: Tensor) -> dict[str, Tensor]:
+        """One step of the critics towards r + γ (1 - d) · next_q.
+
+        Args:
+            next_q: what the next states are worth, [B], without gradient.
+        """
+        target = losses.td_target(batch.reward, batch.terminal, next_q, self.hp.gamma)
+        critic = self.networks.critic
+        loss, q_mean = self.kernels.critic_objective(critic, batch.obs, batch.action, target)
+        grad_norm = self.descend(loss, self.critic_optimizer, critic)
+        return {
+            "critic_loss": loss.detach(),
+            "critic_grad_norm": grad_norm,
+            "q_mean": q_mean,
+            "td_target_mean": target.mean(),
+        }
+
+    def descend(self, loss: Tensor, optimizer: torch.optim.Adam, module: nn.Module) -> Tensor:
+        """One clipped step of Adam. Returns the gradient's norm before clipping."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        limit = float("inf") if self.hp.grad_clip is None else self.hp.grad_clip
+        norm = nn.utils.clip_grad_norm_(module.parameters(), limit, foreach=True)
+        optimizer.step()
+        return norm
+
+    @torch.no_grad()
+    def move_target(self, target: nn.Module, online: nn.Module) -> None:
+        """One step of the moving average, of rate τ."""
+        torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), self.hp.tau)
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything that an update reads or writes, except the hyperparameters."""
         return {
-            **super().state_dict(),
-            "q_mean": self.q_mean.clone(),
-            "q_std": self.q_std.clone(),
+            "networks": self.networks.state_dict(),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "generator": self.generator.get_state().cpu(),
+            "num_updates": self.num_updates,
+            "env_steps": self.env_steps,
+            "unreported": self._unreported_metrics(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.q_mean.copy_(state["q_mean"])
-        self.q_std.copy_(state["q_std"])
-        super().load_state_dict(state)
-
-
-def nearest_sample_distance(samples: Tensor) -> Tensor:
-    """Mean Euclidean distance of a sample to the nearest other one of its state: [B, N, A] → [].
-
-    It is zero where the N samples of a state have collapsed into clusters; 0 for N = 1.
-    """
-    num_samples = samples.shape[1]
-    if num_samples == 1:
-        return samples.new_zeros(())
-    squared = (samples[:, :, None] - samples[:, None]).square().sum(-1)  # [B, N, N]
-    to_itself = torch.eye(num_samples, dtype=torch.bool, device=samples.device)
-    return squared.masked_fill(to_itself, math.inf).amin(-1).sqrt().mean()
+        """Restores `state_dict()`, then re-applies the learner's own hyperparameters."""
+        self.networks.load_state_dict(state["networks"])
+        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        restore_generator(self.generator, state["generator"])
+        self.num_updates, self.env_steps = state["num_updates"], state["env_steps"]
+        unreported = state.get("unreported") or {"names": [], "sums": None, "count": 0}
+        self._metric_names, self._num_summed = list(unreported["names"]), unreported["count"]
+        sums = unreported["sums"]
+        self._metric_sums = None if sums is None else sums.to(self.device, copy=True)
+        self._graphs = None  # the optimisers' state has moved
+        self.configure(self.hp)

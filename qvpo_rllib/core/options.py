@@ -236,3 +236,9 @@ def _checked_type(name: str, value: Any, kind: Any) -> Any:
 def _nearest(name: Any, names: tuple[str, ...]) -> str:
     close = difflib.get_close_matches(str(name), names, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def require_at_least(option: str, value: int | None, least: int) -> None:
+    """Raises `ValueError` that names `option` ("--k") if `value` is given and below `least`."""
+    if value is not None and value < least:
+        raise ValueError(f"{option} {value} is not allowed: it must be {least} or more.")

@@ -16,7 +16,6 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from qvpo_rllib import __version__
 from qvpo_rllib.serving.batcher import Batcher, OverloadedError
 from qvpo_rllib.serving.limits import MAX_BODY_BYTES, MAX_K, MAX_ROWS, MAX_SAMPLES
 from qvpo_rllib.serving.models import Models, Snapshot
@@ -29,6 +28,7 @@ from qvpo_rllib.serving.schema import (
     ModelList,
     sentence_of,
 )
+from qvpo_rllib.version import __version__
 
 REFRESH_INTERVAL_S = 2.0
 RETRY_AFTER_S = 1

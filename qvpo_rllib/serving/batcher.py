@@ -12,11 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from qvpo_rllib.serving.limits import (
-    MAX_BATCH_SAMPLES,
-    MAX_PENDING_REQUESTS,
-    MAX_PENDING_SAMPLES,
-)
+from qvpo_rllib.serving.limits import MAX_BATCH_SAMPLES, MAX_PENDING_REQUESTS, MAX_PENDING_SAMPLES
 from qvpo_rllib.serving.policy import NonFiniteActionError, ServedPolicy
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qvpo_rllib.core.action_scale import ActionScale
-from qvpo_rllib.core.hyperparameters import Hyperparameters
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 
 FORMAT = "qvpo-policy"
 FORMAT_VERSION = 1
@@ -63,7 +63,7 @@ class Description:
                 raise ValueError(f"{name} has {len(getattr(self, name))} numbers, not {size}.")
         if not all(low < high for low, high in zip(self.act_low, self.act_high, strict=True)):
             raise ValueError("act_low must be below act_high in every dimension.")
-        Hyperparameters(  # the one home of what these may be
+        QVPOHyperparameters(  # the one home of what these may be
             hidden=tuple(self.hidden),
             diffusion_steps=self.diffusion_steps,
             noise_schedule=self.noise_schedule,

@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
-from qvpo_rllib.core.acting import ActionSelector
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import acting_engine, kernels_of
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
-from qvpo_rllib.core.sampler import draw_noise
+from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 from qvpo_rllib.serving.description import Description
 
 CPU = torch.device("cpu")

@@ -1,0 +1,206 @@
+"""SAC as RLlib ships it, with the settings of the paper's comparison.
+
+Ours: the replay (`columnar_buffer`), a given number of updates per env step, uniformly random
+actions before the first update, the log-probability of saturated actions (`SquashedGaussian`).
+RLlib's loss bootstraps at a time limit by itself.
+
+Deviation: RLlib's critic loss is Huber's with a threshold of 1, not the squared error.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ray.rllib.algorithms import sac as rllib
+from ray.rllib.algorithms.sac.sac_torch_policy import SACTorchPolicy
+from ray.rllib.models.torch.torch_action_dist import TorchSquashedGaussian
+from ray.rllib.utils.exploration import StochasticSampling
+from torch import Tensor, rand_like
+from torch.nn import functional
+
+from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, RllibAlgorithm, RllibConfig
+from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK
+from qvpo_rllib.core.options import (
+    BELOW_ONE,
+    COUNT,
+    NON_NEGATIVE_COUNT,
+    POSITIVE,
+    SHARE,
+    WIDTHS,
+    Options,
+    option,
+    require,
+)
+from qvpo_rllib.core.seeding import Stream, spawn_seed
+
+# RLlib takes the classes by their names.
+BUFFER = "qvpo_rllib.algorithms.columnar_buffer.ColumnarBuffer"
+EXPLORATION = "qvpo_rllib.algorithms.sac.UniformWarmup"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SACHyperparameters(Options):
+    """Table 2's values for SAC."""
+
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "activation")
+
+    hidden: tuple[int, ...] = option((256, 256), "hidden layers of actor and critics", range=WIDTHS)
+    activation: str = option("relu", "activation function", choices=("relu", "tanh"))
+    actor_lr: float = option(3e-4, "Adam's learning rate for the actor", range=POSITIVE)
+    critic_lr: float = option(3e-4, "Adam's learning rate for the critics", range=POSITIVE)
+    grad_clip: float | None = option(
+        None, "largest gradient norm of each network; none: no clipping", range=POSITIVE
+    )
+    alpha: float = option(0.2, "entropy coefficient; with auto_alpha its first value", "α",
+                          range=POSITIVE)  # fmt: skip
+    auto_alpha: bool = option(
+        False, "true: alpha is learnt, towards an entropy of minus the action dimensions"
+    )
+    alpha_lr: float = option(3e-4, "Adam's learning rate for a learnt alpha", range=POSITIVE)
+    gamma: float = option(0.99, "discount factor", "γ", range=BELOW_ONE)
+    tau: float = option(0.005, "rate of the targets' moving average, every update", "τ",
+                        range=SHARE)  # fmt: skip
+    batch_size: int = option(256, "transitions per update", range=COUNT)
+    replay_capacity: int = option(1_000_000, "transitions the replay holds", range=COUNT)
+    warmup_steps: int = option(
+        10_000, "env steps of uniformly random actions before any update", range=NON_NEGATIVE_COUNT
+    )
+    update_ratio: float = option(1.0, "updates per env step after the warm-up", range=POSITIVE)
+    truncation_as_terminal: bool = option(
+        False, "true: a time limit ends the return (a known error); false: the value bootstraps it"
+    )
+
+    def check(self) -> None:
+        require(
+            "replay_capacity",
+            self.replay_capacity,
+            self.replay_capacity >= max(self.batch_size, self.warmup_steps),
+            f"at least batch_size={self.batch_size} and warmup_steps={self.warmup_steps}",
+        )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "light": LIGHT | {"auto_alpha": True},
+    "quick": QUICK | {"tau": 0.02, "auto_alpha": True},
+}
+
+
+class UniformWarmup(StochasticSampling):  # type: ignore[misc]
+    """Uniform actions in [-1, 1] for the first `warmup_steps`, then the policy's samples.
+
+    RLlib's own draws from the environment's box and scales that once more.
+    """
+
+    def __init__(self, action_space: Any, *, warmup_steps: int, **arguments: Any) -> None:
+        super().__init__(action_space, **arguments)
+        self.warmup_steps = warmup_steps
+
+    def get_exploration_action(
+        self, *, action_distribution: Any, timestep: Any = None, explore: bool = True
+    ) -> tuple[Any, Any]:
+        action, log_probability = super().get_exploration_action(
+            action_distribution=action_distribution, timestep=timestep, explore=explore
+        )
+        if explore and self.last_timestep < self.warmup_steps:
+            action = 2 * rand_like(action) - 1
+        return action, log_probability
+
+
+class SquashedGaussian(TorchSquashedGaussian):  # type: ignore[misc]
+    """tanh(z), z normal: RLlib's, with the log-probability of its own samples exact.
+
+    RLlib takes z back from the action by atanh, which ends at 7.25. Where the mean is far beyond,
+    it finds a density near 0 and an entropy of hundreds of nats, and the critics learn to seek it.
+    """
+
+    def sample(self) -> Tensor:
+        return self._keep(self.dist.rsample())
+
+    def deterministic_sample(self) -> Tensor:
+        return self._keep(self.dist.mean)
+
+    def _keep(self, z: Tensor) -> Tensor:
+        action: Tensor = self._squash(z)
+        self._unsquashed, self.last_sample = z, action
+        return action
+
+    def logp(self, x: Tensor) -> Tensor:
+        """log p(x), [B], of actions [B, A] in [-1, 1]."""
+        if x is not self.last_sample:
+            found: Tensor = super().logp(x)
+            return found
+        z = self._unsquashed
+        log_slope = 2 * (math.log(2) - z - functional.softplus(-2 * z))  # log(1 - tanh² z)
+        exact: Tensor = (self.dist.log_prob(z) - log_slope).sum(dim=-1)
+        return exact
+
+
+class SACPolicy(ChoosingPolicy, SACTorchPolicy):  # type: ignore[misc]
+    """RLlib's policy with this distribution."""
+
+    dist_class = SquashedGaussian
+
+
+class RivalSACConfig(RllibConfig, rllib.SACConfig):  # type: ignore[misc]
+    """`training(...)` takes every field of `SACHyperparameters`."""
+
+    hyperparameters_class: ClassVar[type[Options]] = SACHyperparameters
+    algorithm_name = "SAC"
+
+    def __init__(self, algo_class: type | None = None) -> None:
+        super().__init__(algo_class=algo_class or RivalSAC)
+
+    def apply(self, hp: SACHyperparameters) -> None:
+        networks: dict[str, Any] = {
+            "fcnet_hiddens": list(hp.hidden),
+            "fcnet_activation": hp.activation,
+        }
+        self.q_model_config = {**self.q_model_config, **networks}  # type: ignore[has-type]
+        self.policy_model_config = {
+            **self.policy_model_config,  # type: ignore[has-type]
+            **networks,
+        }
+        self.initial_alpha = hp.alpha
+        self.optimization = {
+            "actor_learning_rate": hp.actor_lr,
+            "critic_learning_rate": hp.critic_lr,
+            "entropy_learning_rate": hp.alpha_lr if hp.auto_alpha else 0.0,
+        }
+        self.train_batch_size = self.train_batch_size_per_learner = hp.batch_size
+        self.num_steps_sampled_before_learning_starts = hp.warmup_steps
+        warmup: dict[str, Any] = {"type": EXPLORATION, "warmup_steps": hp.warmup_steps}
+        self.exploration_config = warmup
+        self.store_buffer_in_checkpoints = self.replay_in_checkpoints
+        self.replay_buffer_config = {
+            "type": BUFFER,
+            "capacity": hp.replay_capacity,
+            "batch_size": hp.batch_size,
+            "seed": spawn_seed(self.seed, Stream.REPLAY),
+            "truncation_as_terminal": hp.truncation_as_terminal,
+        }
+        self.training_intensity = self._training_intensity(hp)
+
+    def _training_intensity(self, hp: SACHyperparameters) -> float:
+        """RLlib's name for transitions trained on per transition sampled.
+
+        It divides by one worker more than there are where all are remote: that is undone here.
+        """
+        workers = max(1, int(self.num_env_runners))
+        together = workers * self.num_envs_per_env_runner
+        updates = hp.update_ratio * together
+        if round(max(updates, 1 / updates)) != max(updates, 1 / updates):
+            raise ValueError(
+                f"update_ratio={hp.update_ratio} is not allowed with {together} environments: "
+                f"they step together, and their updates ({updates:g}) must be a whole number, or "
+                "one in a whole number of such steps. Change update_ratio or "
+                "num_envs_per_env_runner."
+            )
+        return hp.batch_size * hp.update_ratio * workers / (int(self.num_env_runners) + 1)
+
+
+class RivalSAC(RllibAlgorithm, rllib.SAC):  # type: ignore[misc]
+    """Build it from `RivalSACConfig`."""
+
+    config_class = RivalSACConfig
+    policy_class = SACPolicy

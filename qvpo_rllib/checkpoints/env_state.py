@@ -1,0 +1,124 @@
+"""An environment in mid-episode as bytes, and back, bit for bit.
+
+What is taken is every attribute of the environment and of its wrappers, MuJoCo's model and data and
+all random generators among them. (MuJoCo's own `mjSTATE_INTEGRATION` is not enough: Ant's and
+Humanoid's next observation differs.) Pickling the environment itself would lose its state:
+Gymnasium's `EzPickle` keeps the arguments it was made with and nothing else.
+
+An environment whose state is elsewhere, in a simulator behind a handle, can say so: where a class
+has a `__getstate__` and `__setstate__` of its own they are used, and one that raises means that
+there is no capturing it.
+"""
+
+import io
+import pickle
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+from gymnasium.utils import EzPickle
+from ray import cloudpickle
+
+# Attributes that say how an environment was made, not where it is.
+CONSTANT = ("spec", "_cached_spec")
+OTHER_PARTS = "it has other wrappers, or is another environment, than when its state was taken"
+
+
+class NotCapturableError(Exception):
+    """The environment's state cannot be taken; the text says why."""
+
+
+def capture(env: gym.Env[Any, Any]) -> bytes:
+    """The state of an environment and its wrappers. Raises `NotCapturableError`."""
+    layers = _layers(env)
+    file = io.BytesIO()
+    try:
+        states = [(type(layer).__name__, _state_of(layer)) for layer in layers]
+        _Pickler(file, layers).dump(states)
+    except NotCapturableError:
+        raise
+    except Exception as error:  # an environment's own code may raise anything
+        raise NotCapturableError(f"{type(error).__name__}: {error}") from error
+    return file.getvalue()
+
+
+def restore(env: gym.Env[Any, Any], state: bytes) -> None:
+    """Puts the state of `capture` into an environment made in the same way.
+
+    Raises:
+        NotCapturableError: it was made in another way; it must then be reset.
+    """
+    layers = _layers(env)
+    try:
+        states = _Unpickler(io.BytesIO(state), layers).load()
+        if [name for name, _ in states] != [type(layer).__name__ for layer in layers]:
+            raise NotCapturableError(OTHER_PARTS)
+        for layer, (_, found) in zip(layers, states, strict=True):
+            _set_state(layer, found)
+    except NotCapturableError:
+        raise
+    except Exception as error:
+        raise NotCapturableError(f"{type(error).__name__}: {error}") from error
+
+
+def _layers(env: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
+    """The environment, outermost wrapper first."""
+    layers: list[gym.Env[Any, Any]] = [env]
+    while isinstance(layers[-1], gym.Wrapper):
+        layers.append(layers[-1].env)
+    return layers
+
+
+def _has_own_state(layer: gym.Env[Any, Any]) -> bool:
+    own = getattr(type(layer), "__getstate__", None)
+    return own not in (object.__getstate__, EzPickle.__getstate__)
+
+
+def _state_of(layer: gym.Env[Any, Any]) -> Any:
+    return layer.__getstate__() if _has_own_state(layer) else dict(vars(layer))
+
+
+def _set_state(layer: gym.Env[Any, Any], state: Any) -> None:
+    if _has_own_state(layer):
+        layer.__setstate__(state)
+        return
+    attributes = vars(layer)
+    attributes.clear()
+    attributes.update(state)
+    for value in attributes.values():
+        if isinstance(value, MujocoRenderer):
+            value.model, value.data = attributes["model"], attributes["data"]
+
+
+def _kept(layers: list[gym.Env[Any, Any]]) -> dict[tuple[int, str], Any]:
+    """What is not taken but stays as it is in the environment that a state is put back into."""
+    kept: dict[tuple[int, str], Any] = {(i, ""): layer for i, layer in enumerate(layers)}
+    for i, layer in enumerate(layers):
+        for name, value in vars(layer).items():
+            if isinstance(value, MujocoRenderer) or name in CONSTANT:
+                kept[i, name] = value
+    return kept
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    def __init__(self, file: io.BytesIO, layers: list[gym.Env[Any, Any]]) -> None:
+        super().__init__(file)
+        kept = _kept(layers).items()  # a spec that nobody has asked for yet is None
+        self._names = {id(value): name for name, value in kept if value is not None}
+
+    def persistent_id(self, value: Any) -> tuple[int, str] | None:
+        name = self._names.get(id(value))
+        if name is None and isinstance(value, gym.Env):
+            raise NotCapturableError(f"it holds another environment, {value}")
+        return name
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, layers: list[gym.Env[Any, Any]]) -> None:
+        super().__init__(file)
+        self._kept = _kept(layers)
+
+    def persistent_load(self, name: tuple[int, str]) -> Any:
+        if name not in self._kept:
+            raise NotCapturableError(OTHER_PARTS)
+        return self._kept[name]

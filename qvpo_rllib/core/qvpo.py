@@ -1,0 +1,249 @@
+"""QVPO's learner: one update of actor, critics and targets."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qvpo_rllib.core import losses
+from qvpo_rllib.core.diffusion import NoiseSchedule
+from qvpo_rllib.core.engine import matmul_precision
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
+from qvpo_rllib.core.networks import NoisePredictor, TwinQ
+from qvpo_rllib.core.replay import ReplayBuffer, Transitions
+from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
+
+# Rate of the running mean and standard deviation of Q that `qexp` normalises with (the authors'
+# program's alpha_mean and alpha_std).
+Q_STATISTICS_RATE = 1e-3
+# States of a batch whose samples' distances are taken, N_d² each: a batch's states are in no order.
+DISTANCE_STATES = 16
+
+
+class UpdateNoise(NamedTuple):
+    """Every random number of one update, so that another implementation can be fed the same."""
+
+    target: Tensor  # [T, B, K_t, A] standard normal: the TD target's actions
+    policy: Tensor  # [T, B, N_d, A] standard normal: the policy samples
+    uniform: Tensor  # [B, N_e, A] uniform in [-1, 1]
+    step: Tensor  # [B·(k + N_e)] int64 in [0, T): the diffusion step of each trained row
+    forward: Tensor  # [B·(k + N_e), A] standard normal: the noise to be predicted
+
+
+class QVPONetworks(ActorCritic):
+    """Diffusion actor, twin critics, a target of each, and the noise schedule."""
+
+    actor: NoisePredictor
+    critic: TwinQ
+    target_actor: NoisePredictor
+    target_critic: TwinQ
+
+    def __init__(self, obs_dim: int, act_dim: int, hp: QVPOHyperparameters) -> None:
+        super().__init__(
+            NoisePredictor(obs_dim, act_dim, hp.hidden, hp.diffusion_steps),
+            TwinQ(obs_dim, act_dim, hp.hidden),
+        )
+        self.act_dim = act_dim
+        self.schedule = NoiseSchedule(hp.noise_schedule, hp.diffusion_steps)
+
+
+class QVPOLearner(OffPolicyLearner):
+    """One QVPO learner on one device; see `OffPolicyLearner` for its arguments.
+
+    Raises:
+        ValueError: the hyperparameters ask for what the device has not.
+    """
+
+    networks: QVPONetworks
+    hp: QVPOHyperparameters
+
+    def __init__(
+        self,
+        networks: QVPONetworks,
+        hp: QVPOHyperparameters,
+        *,
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
+        if hp.k_target is None:
+            raise ValueError(
+                "k_target is not resolved: give a number (see presets.resolve_for_task)."
+            )
+        device = torch.device(device)
+        if hp.sampling_precision == "tf32" and device.type != "cuda":
+            raise ValueError(
+                f"sampling_precision='tf32' needs an NVIDIA GPU; the learner is on "
+                f"{str(device)!r}. Use 'fp32', or 'bf16', which CPUs know too."
+            )
+        self.entropy_weight = torch.zeros((), device=device)
+        self.q_mean = torch.zeros((), device=device)
+        self.q_std = torch.ones((), device=device)
+        super().__init__(networks, hp, seed=seed, device=device)
+
+    def graph_constants(self, hp: QVPOHyperparameters) -> QVPOHyperparameters:
+        return dataclasses.replace(
+            hp,
+            actor_lr=1.0,
+            critic_lr=1.0,
+            entropy_weight=0.0,
+            entropy_weight_end=None,
+            entropy_weight_floor=0.0,
+        )
+
+    def set_env_steps(self, env_steps: int) -> None:
+        """Moves ω_ent to its value after `env_steps` environment steps."""
+        super().set_env_steps(env_steps)
+        self.entropy_weight.fill_(self.hp.entropy_weight_at(env_steps))
+
+    def settings_in_force(self) -> dict[str, float]:
+        return {"entropy_weight": float(self.entropy_weight)}
+
+    def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
+        critic_batch = policy_batch = replay.sample(self.hp.batch_size)
+        if self.hp.update_order == "critic_then_policy":
+            policy_batch = replay.sample(self.hp.batch_size)
+        noise = self.draw_update_noise(self.hp.batch_size)
+        return self._update(critic_batch, policy_batch, noise)
+
+    def draw_update_noise(self, batch_size: int) -> UpdateNoise:
+        hp, act_dim, device = self.hp, self.networks.act_dim, self.device
+        rows = batch_size * (hp.num_chosen_samples + hp.num_uniform_samples)
+        generator = self.generator
+        assert hp.k_target is not None
+
+        def noise(num_samples: int) -> Tensor:
+            return draw_noise(
+                hp.diffusion_steps, batch_size, num_samples, act_dim, generator, device
+            )
+
+        return UpdateNoise(
+            target=noise(hp.k_target),
+            policy=noise(hp.num_policy_samples),
+            uniform=torch.empty(
+                batch_size, hp.num_uniform_samples, act_dim, device=device
+            ).uniform_(-1, 1, generator=generator),
+            step=torch.randint(hp.diffusion_steps, (rows,), generator=generator, device=device),
+            forward=torch.randn(rows, act_dim, generator=generator, device=device),
+        )
+
+    def update(
+        self,
+        critic_batch: Transitions,
+        policy_batch: Transitions | None = None,
+        noise: UpdateNoise | None = None,
+    ) -> dict[str, Tensor]:
+        """One update of critics, actor and targets (Algorithm 1, lines 4 to 11).
+
+        Args:
+            critic_batch: transitions for the TD loss.
+            policy_batch: transitions whose states train the policy; the same batch if None.
+            noise: drawn from the learner's generator if None.
+
+        Returns:
+            Detached scalar tensors on the device; see the README's table of metrics.
+        """
+        if policy_batch is None:
+            policy_batch = critic_batch
+        if policy_batch.reward.shape != critic_batch.reward.shape:
+            raise ValueError(
+                f"The two batches must be of one size, not {critic_batch.reward.shape[0]} and "
+                f"{policy_batch.reward.shape[0]}."
+            )
+        if noise is None:
+            noise = self.draw_update_noise(critic_batch.reward.shape[0])
+        self.num_updates += 1
+        return self._update(critic_batch, policy_batch, noise)
+
+    def _update(
+        self, critic_batch: Transitions, policy_batch: Transitions, noise: UpdateNoise
+    ) -> dict[str, Tensor]:
+        if self.hp.update_order == "critic_then_policy":
+            metrics = self._update_critic(critic_batch, noise)
+            metrics |= self._update_policy(policy_batch.obs, noise)
+        else:
+            metrics = self._update_policy(policy_batch.obs, noise)
+            metrics |= self._update_critic(critic_batch, noise)
+        self.move_target(self.networks.target_actor, self.networks.actor)
+        self.move_target(self.networks.target_critic, self.networks.critic)
+        return metrics
+
+    def _update_critic(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
+        nets, hp = self.networks, self.hp
+        actor = nets.target_actor if hp.target_actor else nets.actor
+        next_samples = self._sample_actions(actor, batch.next_obs, noise.target)  # [B, K_t, A]
+        next_q = min_q(nets.target_critic, batch.next_obs, next_samples, self.kernels.sampler)
+        return self.fit_critics(batch, next_q.amax(dim=1))
+
+    def _update_policy(self, obs: Tensor, noise: UpdateNoise) -> dict[str, Tensor]:
+        nets, hp = self.networks, self.hp
+        samples = self._sample_actions(nets.actor, obs, noise.policy)  # [B, N_d, A]
+        q = min_q(nets.critic, obs, samples, self.kernels.sampler)  # [B, N_d]
+        value = q.mean(dim=1)
+        self.q_mean.lerp_(q.mean(), Q_STATISTICS_RATE)
+        self.q_std.lerp_(q.std(correction=0), Q_STATISTICS_RATE)
+        chosen_q, chosen = losses.best_of(q, samples, hp.num_chosen_samples)  # [B, k], [B, k, A]
+        weights = losses.q_weights(
+            hp.q_weights, chosen_q, value, q_cut=hp.q_cut, q_mean=self.q_mean, q_std=self.q_std
+        )
+        loss, entropy_term, mean_error = self.kernels.actor_objective(
+            nets.actor,
+            nets.schedule,
+            obs,
+            chosen,
+            weights,
+            noise.uniform,
+            losses.entropy_weights(weights, self.entropy_weight),
+            noise.step,
+            noise.forward,
+            hp.entropy_reduction,
+            hp.vlo_coefficient,
+        )
+        grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)
+        return {
+            "actor_loss": loss.detach(),
+            "entropy_loss": entropy_term,
+            "denoising_error": mean_error,
+            "actor_grad_norm": grad_norm,
+            "value_mean": value.mean(),
+            "advantage_mean": (chosen_q[:, 0] - value).mean(),
+            "q_weight_mean": weights.mean(),
+            "q_weight_zero_share": (weights <= 0).float().mean(),
+            "sample_std": samples.std(dim=1, correction=0).mean(),
+            "nearest_sample_distance": nearest_sample_distance(samples[:DISTANCE_STATES]),
+        }
+
+    def _sample_actions(self, actor: NoisePredictor, obs: Tensor, noise: Tensor) -> Tensor:
+        """`sample_actions` in the sampling precision."""
+        dtype = torch.bfloat16 if self.hp.sampling_precision == "bf16" else None
+        with matmul_precision(self.hp.sampling_precision):
+            return sample_actions(
+                actor, self.networks.schedule, obs, noise, self.kernels.sampler, dtype
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "q_mean": self.q_mean.clone(),
+            "q_std": self.q_std.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.q_mean.copy_(state["q_mean"])
+        self.q_std.copy_(state["q_std"])
+        super().load_state_dict(state)
+
+
+def nearest_sample_distance(samples: Tensor) -> Tensor:
+    """Mean Euclidean distance of a sample to the nearest other one of its state: [B, N, A] → [].
+
+    It is zero where the N samples of a state have collapsed into clusters; 0 for N = 1.
+    """
+    num_samples = samples.shape[1]
+    if num_samples == 1:
+        return samples.new_zeros(())
+    squared = (samples[:, :, None] - samples[:, None]).square().sum(-1)  # [B, N, N]
+    to_itself = torch.eye(num_samples, dtype=torch.bool, device=samples.device)
+    return squared.masked_fill(to_itself, math.inf).amin(-1).sqrt().mean()

@@ -1,1 +1,0 @@
-"""What surrounds a training run: its directory, its live status and its plots."""

@@ -1,0 +1,1 @@
+"""`qvpo evaluate`, `record`, `export`, `replay`: what a trained policy is used for."""

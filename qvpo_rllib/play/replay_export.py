@@ -1,0 +1,106 @@
+"""A checkpoint's replay as a Parquet data set: the code behind `qvpo replay export`.
+
+One row is a transition, oldest first; the columns have the names of RLlib's offline API:
+
+    obs, new_obs   [O] float32; at a time limit too, new_obs is the episode's own last observation
+    actions        [A] float32, in the environment's box
+    rewards        float32
+    terminateds    true where the return ends
+    truncateds     false: transitions of several environments are interleaved, so each row stands
+                   for itself
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from qvpo_rllib.checkpoints import metadata as checkpoint
+from qvpo_rllib.checkpoints.replay_files import Segment, check_segments, read_segments
+from qvpo_rllib.checkpoints.staging import committed
+from qvpo_rllib.core.action_scale import ActionScale
+from qvpo_rllib.core.replay import Transitions
+from qvpo_rllib.files import OutputDirectory
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written."""
+
+    checkpoint: Path
+    directory: Path
+    env: str
+    transitions: int
+    num_bytes: int
+
+
+def export_replay(path: Path, out: Path) -> Export:
+    """Writes the replay of a run's last checkpoint, or of the checkpoint at `path`, to `out`.
+
+    One file for each segment of the replay, so that memory holds one at a time. Nothing is
+    unpickled.
+
+    Raises:
+        ValueError: no checkpoint or a damaged one, one without a replay, or `out` holds something.
+    """
+    directory = find_training_checkpoint(path)
+    metadata = checkpoint.read_metadata(directory)
+    segments = _segments(directory, metadata)
+    replay = metadata["replay"]
+    oldest = max(0, replay["num_added"] - replay["capacity"])
+    files = directory / checkpoint.REPLAY_DIRECTORY
+    check_segments(files, segments)
+    parts = read_segments(files, segments, oldest)
+    low, high = (np.array(bound, np.float32) for bound in metadata["action_box"])
+    scale = ActionScale(low, high)
+    num_bytes = 0
+    with OutputDirectory(out) as output:
+        for i, part in enumerate(parts):
+            file = output.path / f"part-{i:05d}.parquet"
+            pq.write_table(_table(part, scale), file)
+            num_bytes += file.stat().st_size
+    held = sum(part.reward.shape[0] for part in parts)
+    return Export(directory, output.path, metadata["env"], held, num_bytes)
+
+
+def find_training_checkpoint(path: Path) -> Path:
+    """The checkpoint meant by `path`: itself, or the last one of a run directory."""
+    path = path.expanduser().resolve()
+    last = path / "checkpoints" / "last"
+    return committed(last.resolve() if last.is_dir() else path)
+
+
+def _segments(directory: Path, metadata: dict[str, Any]) -> list[Segment]:
+    segments = metadata["replay"]["segments"]
+    if not segments:
+        what = "no replay" if segments is None else "an empty replay"
+        raise ValueError(
+            f"The checkpoint {str(directory)!r} has {what}: there is nothing to export. A run's "
+            "checkpoints/last has one, unless it was trained with replay_in_checkpoints=False; "
+            "checkpoints/best has none."
+        )
+    return [Segment(**segment) for segment in segments]
+
+
+def _table(part: Transitions, scale: ActionScale) -> pa.Table:
+    columns = {name: column.numpy() for name, column in part._asdict().items()}
+    terminateds = columns["terminal"] != 0
+    return pa.table(
+        {
+            "obs": _vectors(columns["obs"]),
+            "actions": _vectors(scale.to_env(columns["action"])),
+            "rewards": pa.array(columns["reward"]),
+            "new_obs": _vectors(columns["next_obs"]),
+            "terminateds": pa.array(terminateds),
+            "truncateds": pa.array(np.zeros_like(terminateds)),
+        }
+    )
+
+
+def _vectors(rows: NDArray[np.floating]) -> pa.Array:
+    """Arrow's tensor type: Ray Data gives batches [B, O], other readers see lists."""
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(rows, np.float32))

@@ -1,0 +1,129 @@
+"""Which setting is better, and how sure that is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qvpo_rllib.report.runs import POPULATION, Group
+from qvpo_rllib.report.statistics import Estimate, estimate, improvement
+from qvpo_rllib.report.tables import Table
+from qvpo_rllib.tuning.results import STOPPED
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting (or an algorithm) with its seeds' last returns on every task of the comparison."""
+
+    label: str
+    scores: tuple[tuple[float, ...], ...]
+
+    @property
+    def estimate(self) -> Estimate:
+        return estimate(self.scores)
+
+    @property
+    def seeds(self) -> str:
+        counts = {len(s) for s in self.scores}
+        return str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+
+
+def candidates(groups: Sequence[Group]) -> tuple[list[Candidate], list[str]]:
+    """The settings of one experiment's stage that can be compared, and why others cannot.
+
+    A setting is compared if all its planned seeds have ended on every task: a mean over the seeds
+    that happen to be there would not be the same comparison.
+    """
+    tasks = list(dict.fromkeys(group.task for group in groups))
+    found: dict[str, dict[str, Group]] = {}
+    for group in groups:
+        name = group.label if group.label != group.algorithm else group.algorithm
+        if len({g.algorithm for g in groups}) > 1:
+            name = f"{group.algorithm}, {name}" if name != group.algorithm else name
+        found.setdefault(name, {})[group.task] = group
+    whole, missing, stopped = [], [], 0
+    for name, by_task in found.items():
+        ended = all(
+            task in by_task and len(by_task[task].complete) == len(by_task[task].runs)
+            for task in tasks
+        )
+        if ended:
+            scores = [tuple(run.returns[-1] for run in by_task[task].complete) for task in tasks]
+            whole.append(Candidate(name, tuple(scores)))
+        elif any(run.status == STOPPED for group in by_task.values() for run in group.runs):
+            stopped += 1
+        else:
+            missing.append(name)
+    left_out = [f"as seeds are missing: {'; '.join(missing)}"] if missing else []
+    left_out += [f"as the search stopped them early: {stopped} settings"] if stopped else []
+    return whole, left_out
+
+
+def against_best(compared: Sequence[Candidate]) -> tuple[Candidate, list[tuple[str, Estimate]]]:
+    """The candidate with the highest estimate, and P(it beats another) for each other one."""
+    ranked = sorted(compared, key=lambda c: -c.estimate.value)
+    best = ranked[0]
+    return best, [(other.label, improvement(best.scores, other.scores)) for other in ranked[1:]]
+
+
+def verdict(compared: Sequence[Candidate], left_out: Sequence[str], stage: str) -> str:
+    """The answer in words."""
+    if stage == POPULATION:
+        return (
+            "One population: its members copy each other and change their options as they train. "
+            "They are no independent runs of a setting, so they are not compared."
+        )
+    missing = "".join(f" Not compared, {reason}." for reason in left_out)
+    if len(compared) < 2:
+        return f"There is nothing to compare yet.{missing}"
+    best, others = against_best(compared)
+    middle = best.estimate
+    text = f"Highest: {best.label}, {middle.value:,.1f}"
+    if not middle.has_interval:
+        return (
+            f"{text}, with one seed: a single seed cannot tell a better setting from a lucky one. "
+            f"Run more seeds.{missing}"
+        )
+    text += f" [{middle.low:,.1f}, {middle.high:,.1f}] over {best.seeds} seeds."
+    open_ = [label for label, e in others if e.low <= 0.5]
+    if len(open_) == len(others):
+        text += " These seeds tell no other setting apart from it."
+    elif open_:
+        text += f" These seeds do not tell apart from it: {'; '.join(open_)}. The others it beats"
+    else:
+        text += " It beats every other setting"
+    if len(open_) < len(others):
+        text += " (95 % interval of the probability of improvement above 0.5)."
+    if stage == "search" and len(compared) > 2:
+        text += (
+            " The highest of several is flattered by having been picked; fresh seeds would tell "
+            "its true return."
+        )
+    return text + missing
+
+
+def comparison_table(compared: Sequence[Candidate], heading: str) -> Table:
+    best, others = against_best(compared)
+    chances = dict(others)
+    rows = []
+    for candidate in sorted(compared, key=lambda c: -c.estimate.value):
+        e, chance = candidate.estimate, chances.get(candidate.label)
+        rows.append(
+            (
+                candidate.label,
+                candidate.seeds,
+                _with_interval(e, ",.1f"),
+                _with_interval(chance, ".2f") if chance else "–",
+            )
+        )
+    return Table(
+        heading,
+        "IQM over seeds of the last evaluation (the mean below four seeds), with "
+        f"its 95 % bootstrap interval; and the probability that a run of {best.label} "
+        "beats a run of the setting (0.5: a draw).",
+        ("setting", "seeds", "last return", f"P({best.label} is better)"),
+        rows,
+    )
+
+
+def _with_interval(e: Estimate, style: str) -> str:
+    text = format(e.value, style)
+    return f"{text} [{format(e.low, style)}, {format(e.high, style)}]" if e.has_interval else text

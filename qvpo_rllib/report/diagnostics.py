@@ -1,0 +1,63 @@
+"""What the policy and its critics are doing: a panel for each diagnostic of the learner."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from qvpo_rllib.report.figures import STYLES, WIDTH_IN, best_groups, legend_below, step_axis
+from qvpo_rllib.report.runs import Group, Run
+
+# Column of a metrics row → its panel's title.
+PANELS = {
+    "learner/q_weight_zero_share": "states whose q-weight is 0",
+    "learner/advantage_mean": "advantage of the best sample",
+    "learner/sample_std": "spread of the samples",
+    "learner/nearest_sample_distance": "distance to the nearest sample",
+    "evaluation/q_overestimation": "Q predicted − observed",
+    "learner/entropy_weight": "effective ω_ent",
+}
+PANEL_HEIGHT_IN = 1.25
+
+
+def diagnostics(groups: Sequence[Group], *, title: str) -> Figure | None:
+    """Means over seeds, every seed faint, over env steps; None if no run has such a column."""
+    shown = best_groups(groups)
+    columns = [c for c in PANELS if any(_points(r, c)[0] for g in shown for r in g.evaluated)]
+    if not columns:
+        return None
+    height = PANEL_HEIGHT_IN * -(-len(columns) // 2) + 0.35 + 0.13 * len(shown)
+    figure = Figure(figsize=(WIDTH_IN, height), dpi=300, layout="constrained")
+    grid = figure.subplots(-(-len(columns) // 2), 2, squeeze=False).flat
+    for axes, column in zip(grid, columns, strict=False):
+        for group, (color, dashes, _) in zip(shown, STYLES, strict=False):
+            _draw(axes, group, column, color, dashes)
+        axes.set_title(PANELS[column], fontsize=6.5)
+        axes.tick_params(labelsize=6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e6e6", linewidth=0.5)
+        step_axis(axes, ticks=3)
+    for axes in list(grid)[len(columns) :]:
+        axes.set_visible(False)
+    figure.suptitle(title, fontsize=8)
+    legend_below(figure, figure.axes[0])
+    return figure
+
+
+def _draw(axes: Any, group: Group, column: str, color: str, dashes: Any) -> None:
+    runs = [dict(zip(*_points(run, column), strict=True)) for run in group.evaluated]
+    runs = [run for run in runs if run]
+    if not runs:
+        return
+    for run in runs:
+        axes.plot(list(run), list(run.values()), color=color, alpha=0.3, linewidth=0.5)
+    steps = sorted(set.intersection(*(set(run) for run in runs)))
+    means = [np.mean([run[step] for run in runs]) for step in steps]
+    axes.plot(steps, means, color=color, linestyle=dashes, linewidth=1.2, label=group.label)
+
+
+def _points(run: Run, column: str) -> tuple[list[int], list[float]]:
+    """Env steps and values where the run has them: before the first update there is none."""
+    rows = [row for row in run.rows if row.get(column) is not None]
+    return [int(row["env_steps"]) for row in rows], [float(row[column]) for row in rows]

@@ -1,0 +1,297 @@
+"""The report's figures: one style, readable in grey and at a column's width (3.5 inches)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from qvpo_rllib.report.runs import Group, Run, setting_label, symbol
+from qvpo_rllib.report.statistics import Estimate, curve_band, profile
+from qvpo_rllib.training.learning_curve import short_count
+from qvpo_rllib.tuning.results import FINISHED, STOPPED
+
+WIDTH_IN, HEIGHT_IN = 3.5, 2.7
+# Dark to light, so that they differ in grey too; dashes and markers tell them apart as well.
+STYLES = (
+    ("#0b3c6f", "-", "o"),
+    ("#c2410c", "--", "s"),
+    ("#4c8f5a", "-.", "^"),
+    ("#9a78b8", (0, (1, 1)), "D"),
+    ("#222222", (0, (5, 1, 1, 1, 1, 1)), "v"),
+    ("#d39b1f", (0, (7, 2)), "P"),
+    ("#5fa8d3", (0, (3, 1)), "X"),
+    ("#8a8a8a", "-", "*"),
+)
+MAX_LINES = len(STYLES)
+
+
+def new_figure(height: float = HEIGHT_IN, width: float = WIDTH_IN) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=300, layout="constrained")
+    axes = figure.add_subplot()
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.5)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def learning_curves(groups: Sequence[Group], *, title: str) -> Figure:
+    """IQM over seeds with its 95 % interval, and every seed faint, over env steps.
+
+    A group's line ends where the first of its runs ends, as a mean over other seeds is another
+    mean; the faint lines go on. Of more groups than there are styles the best are drawn.
+    """
+    shown = best_groups(groups)
+    figure, axes = new_figure(HEIGHT_IN + 0.13 * len(shown))
+    for group in groups:
+        if group not in shown and group.evaluated:
+            _faint(axes, group.evaluated, "#bbbbbb")
+            axes.plot([], [], color="#bbbbbb", linewidth=0.8, label="other settings")
+    for group, (color, dashes, _) in zip(shown, STYLES, strict=False):
+        _faint(axes, group.evaluated, color)
+        steps, returns = common_returns(group.evaluated)
+        centre, low, high = curve_band(returns)
+        if np.isfinite(low).all():
+            axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.plot(
+            steps,
+            centre,
+            color=color,
+            linestyle=dashes,
+            linewidth=1.5,
+            marker="o" if len(steps) == 1 else None,
+            markersize=3,
+            label=f"{group.label} ({_count(group)})",
+        )
+    axes.set_title(title, fontsize=8)
+    axes.set_xlabel("environment steps", fontsize=8)
+    axes.set_ylabel("evaluation return", fontsize=8)
+    step_axis(axes)
+    legend_below(figure, axes)
+    return figure
+
+
+def _count(group: Group) -> str:
+    """ "5 seeds", or "3 of 5 seeds ended" """
+    total = len(group.runs)
+    ended = sum(run.status in (FINISHED, STOPPED) for run in group.runs)
+    noun = "seed" if total == 1 else "seeds"
+    return f"{total} {noun}" if ended == total else f"{ended} of {total} {noun} ended"
+
+
+def best_groups(groups: Sequence[Group]) -> list[Group]:
+    """At most as many as there are styles: the best by their last returns, in the given order."""
+    drawable = [group for group in groups if group.evaluated]
+    if len(drawable) <= MAX_LINES:
+        return drawable
+    ranked = sorted(drawable, key=lambda g: -np.mean([r.returns[-1] for r in g.evaluated]))
+    return [group for group in drawable if group in ranked[: MAX_LINES - 2]]
+
+
+def common_returns(runs: Sequence[Run]) -> tuple[Any, Any]:
+    """Env steps at which all runs were evaluated, and returns [runs, evaluations]."""
+    by_run = [dict(zip(_steps(run), run.returns, strict=True)) for run in runs]
+    steps = sorted(set.intersection(*(set(values) for values in by_run)))
+    return np.array(steps), np.array([[values[s] for s in steps] for values in by_run])
+
+
+def _steps(run: Run) -> list[int]:
+    return [int(row["env_steps"]) for row in run.rows]
+
+
+def _faint(axes: Axes, runs: Sequence[Run], color: str) -> None:
+    for run in runs:
+        marker = "." if len(run.rows) == 1 else None
+        axes.plot(_steps(run), run.returns, color=color, alpha=0.35, linewidth=0.5, marker=marker)
+
+
+def heat_map(
+    cells: dict[tuple[Any, Any], Estimate],
+    x_option: str,
+    y_option: str,
+    *,
+    title: str,
+    seeds: dict[tuple[Any, Any], str],
+) -> Figure:
+    """A setting's score in each cell; hatched where nothing was run or nothing has ended.
+
+    Args:
+        cells: (x, y) → score.
+        seeds: (x, y) → how many seeds it is of, for cells that lack some.
+    """
+    xs, ys = (sorted({key[i] for key in cells}) for i in (0, 1))
+    values = np.array([[cells[x, y].value if (x, y) in cells else np.nan for x in xs] for y in ys])
+    figure, axes = new_figure(1.0 + 0.42 * len(ys))
+    axes.grid(False)
+    norm = _greys(values)
+    axes.imshow(values, cmap="Greys", origin="lower", aspect="auto", norm=norm)
+    for row, y in enumerate(ys):
+        for column, x in enumerate(xs):
+            found = cells.get((x, y))
+            if found is None or not np.isfinite(found.value):
+                box = Rectangle(
+                    (column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#bbbbbb",
+                    linewidth=0,
+                )  # fmt: skip
+                axes.add_patch(box)
+                continue
+            shade = float(norm(found.value))
+            text = f"{found.value:,.0f}"
+            if found.has_interval:
+                text += f"\n[{found.low:,.0f}, {found.high:,.0f}]"
+            if (x, y) in seeds:
+                text += f"\n{seeds[x, y]}"
+            axes.text(
+                column, row, text, ha="center", va="center", fontsize=6.5,
+                color="white" if shade > 0.55 else "black",
+            )  # fmt: skip
+    axes.set_xticks(range(len(xs)), [_short(x) for x in xs])
+    axes.set_yticks(range(len(ys)), [_short(y) for y in ys])
+    axes.set_xlabel(symbol(x_option), fontsize=8)
+    axes.set_ylabel(symbol(y_option), fontsize=8)
+    axes.set_title(title, fontsize=8)
+    return figure
+
+
+def _greys(values: Any) -> Normalize:
+    """The darkest cell is not black, the lightest not white: both can be read and seen."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    margin = max(high - low, 1e-9)
+    return Normalize(vmin=low - 0.25 * margin, vmax=high + 0.35 * margin)
+
+
+def option_lines(
+    lines: dict[str, list[tuple[Any, Estimate, list[float]]]], option: str, *, title: str
+) -> Figure:
+    """Score over an option's values: estimate, 95 % interval, every seed as a faint dot.
+
+    Args:
+        lines: label → (value, estimate, seeds' scores), values rising.
+    """
+    figure, axes = new_figure(HEIGHT_IN + (0.13 * len(lines) if len(lines) > 1 else 0.0))
+    ticks = sorted({value for points in lines.values() for value, _, _ in points})
+    for number, (label, points) in enumerate(lines.items()):
+        color, dashes, marker = STYLES[number % MAX_LINES]
+        shift = 0.12 * (number - (len(lines) - 1) / 2)  # so that intervals do not cover each other
+        x = [ticks.index(value) + shift for value, _, _ in points]
+        for place, (_, _, seeds) in zip(x, points, strict=True):
+            axes.plot([place] * len(seeds), seeds, ".", color=color, alpha=0.35, markersize=3.5)
+        centre = [e.value for _, e, _ in points]
+        below = [e.value - e.low if e.has_interval else 0.0 for _, e, _ in points]
+        above = [e.high - e.value if e.has_interval else 0.0 for _, e, _ in points]
+        axes.errorbar(
+            x, centre, yerr=[below, above], color=color, linestyle=dashes, marker=marker,
+            markersize=4, linewidth=1.3, capsize=2.5, label=label,
+        )  # fmt: skip
+    axes.set_xticks(range(len(ticks)), [_short(value) for value in ticks])
+    axes.set_xlabel(symbol(option), fontsize=8)
+    axes.set_ylabel("last evaluation return", fontsize=8)
+    axes.set_title(title, fontsize=8)
+    axes.margins(x=0.12)
+    if len(lines) > 1:
+        legend_below(figure, axes)
+    return figure
+
+
+def option_scatter(points: Sequence[tuple[float, Run]], option: str, *, title: str) -> Figure:
+    """The last return of every run over an option's value, for settings drawn at random.
+
+    Runs that the search stopped early are hollow: their last return is of fewer env steps.
+    """
+    figure, axes = new_figure()
+    for ended, face, label in ((True, "#0b3c6f", "ended"), (False, "white", "stopped early")):
+        chosen = [(x, run.returns[-1]) for x, run in points if (run.status == FINISHED) == ended]
+        if chosen:
+            axes.plot(
+                *zip(*chosen, strict=True), "o", markersize=4, markerfacecolor=face,
+                markeredgecolor="#0b3c6f", markeredgewidth=0.8, label=label,
+            )  # fmt: skip
+    values = sorted({x for x, _ in points})
+    if values[0] > 0 and values[-1] / values[0] >= 10:
+        axes.set_xscale("log")
+    if len(values) <= MAX_LINES:
+        axes.set_xticks(values, [_short(value) for value in values])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel(symbol(option), fontsize=8)
+    axes.set_ylabel("last evaluation return", fontsize=8)
+    axes.set_title(title, fontsize=8)
+    legend_below(figure, axes)
+    return figure
+
+
+def improvements(rows: Sequence[tuple[str, Estimate]], *, title: str) -> Figure:
+    """P(the best setting beats another), one line per other setting; 0.5 is a draw."""
+    figure, axes = new_figure(0.95 + 0.24 * len(rows))
+    for place, (_, estimate) in enumerate(rows):
+        if estimate.has_interval:
+            axes.plot(
+                [estimate.low, estimate.high], [place, place], color="#9fb6cf", linewidth=6,
+                solid_capstyle="butt",
+            )  # fmt: skip
+        axes.plot(estimate.value, place, "|", color="#0b3c6f", markersize=11, markeredgewidth=2)
+    axes.axvline(0.5, color="#777777", linestyle="--", linewidth=0.8)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.tick_params(axis="y", labelsize=6.5)
+    axes.set_xlabel("probability of improvement", fontsize=8)
+    figure.suptitle(title, fontsize=8)
+    return figure
+
+
+def performance_profiles(
+    scores: dict[str, list[list[float]]], *, title: str, x_label: str
+) -> Figure:
+    """Share of runs above a normalised score, one line per setting or algorithm.
+
+    Args:
+        scores: label → for each task its seeds' normalised scores.
+    """
+    figure, axes = new_figure(HEIGHT_IN + 0.13 * len(scores))
+    top = max(1.0, max(max(map(max, tasks)) for tasks in scores.values()))
+    thresholds = np.linspace(0, top * 1.05, 200)
+    for number, (label, tasks) in enumerate(scores.items()):
+        color, dashes, _ = STYLES[number % MAX_LINES]
+        axes.plot(
+            thresholds, profile(tasks, thresholds), color=color, linestyle=dashes, label=label,
+            linewidth=1.4,
+        )  # fmt: skip
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel(x_label, fontsize=8)
+    axes.set_ylabel("share of runs above", fontsize=8)
+    axes.set_title(title, fontsize=8)
+    legend_below(figure, axes)
+    return figure
+
+
+def step_axis(axes: Axes, ticks: int = 6) -> None:
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=ticks, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x)))
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Below the axes, where it covers no line."""
+    handles, labels = axes.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))  # each label once
+    labels, handles = list(entries), list(entries.values())
+    if not handles:
+        axes.text(
+            0.5, 0.5, "nothing has been evaluated yet", transform=axes.transAxes, ha="center",
+            fontsize=8, color="#555555",
+        )  # fmt: skip
+        return
+    columns = 2 if max(map(len, labels)) <= 24 and len(labels) > 1 else 1
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False,
+        handlelength=2.6,
+    )  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else setting_label({"": value})[1:]

@@ -1,1 +1,0 @@
-"""The algorithms QVPO is compared with, one file each."""

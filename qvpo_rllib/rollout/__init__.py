@@ -1,0 +1,1 @@
+"""Environments -> transitions: workers, episodes, and the pool that a learner collects from."""

@@ -1,0 +1,206 @@
+"""`OffPolicyTorchPolicy`: RLlib's policy that owns actor, critics and targets."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from ray.rllib.models.torch.torch_modelv2 import TorchModelV2
+from ray.rllib.policy.sample_batch import SampleBatch
+from ray.rllib.policy.torch_policy import TorchPolicy
+from torch import Generator, Tensor, nn
+
+from qvpo_rllib.core.engine import Kernels, acting_engine, kernels_of
+from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters, resolved_hyperparameters
+from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
+from qvpo_rllib.core.replay import Transitions
+from qvpo_rllib.core.seeding import Stream, restore_generator, spawn_seed
+from qvpo_rllib.rollout.environments import check_spaces
+
+
+class PolicyModel(TorchModelV2, nn.Module):  # type: ignore[misc]
+    """The networks, in the form RLlib expects a policy's model to have."""
+
+    def __init__(
+        self, obs_space: gym.Space, action_space: gym.Space, config: Any, networks: ActorCritic
+    ) -> None:
+        nn.Module.__init__(self)
+        TorchModelV2.__init__(self, obs_space, action_space, None, config["model"], "qvpo")
+        self.networks = networks
+
+
+class OffPolicyTorchPolicy(TorchPolicy):  # type: ignore[misc]
+    """Acts with its networks; on the local training worker it also learns.
+
+    Actions are in [-1, 1]; RLlib's `normalize_actions` (on by default) maps them to the box. A
+    subclass names its classes and says how it acts (`select`).
+
+    Attributes:
+        networks_class: called with observation dimensions, action dimensions, hyperparameters.
+        behavior_prefixes: of the parameters that a rollout worker needs in order to act: nothing
+            else travels.
+    """
+
+    hyperparameters_class: ClassVar[type[OffPolicyHyperparameters]]
+    networks_class: ClassVar[Callable[..., ActorCritic]]
+    learner_class: ClassVar[type[OffPolicyLearner]]
+    behavior_prefixes: ClassVar[tuple[str, ...]] = ("actor.",)
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, config: Any) -> None:
+        check_spaces(observation_space, action_space)
+        # Latched: whatever becomes of `self.config`, this policy keeps its part.
+        self.hp: Any = resolved_hyperparameters(config, self.hyperparameters_class)
+        self.seed: int | None = config["seed"]
+        self.worker_index: int = config["worker_index"] or 0
+        self.in_evaluation = bool(config["in_evaluation"])
+        self.is_learner = self.worker_index == 0 and not self.in_evaluation
+        obs_dim, act_dim = observation_space.shape[0], action_space.shape[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spawn_seed(self.seed, Stream.NETWORKS))
+            networks = type(self).networks_class(obs_dim, act_dim, self.hp)
+        model = PolicyModel(observation_space, action_space, config, networks)
+        super().__init__(observation_space, action_space, config, model=model)
+        self.networks: Any = self.model.networks
+        self.obs_dim, self.act_dim = obs_dim, act_dim
+        self.generator = Generator(device=self.device)
+        self.seed_actions(0)
+        engine = acting_engine(self.hp.engine, self.device)
+        self.kernels: Kernels = kernels_of(engine, self.device)
+        self.learner: Any = None
+        if self.is_learner:
+            self.learner = self.learner_class(
+                self.networks,
+                self.hp,
+                seed=spawn_seed(self.seed, Stream.LEARNER),
+                device=self.device,
+            )
+
+    def optimizer(self) -> list[torch.optim.Optimizer]:
+        """None for RLlib: the learner owns its optimisers."""
+        return []
+
+    def seed_actions(self, env_steps: int) -> None:
+        """Starts this policy's stream of noise, for a run that is at `env_steps`."""
+        indices = (env_steps, self.worker_index, int(self.in_evaluation))
+        self.generator.manual_seed(spawn_seed(self.seed, Stream.ACTION, *indices))
+
+    def select(self, obs: Tensor, explore: bool, generator: Generator) -> Tensor:
+        """Actions [B, A] in [-1, 1] for obs [B, O]: to explore with, or to be evaluated."""
+        raise NotImplementedError
+
+    def choose(
+        self, obs: NDArray[Any], *, explore: bool, generator: Generator | None = None
+    ) -> NDArray[np.float32]:
+        """Actions for a batch of observations: [B, O] → [B, A] float32 in [-1, 1].
+
+        Args:
+            generator: of whatever is drawn; the policy's own one if None.
+        """
+        with torch.no_grad():
+            actions = self.select(self.to_tensor(obs), explore, generator or self.generator)
+        array: NDArray[np.float32] = actions.cpu().numpy()
+        return array
+
+    def choose_and_predict(
+        self, obs: NDArray[Any], generator: Generator | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """`choose` for an evaluation, and what the critics expect of these actions, [B].
+
+        None here: an evaluation worker has critics only if the policy acts by them.
+        """
+        return self.choose(obs, explore=False, generator=generator), None
+
+    def to_tensor(self, obs: NDArray[Any]) -> Tensor:
+        """Observations [B, O] as float32 on the policy's device. `ValueError` for another shape."""
+        tensor = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=self.device)
+        if tensor.ndim != 2 or tensor.shape[1] != self.obs_dim:
+            raise ValueError(
+                f"Observations have shape {tuple(tensor.shape)}; this policy needs "
+                f"[batch, {self.obs_dim}]."
+            )
+        return tensor
+
+    def compute_actions(
+        self, obs_batch: Any, *args: Any, explore: bool | None = None, **kwargs: Any
+    ) -> tuple[NDArray[np.float32], list[Any], dict[str, Any]]:
+        if explore is None:
+            explore = self.config["explore"]
+        return self.choose(obs_batch, explore=bool(explore)), [], {}
+
+    def compute_actions_from_input_dict(
+        self,
+        input_dict: dict[str, Any],
+        explore: bool | None = None,
+        timestep: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[NDArray[np.float32], list[Any], dict[str, Any]]:
+        return self.compute_actions(input_dict[SampleBatch.OBS], explore=explore)
+
+    def learn_on_batch(self, samples: SampleBatch) -> dict[str, Any]:
+        """One update on a batch of RLlib's: columns obs, actions in [-1, 1], rewards, …"""
+        if self.learner is None:
+            raise RuntimeError("Only the policy on the local training worker learns.")
+        batch = to_transitions(samples, self.hp.truncation_as_terminal)
+        batch = Transitions(*(column.to(self.device) for column in batch))
+        metrics = self.learner.update(batch)
+        return {"learner_stats": {name: float(value) for name, value in metrics.items()}}
+
+    def get_weights(self) -> dict[str, NDArray[np.float32]]:
+        """What acting needs, as copies: on a CPU, `numpy()` would alias the live parameters."""
+        return {
+            name: value.detach().cpu().numpy().copy()
+            for name, value in self.networks.state_dict().items()
+            if name.startswith(self.behavior_prefixes)
+        }
+
+    def set_weights(self, weights: dict[str, NDArray[np.float32]]) -> None:
+        # Arrays from Ray's object store are read-only, which `as_tensor` would warn about.
+        tensors = {name: torch.tensor(value) for name, value in weights.items()}
+        missing, unexpected = self.networks.load_state_dict(tensors, strict=False)
+        wrong = [n for n in missing if n.startswith(self.behavior_prefixes)] + list(unexpected)
+        if wrong:
+            raise ValueError(f"These weights do not fit the policy's networks: {wrong[:4]}.")
+
+    def get_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().get_state()
+        if self.learner is not None:
+            state["qvpo_learner"] = _to_cpu(self.learner.state_dict())
+            state["qvpo_action_generator"] = self.generator.get_state().cpu()
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        super().set_state({k: v for k, v in state.items() if k != "policy_spec"})
+        if self.learner is not None and "qvpo_learner" in state:
+            self.learner.load_state_dict(state["qvpo_learner"])
+            restore_generator(self.generator, state["qvpo_action_generator"])
+            self.num_grad_updates = self.learner.num_updates
+
+
+def to_transitions(samples: SampleBatch, truncation_as_terminal: bool) -> Transitions:
+    """RLlib's columns as `Transitions` on the CPU.
+
+    A time limit ends an episode but not the return: its transition bootstraps from the final
+    observation, unless `truncation_as_terminal`.
+    """
+    terminal = np.asarray(samples[SampleBatch.TERMINATEDS], dtype=np.float32)
+    if truncation_as_terminal:
+        truncated = np.asarray(samples[SampleBatch.TRUNCATEDS], dtype=np.float32)
+        terminal = np.maximum(terminal, truncated)
+    columns = (SampleBatch.OBS, SampleBatch.ACTIONS, SampleBatch.REWARDS, SampleBatch.NEXT_OBS)
+    arrays = [np.asarray(samples[c], dtype=np.float32) for c in columns]
+    # Arrays from Ray's object store are read-only, which `from_numpy` would warn about.
+    owned = (a if a.flags.writeable else a.copy() for a in (*arrays, terminal))
+    return Transitions(*(torch.from_numpy(a) for a in owned))
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        # A copy: on a CPU, `cpu()` alone would alias the live parameter.
+        return value.detach().clone().cpu()
+    if isinstance(value, dict):
+        return {key: _to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_cpu(item) for item in value]
+    return value

@@ -1,0 +1,282 @@
+"""The remote rollout workers as the driver sees them: asked, answering, lost, coming back.
+
+RLlib's actor manager waits for all workers where one would do, does not say which request failed,
+and looks for restarted workers by waiting for them. Here nothing waits longer than it is told to.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
+
+from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.runtime.config import OffPolicyConfig
+
+logger = logging.getLogger(__name__)
+
+PROBE_INTERVAL_S = 0.5  # between two questions whether a lost worker is back
+
+
+class Request(NamedTuple):
+    """A fragment that was asked for."""
+
+    worker: int
+    env_steps: int
+    # Updates done when the weights to act with were read; None: uniformly random actions.
+    weights_version: int | None
+
+
+class Answer(NamedTuple):
+    """A fragment that arrived."""
+
+    request: Request
+    fragment: Any  # qvpo_rllib.rollout.worker.Fragment
+
+
+@dataclass
+class _Worker:
+    """The driver's view of one worker. Its answers come in the order of the requests."""
+
+    index: int
+    actor: ActorHandle
+    asked: deque[tuple[ray.ObjectRef, Request]] = field(default_factory=deque)
+    waiting_since: float = 0.0  # the clock when its oldest request could begin
+    failures: int = 0  # without a fragment between
+    stream: int | None = None  # of its random numbers, once it has restarted
+    weights_id: int | None = None  # the weights it has
+    process: str = ""  # which of its processes answered last
+    down_since: float | None = None
+    killed: bool = False  # by us: only another process is the worker again
+    probe: ray.ObjectRef | None = None
+    next_probe: float = 0.0
+    dead: str = ""  # why it will never come back
+
+
+class WorkerPool:
+    """Sends requests to workers and takes their answers; restarts workers that fail.
+
+    Each answer is handed out once. If a worker dies, raises or takes too long, all that it still
+    owes is lost and counted; what its process answers later is ignored. Its next process starts
+    from random streams of its own, so that no episode is collected twice.
+
+    Args:
+        group: RLlib's group of workers.
+        config: `sample_timeout_s`, `delay_between_env_runner_restarts_s`,
+            `num_consecutive_env_runner_failures_tolerance`, `env_runner_restore_timeout_s`.
+        env_steps: env steps taken in so far, which name the streams of a restarted worker.
+    """
+
+    def __init__(
+        self, group: EnvRunnerGroup, config: OffPolicyConfig, env_steps: Callable[[], int]
+    ) -> None:
+        self.config = config
+        self.faults = Faults()
+        self._manager = group._worker_manager
+        self._env_steps = env_steps
+        actors = self._manager.actors()
+        self._workers = {i: _Worker(i, actor) for i, actor in actors.items()}
+
+    @property
+    def indices(self) -> list[int]:
+        """All workers that are there or may come back."""
+        return [i for i, worker in self._workers.items() if not worker.dead]
+
+    def is_up(self, index: int) -> bool:
+        """Whether a worker takes requests."""
+        worker = self._workers[index]
+        return worker.down_since is None and not worker.dead
+
+    def num_asked(self, index: int | None = None) -> int:
+        """Requests without an answer yet, of one worker or of all."""
+        workers = self._workers.values() if index is None else [self._workers[index]]
+        return sum(len(worker.asked) for worker in workers)
+
+    def ask(self, request: Request, weights: ray.ObjectRef | None, weights_id: int) -> None:
+        """Asks a worker for a fragment; the weights travel with it unless the worker has them."""
+        worker = self._workers[request.worker]
+        kwargs: dict[str, Any] = {"random_actions": request.weights_version is None}
+        if worker.stream is not None:
+            kwargs["stream"] = worker.stream
+        if weights is not None and worker.weights_id != weights_id:
+            kwargs["weights"], worker.weights_id = weights, weights_id
+        if not worker.asked:
+            worker.waiting_since = time.monotonic()
+        worker.asked.append((worker.actor.collect_fragment.remote(**kwargs), request))
+
+    def receive(self, timeout_s: float) -> list[Answer]:
+        """The answers that are there; if there are none, waits up to `timeout_s` for one.
+
+        Raises:
+            NonFiniteError: an environment returned a NaN or an infinity, or the policy did.
+            RuntimeError: a worker failed too often in a row, or none has been up for too long.
+        """
+        self._restart_slow_workers()
+        self._send_probes()
+        waiting = {w.asked[0][0]: w for w in self._workers.values() if w.asked}
+        waiting |= {w.probe: w for w in self._workers.values() if w.probe is not None}
+        if not waiting:
+            time.sleep(min(timeout_s, PROBE_INTERVAL_S))
+            return []
+        ready, _ = ray.wait(
+            list(waiting), num_returns=1 if timeout_s else len(waiting), timeout=timeout_s
+        )
+        answers = []
+        for ref in ready:
+            worker = waiting[ref]
+            if ref == worker.probe:
+                self._take_probe(worker)
+            else:
+                answer = self._take_answer(worker)
+                answers += [] if answer is None else [answer]
+        return answers
+
+    def reset(self) -> None:
+        """Ignores whatever is in flight: the run's state has been replaced."""
+        for worker in self._workers.values():
+            worker.asked.clear()
+            worker.stream = worker.weights_id = None
+
+    def kill_hung(self, patience_s: float) -> None:
+        """Ends workers that do not finish what they owe; they are not coming back."""
+        deadline = time.monotonic() + patience_s
+        refs = {w.asked[-1][0]: w for w in self._workers.values() if w.asked}
+        while refs and time.monotonic() < deadline:
+            ready, _ = ray.wait(list(refs), timeout=deadline - time.monotonic())
+            for ref in ready:
+                del refs[ref]
+        for worker in refs.values():
+            ray.kill(worker.actor)
+        self.reset()
+
+    def _take_answer(self, worker: _Worker) -> Answer | None:
+        ref, request = worker.asked[0]
+        try:
+            fragment = ray.get(ref)
+        except RayTaskError as error:
+            cause = error.as_instanceof_cause()
+            if isinstance(cause, NonFiniteError):
+                raise NonFiniteError(str(error.cause)) from None
+            self.faults.env_errors += 1
+            self._lose(worker, str(error), kill=True)
+            return None
+        except RayError as error:
+            self.faults.workers_lost += 1
+            self._lose(worker, _first_line(error), kill=False)
+            if isinstance(error, ActorDiedError):
+                self._bury(worker, error)
+            return None
+        worker.asked.popleft()
+        worker.waiting_since = time.monotonic()
+        worker.failures = 0
+        worker.process = fragment.process
+        return Answer(request, fragment)
+
+    def _restart_slow_workers(self) -> None:
+        limit = self.config.sample_timeout_s
+        for worker in self._workers.values():
+            if worker.asked and time.monotonic() - worker.waiting_since > limit:
+                self.faults.timeouts += 1
+                reason = f"no fragment within sample_timeout_s={limit:g}"
+                self._lose(worker, reason, kill=True)
+
+    def _lose(self, worker: _Worker, reason: str, *, kill: bool) -> None:
+        """Counts all that a worker still owes as lost, and waits for another process of it."""
+        self.faults.fragments_lost += len(worker.asked)
+        self.faults.env_steps_lost += sum(request.env_steps for _, request in worker.asked)
+        worker.asked.clear()
+        worker.failures += 1
+        if kill:
+            ray.kill(worker.actor, no_restart=False)
+        tolerated = self.config.num_consecutive_env_runner_failures_tolerance
+        if worker.failures > tolerated:
+            raise RuntimeError(
+                f"{self.config.env}: rollout worker {worker.index} failed {worker.failures} times "
+                "without a fragment between (num_consecutive_env_runner_failures_tolerance="
+                f"{tolerated}). Training stops here; the last checkpoint is untouched. The last "
+                f"failure: {reason}"
+            )
+        logger.warning(
+            "%s: rollout worker %d is lost and restarted: %s",
+            self.config.env, worker.index, reason,
+        )  # fmt: skip
+        worker.stream = max(self._env_steps(), worker.stream or 0) + 1
+        worker.weights_id = None
+        worker.killed = kill
+        worker.down_since = time.monotonic()
+        worker.next_probe = worker.down_since + self.config.delay_between_env_runner_restarts_s
+        self._manager.set_actor_state(worker.index, healthy=False)
+
+    def _send_probes(self) -> None:
+        now = time.monotonic()
+        down = [w for w in self._workers.values() if w.down_since is not None and not w.dead]
+        for worker in down:
+            if worker.probe is None and now >= worker.next_probe:
+                worker.probe = worker.actor.process_id.remote()
+        if down and not any(map(self.is_up, self._workers)):
+            limit = self.config.env_runner_restore_timeout_s
+            if now - max(w.down_since for w in down if w.down_since is not None) > limit:
+                raise RuntimeError(
+                    f"{self.config.env}: all rollout workers are lost and none has come back "
+                    f"within env_runner_restore_timeout_s={limit:g}. The last checkpoint is "
+                    "untouched."
+                )
+
+    def _take_probe(self, worker: _Worker) -> None:
+        ref, worker.probe = worker.probe, None
+        worker.next_probe = time.monotonic() + PROBE_INTERVAL_S
+        try:
+            process = ray.get(ref)
+        except ActorDiedError as error:
+            self._bury(worker, error)
+            return
+        except RayError:
+            return  # still restarting
+        if worker.killed and process == worker.process:
+            return  # the old process, which has not ended yet
+        worker.process, worker.killed, worker.down_since = process, False, None
+        self.faults.restarts += 1
+        self._manager.set_actor_state(worker.index, healthy=True)
+
+    def _bury(self, worker: _Worker, error: Exception) -> None:
+        worker.dead = str(error)
+        logger.error(
+            "%s: rollout worker %d will not come back: %s",
+            self.config.env, worker.index, worker.dead,
+        )  # fmt: skip
+        if not self.indices:
+            raise RuntimeError(
+                f"{self.config.env}: rollout worker {worker.index}, the last one, cannot be "
+                f"restarted. The last checkpoint is untouched. {worker.dead}"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+@dataclass
+class Faults:
+    """Counts since the algorithm was built.
+
+    A lost fragment was asked for and never taken in, so `env_steps_lost` is at most what the
+    environments really did in vain.
+    """
+
+    workers_lost: int = 0  # processes that died, or whose node did
+    env_errors: int = 0  # exceptions of an environment
+    timeouts: int = 0  # answers that took longer than `sample_timeout_s`
+    restarts: int = 0  # workers that came back
+    fragments_lost: int = 0
+    env_steps_lost: int = 0
+    fragments_stale: int = 0  # dropped because of `max_staleness`
+    env_steps_stale: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""RLlib algorithms as they are trained here: base class, configuration, evaluation, stops."""

@@ -1,0 +1,1 @@
+"""`qvpo train`: from the command's words to a run directory."""

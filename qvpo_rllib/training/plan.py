@@ -1,0 +1,218 @@
+"""From the command line's words to a checked training plan, before anything starts."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import torch
+
+from qvpo_rllib.algorithms import AlgorithmEntry, entry_of
+from qvpo_rllib.core.options import Options, parse_option, require_at_least
+from qvpo_rllib.rollout.environments import check_environment_id, check_spaces, filter_warnings
+
+EVALUATION_EPISODES = 10
+INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(min)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Everything a training run is, resolved: what `config.json` in the run directory holds."""
+
+    env: str
+    preset: str
+    seed: int
+    env_steps: int
+    eval_interval: int
+    num_env_runners: int
+    num_envs_per_env_runner: int
+    num_gpus: float
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    # Beside the checkpoint at every evaluation: one after so many env steps, or so many minutes.
+    checkpoint_env_steps: int | None = None
+    checkpoint_minutes: float | None = None
+    keep_checkpoints: int = 1
+    algo: str = "qvpo"  # runs of older versions do not say
+
+    def __post_init__(self) -> None:
+        entry_of(self.algo)
+        for name, least in (
+            ("env_steps", 1),
+            ("eval_interval", 1),
+            ("num_envs_per_env_runner", 1),
+            ("num_env_runners", 0),
+            ("seed", 0),
+            ("keep_checkpoints", 1),
+        ):
+            require_at_least("--" + name.replace("_", "-"), getattr(self, name), least)
+
+    @property
+    def algorithm(self) -> AlgorithmEntry:
+        return entry_of(self.algo)
+
+    @property
+    def title(self) -> str:
+        """Names the run on the screen: "SAC on Hopper-v5 (light, seed 0)"."""
+        return f"{self.algorithm.label} on {self.env} ({self.preset}, seed {self.seed})"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def iteration_steps(self) -> int:
+        """Env steps between two status updates: about a hundredth of an evaluation interval.
+
+        All environments step together, so it is a multiple of their number, and one that meets
+        the evaluation's env steps exactly where there is one.
+        """
+        num_envs = self.num_envs_per_env_runner * max(1, self.num_env_runners)
+        least = -(-self.eval_interval // 100 // num_envs) * num_envs
+        multiples = range(max(num_envs, least), self.eval_interval + 1, num_envs)
+        return next((m for m in multiples if self.eval_interval % m == 0), max(num_envs, least))
+
+    def build_config(self) -> Any:
+        """The RLlib configuration. Evaluation is called for by env steps, not by iterations."""
+        config = self.algorithm.load().get_default_config()
+        config.environment(self.env).training(**self.hyperparameters)
+        config.env_runners(
+            num_env_runners=self.num_env_runners,
+            num_envs_per_env_runner=self.num_envs_per_env_runner,
+        )
+        config.resources(num_gpus=self.num_gpus)
+        # Before every training step RLlib asks each lost worker whether it is back; one whose node
+        # is gone would cost the default, 30 s, every time.
+        config.fault_tolerance(env_runner_health_probe_timeout_s=0.1)
+        config.debugging(seed=self.seed, log_level="ERROR")
+        config.reporting(
+            min_sample_timesteps_per_iteration=self.iteration_steps(),
+            metrics_num_episodes_for_smoothing=10,
+        )
+        config.evaluation(
+            evaluation_interval=10**9,
+            evaluation_duration=EVALUATION_EPISODES,
+            evaluation_config={
+                "explore": False,
+                "num_envs_per_env_runner": EVALUATION_EPISODES,
+            },
+        )
+        config.validate()
+        return config
+
+
+def make_plan(
+    *,
+    algo: str = "qvpo",
+    env: str | None,
+    preset: str | None,
+    seed: int,
+    env_steps: int | None,
+    eval_interval: int | None,
+    num_env_runners: int,
+    num_envs_per_env_runner: int | None,
+    num_gpus: float | None,
+    settings: Sequence[str],
+    checkpoint_interval: str | None = None,
+    keep_checkpoints: int = 1,
+) -> TrainingPlan:
+    """Resolves presets, options and the task's own values.
+
+    Args:
+        algo: a name in `ALGORITHMS`.
+        settings: "key=value" strings, each an option of the algorithm.
+        checkpoint_interval: "20000" (env steps) or "10min".
+
+    Raises:
+        ValueError: anything that would not run, named with what is allowed.
+    """
+    entry = entry_of(algo)
+    if preset is None:
+        preset = "quick" if env in (None, entry.runs["quick"].env) else "default"
+    options, defaults = entry.preset(preset), entry.runs[preset]
+    env = env or defaults.env
+    env_steps = defaults.env_steps if env_steps is None else env_steps
+    chosen = parse_settings(settings, entry.hyperparameters)
+    values = entry.for_task(entry.options({**options, **chosen}), env)
+    values = entry.for_run(values, env_steps, chosen)
+    checkpoint_env_steps, checkpoint_minutes = parse_interval(checkpoint_interval)
+    check_environment(env)
+    plan = TrainingPlan(
+        algo=algo,
+        env=env,
+        preset=preset,
+        seed=seed,
+        env_steps=env_steps,
+        eval_interval=defaults.eval_interval if eval_interval is None else eval_interval,
+        num_env_runners=num_env_runners,
+        num_envs_per_env_runner=(
+            defaults.num_envs if num_envs_per_env_runner is None else num_envs_per_env_runner
+        ),
+        num_gpus=resolve_gpus(num_gpus),
+        hyperparameters=values,
+        checkpoint_env_steps=checkpoint_env_steps,
+        checkpoint_minutes=checkpoint_minutes,
+        keep_checkpoints=keep_checkpoints,
+    )
+    plan.build_config()
+    return plan
+
+
+def parse_interval(text: str | None) -> tuple[int | None, float | None]:
+    """`--checkpoint-interval` as env steps or as minutes, whichever it is."""
+    if text is None:
+        return None, None
+    number, unit = INTERVAL.sub(r"\1", text), INTERVAL.sub(r"\2", text)
+    if not INTERVAL.fullmatch(text) or float(number) <= 0 or (not unit and "." in number):
+        raise ValueError(
+            f"--checkpoint-interval {text!r} is not allowed: give env steps, such as 20000, or "
+            "minutes, such as 10min or 0.5min; more than 0."
+        )
+    return (None, float(number)) if unit else (int(number), None)
+
+
+def parse_settings(settings: Sequence[str], kind: type[Options]) -> dict[str, Any]:
+    """`["k_behavior=8", "hidden=256,256"]` as a dict of checked types."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--set {setting!r} is not of the form key=value.")
+        values[name.strip()] = parse_option(name.strip(), text, kind)
+    return values
+
+
+def check_environment(env: str, env_config: dict[str, Any] | None = None) -> None:
+    """Makes the environment once: it must exist, and its spaces must suit a diffusion policy."""
+    check_environment_id(env)
+    filter_warnings()
+    try:
+        made = gym.make(env, **(env_config or {}))
+    except Exception as error:  # an environment's own code may raise anything
+        raise ValueError(
+            f"The environment {env!r} could not be made: {type(error).__name__}: {error}"
+        ) from error
+    try:
+        check_spaces(made.observation_space, made.action_space)
+    except ValueError as error:
+        raise ValueError(f"{env}: {error}") from error
+    finally:
+        made.close()
+
+
+def resolve_gpus(num_gpus: float | None) -> float:
+    """The number of GPUs asked for; without a wish, one if there is one."""
+    if num_gpus is not None and not 0 <= num_gpus <= 1:
+        raise ValueError(
+            f"--num-gpus {num_gpus:g} is not allowed: the learner uses one GPU at most (0, a "
+            "fraction, or 1). To use more, run several trials side by side with Ray Tune."
+        )
+    available = torch.cuda.is_available()
+    if num_gpus is None:
+        return 1.0 if available else 0.0
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    if num_gpus > 0 and not available and not on_cluster:
+        raise ValueError(
+            f"--num-gpus {num_gpus:g} was asked for, but PyTorch {torch.__version__} finds no CUDA "
+            "device. Use --num-gpus 0, or a machine and a PyTorch build with CUDA."
+        )
+    return num_gpus

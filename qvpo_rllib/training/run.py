@@ -1,0 +1,240 @@
+"""A training run from a plan to a run directory: the loop behind `qvpo train`."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qvpo_rllib.training.learning_curve import plot_learning_curve
+from qvpo_rllib.training.plan import TrainingPlan
+from qvpo_rllib.training.rows import evaluation_columns
+from qvpo_rllib.training.run_directory import RunDirectory
+from qvpo_rllib.training.status import TrainingStatus
+from qvpo_rllib.training.trainee import Trainee
+
+RETURN = "evaluation/return_mean"
+
+
+class TrainingRun:
+    """Trains until the plan's env steps; evaluates, records and saves on the way.
+
+    Args:
+        plan: what to train.
+        directory: where everything goes; `close` it afterwards.
+        resume: go on from `checkpoints/last` of the directory.
+    """
+
+    def __init__(self, plan: TrainingPlan, directory: RunDirectory, *, resume: bool) -> None:
+        self.plan = plan
+        self.directory = directory
+        self.algorithm: Any = plan.build_config().build_algo()
+        self.trainee: Trainee = plan.algorithm.trainee(self.algorithm)
+        self.best = float("-inf")
+        self.last: float | None = None
+        self._time_before_s = 0.0
+        self._evaluating = False
+        if resume:
+            self.trainee.restore(directory.checkpoint("last"))
+            directory.truncate_after(self.env_steps)
+            self._read_history()
+            directory.change_config(plan.to_dict())
+        self.status = TrainingStatus(
+            plan.env_steps, title=f"{plan.algorithm.label} {plan.env} {plan.preset}"
+        )
+        self._saved_at = self.env_steps if resume else -1
+        self._clock = CheckpointClock(plan.checkpoint_env_steps, plan.checkpoint_minutes)
+        self._clock.saved(self.env_steps, time.monotonic())
+
+    @property
+    def env_steps(self) -> int:
+        return self.trainee.env_steps
+
+    def run(self) -> None:
+        """Raises `KeyboardInterrupt` after Ctrl-C or SIGTERM, with everything saved."""
+        next_evaluation = self._next_evaluation()
+        iteration_steps = self.plan.iteration_steps()
+        with _interrupts(self.trainee, lambda: self._evaluating), self._showing_status():
+            try:
+                if self._evaluation_was_interrupted():
+                    self._record_evaluation(
+                        {
+                            "env_steps": self.env_steps,
+                            "updates": self.trainee.updates,
+                            "time_total_s": self._time_before_s,
+                        }
+                    )
+                # A run interrupted between two iterations meets the evaluations' env steps again.
+                aligned = -(-self.env_steps // iteration_steps) * iteration_steps
+                while self.env_steps < min(aligned, self.plan.env_steps):
+                    self.algorithm.training_step()
+                while self.env_steps < self.plan.env_steps:
+                    row = self._train()
+                    if self.env_steps >= next_evaluation:
+                        next_evaluation = self._next_evaluation()
+                        self._record_evaluation(row)
+                    else:
+                        self.directory.append(row)
+                        if self._clock.is_due(self.env_steps, time.monotonic()):
+                            self._save(is_best=False)
+            except KeyboardInterrupt:
+                self.status.note("Interrupted: saving the run …")
+                self._save(is_best=False)
+                self._draw()
+                raise
+
+    def close(self) -> None:
+        self.algorithm.stop()
+
+    def _next_evaluation(self) -> int:
+        """The env steps of the next evaluation; the last one is at the run's end."""
+        interval = self.plan.eval_interval
+        return min((self.env_steps // interval + 1) * interval, self.plan.env_steps)
+
+    def _evaluation_was_interrupted(self) -> bool:
+        """The run was stopped at env steps whose evaluation had not ended."""
+        evaluated_at = max(
+            (int(r["env_steps"] or 0) for r in self.directory.rows() if r.get(RETURN) is not None),
+            default=0,
+        )
+        interval, end = self.plan.eval_interval, self.plan.env_steps
+        at_the_end = self.env_steps >= end and evaluated_at < self.env_steps
+        return self.env_steps // interval > evaluated_at // interval or at_the_end
+
+    @contextlib.contextmanager
+    def _showing_status(self) -> Iterator[None]:
+        best = None if self.best == float("-inf") else self.best
+        self.status.start(env_steps_done=self.env_steps, best_return=best)
+        try:
+            yield
+        finally:
+            self.status.stop()
+
+    def _train(self) -> dict[str, Any]:
+        result = self.algorithm.train()
+        stats = self.trainee.learner_metrics(result)
+        episode_return = result["env_runners"].get("episode_return_mean")
+        episode_length = result["env_runners"].get("episode_len_mean")
+        losses = {n: stats[n] for n in self.plan.algorithm.losses if n in stats}
+        self.status.update(self.env_steps, self.trainee.updates, episode_return, losses)
+        return {
+            "env_steps": self.env_steps,
+            "updates": self.trainee.updates,
+            "time_total_s": self._time_before_s + result["time_total_s"],
+            "episode_return_mean": _number(episode_return),
+            "episode_length_mean": _number(episode_length),
+            **{f"learner/{name}": value for name, value in stats.items()},
+            **(self.trainee.worker_metrics(result) if self.plan.num_env_runners else {}),
+        }
+
+    def _record_evaluation(self, row: dict[str, Any]) -> None:
+        is_best = self._evaluate(row)
+        self.directory.append(row)
+        self._save(is_best=is_best)
+        self._draw()
+
+    def _evaluate(self, row: dict[str, Any]) -> bool:
+        """Adds an evaluation to `row` and says whether it is the best so far."""
+        # It may take minutes, and what is trained stays as it is: it can be stopped at any moment.
+        self._evaluating = True
+        try:
+            episodes = self.algorithm.evaluate()["env_runners"]
+        finally:
+            self._evaluating = False
+        columns = evaluation_columns(episodes)
+        row |= columns
+        self.last = columns[RETURN]
+        is_best = self.last >= self.best
+        self.best = max(self.best, self.last)
+        self.status.evaluation(
+            self.env_steps,
+            self.last,
+            columns["evaluation/return_std"],
+            int(columns["evaluation/episodes"]),
+            is_best,
+        )
+        return is_best
+
+    def _read_history(self) -> None:
+        """The best and last evaluation and the time of a run that is resumed."""
+        rows: list[dict[str, Any]] = [dict(row) for row in self.directory.rows()]
+        returns = [r[RETURN] for r in rows if RETURN in r]
+        if returns:
+            self.best, self.last = max(returns), returns[-1]
+        if rows:
+            self._time_before_s = float(rows[-1]["time_total_s"])
+
+    def _save(self, *, is_best: bool) -> None:
+        self.trainee.drain()  # first, since it adds env steps
+        if self.env_steps == self._saved_at and not is_best:
+            return
+        # Only the last ones are trained on, so `best` can do without what only training needs.
+        saved = self.directory.commit_checkpoint(
+            self.env_steps, self.trainee.save, best=is_best, prune=self.trainee.prune
+        )
+        self.trainee.saved_in(saved)
+        self._saved_at = self.env_steps
+        self._clock.saved(self.env_steps, time.monotonic())
+
+    def _draw(self) -> None:
+        self.directory.compact()
+        plot_learning_curve(
+            self.directory.rows(),
+            self.directory.path / "learning_curve.png",
+            title=self.plan.title,
+        )
+
+
+@contextlib.contextmanager
+def _interrupts(trainee: Trainee, at_once: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end training between two training steps, with everything saved.
+
+    Where `at_once()` is true nothing is being changed: there they end it on the spot.
+
+    A second one ends the process at once, saving nothing: its state may be half updated.
+    """
+
+    def handle(signum: int, frame: Any) -> None:
+        if trainee.stop_requested:
+            print("Stopped at once: checkpoints/last is as it was.", file=sys.stderr)
+            raise SystemExit(130)
+        trainee.request_stop()
+        if at_once():
+            raise KeyboardInterrupt
+
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+@dataclass
+class CheckpointClock:
+    """Neither interval: never due; a run saves at its evaluations anyway.
+
+    Args:
+        env_steps: a checkpoint whenever a multiple of these has been passed.
+        minutes: a checkpoint so long after the one before.
+    """
+
+    env_steps: int | None
+    minutes: float | None
+    saved_at_env_steps: int = 0
+    saved_at_s: float = 0.0
+
+    def saved(self, env_steps: int, now_s: float) -> None:
+        """There is a checkpoint of this moment."""
+        self.saved_at_env_steps, self.saved_at_s = env_steps, now_s
+
+    def is_due(self, env_steps: int, now_s: float) -> bool:
+        if self.env_steps is not None:
+            return env_steps // self.env_steps > self.saved_at_env_steps // self.env_steps
+        return self.minutes is not None and now_s - self.saved_at_s >= 60 * self.minutes

@@ -1,0 +1,1 @@
+"""`qvpo tune`: experiment files, Ray Tune, and the ledger of their trials."""

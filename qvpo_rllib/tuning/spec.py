@@ -1,0 +1,360 @@
+"""What an experiment is: algorithms x tasks x settings x seeds, and how they are run.
+
+An experiment file is YAML; `ExperimentSpec.from_dict` takes the same keys from Python. Everything
+is checked here, before anything starts.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qvpo_rllib.algorithms import ALGORITHMS, RUN_DEFAULTS, AlgorithmEntry, entry_of
+from qvpo_rllib.training.plan import check_environment
+from qvpo_rllib.tuning.search_space import Distribution, parse_space
+from qvpo_rllib.tuning.spec_file import Section, SpecError, read_yaml
+
+METHODS = ("grid", "random", "asha", "pbt", "optuna")
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How settings are found.
+
+    Attributes:
+        method: grid: every setting of the sweep; random: `num_samples` drawn from the space; asha:
+            either of them, the worst stopped early; pbt: a population, one member per seed; optuna:
+            `num_samples`, each chosen from the results before it.
+        num_samples: settings drawn from the space.
+        seed: of the draws.
+        grace_steps: asha: env steps before a trial can be stopped.
+        reduction: asha: one in so many goes on at each rung.
+        interval_steps: pbt: env steps between two perturbations.
+        quantile: pbt: share of the population that copies, and is copied.
+    """
+
+    method: str = "grid"
+    num_samples: int | None = None
+    seed: int = 0
+    grace_steps: int | None = None
+    reduction: int = 3
+    interval_steps: int | None = None
+    quantile: float = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """A second stage: the `top` settings of the search, run anew on `seeds` it never saw."""
+
+    seeds: tuple[int, ...]
+    top: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentSpec:
+    """A checked experiment; see `tune_configs/` for files and the README for the keys."""
+
+    name: str
+    algorithms: tuple[str, ...]
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    env_steps: int
+    preset: str
+    training: Setting  # options of every algorithm
+    per_algorithm: dict[str, Setting]  # and of one
+    settings: tuple[Setting, ...]
+    space: dict[str, Distribution]
+    search: Search
+    confirm: Confirmation | None
+    evaluation_interval: int  # env steps
+    evaluation_episodes: int
+    num_env_runners: int
+    num_envs_per_env_runner: int
+    num_cpus: int
+    num_gpus: float
+    max_concurrent: int | None
+    max_failures: int
+    checkpoint_every: int  # evaluations
+    checkpoint_replay: bool
+    storage: str
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ExperimentSpec":
+        """The experiment with these keys, as in a file. Raises `SpecError`, a `ValueError`."""
+        return _read(Section(values))
+
+    @classmethod
+    def load(cls, path: Path | str) -> "ExperimentSpec":
+        """The experiment in a YAML file. Raises `ValueError` with file, line and key."""
+        return read_yaml(Path(path), cls.from_dict)
+
+    def training_of(self, algorithm: str) -> Setting:
+        """The options of an algorithm's every trial, beside its preset."""
+        return {**self.training, **self.per_algorithm.get(algorithm, {})}
+
+    def base_of(self, algorithm: str) -> Setting:
+        """The same with the preset. Raises `ValueError` if the algorithm has no such preset."""
+        return {**entry_of(algorithm).preset(self.preset), **self.training_of(algorithm)}
+
+    @property
+    def swept(self) -> tuple[str, ...]:
+        """The options that differ between settings, in the order of the file."""
+        names = [name for setting in self.settings for name in setting]
+        return tuple(dict.fromkeys([*names, *self.space]))
+
+    @property
+    def steps_together(self) -> int:
+        """Env steps taken at once: the environments of all workers."""
+        return self.num_envs_per_env_runner * max(1, self.num_env_runners)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; equal for equal experiments."""
+        values = asdict(self)
+        values["space"] = {name: str(d) for name, d in self.space.items()}
+        return values
+
+
+def _read(root: Section) -> ExperimentSpec:
+    name = root.text("name")
+    if not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+        root.refuse("name", name, "letters, digits, '-', '_' and '.' (it names a directory)")
+    algorithms = root.items("algorithm", "qvpo")
+    for algorithm in algorithms:
+        if algorithm not in ALGORITHMS:
+            root.refuse("algorithm", algorithm, f"it must be one of {', '.join(ALGORITHMS)}")
+    preset = root.text("preset", "default", allowed=RUN_DEFAULTS)
+    defaults = entry_of(algorithms[0]).runs[preset]
+    tasks = root.items("task", defaults.env)
+    for task in tasks:
+        try:
+            check_environment(task)
+        except ValueError as error:
+            raise SpecError((*root.key, "task"), str(error)) from error
+    seeds = _seeds(root, "seeds")
+    env_steps = root.integer("env_steps", defaults.env_steps, least=1)
+    training = root.section("training").take_all()
+    per_algorithm = _per_algorithm(root.section("per_algorithm"), algorithms)
+    sweep = root.section("sweep")
+    settings = _settings(sweep)
+    space = parse_space(sweep.section("space"))
+    sweep.finish()
+    search = _search(root.section("search"), bool(space), env_steps)
+    confirm = _confirmation(root, seeds)
+    evaluation = root.section("evaluation")
+    interval = evaluation.integer("interval", min(defaults.eval_interval, env_steps), least=1)
+    episodes = evaluation.integer("episodes", 10, least=1)
+    evaluation.finish()
+    workers = root.section("workers")
+    num_env_runners = workers.integer("num_env_runners", 0)
+    num_envs = workers.integer("num_envs_per_env_runner", defaults.num_envs, least=1)
+    workers.finish()
+    resources = root.section("resources")
+    num_cpus = resources.integer("num_cpus", 1, least=1)
+    num_gpus = resources.number("num_gpus", 0.0)
+    if num_gpus > 1:
+        resources.refuse("num_gpus", num_gpus, "a trial uses one GPU or a fraction of one")
+    max_concurrent = resources.integer("max_concurrent", None, least=1)
+    max_failures = resources.integer("max_failures", 0)
+    resources.finish()
+    checkpoints = root.section("checkpoints")
+    every = checkpoints.integer("every", interval, least=1)
+    replay = checkpoints.flag("replay", True)
+    checkpoints.finish()
+    storage = root.text("storage", "results")
+    if "://" in storage:
+        root.refuse(
+            "storage", storage, "it must be a directory (on a cluster, one all nodes share)"
+        )
+    root.finish()
+    spec = ExperimentSpec(
+        name=name,
+        algorithms=tuple(algorithms),
+        tasks=tuple(tasks),
+        seeds=seeds,
+        env_steps=env_steps,
+        preset=preset,
+        training=training,
+        per_algorithm=per_algorithm,
+        settings=settings,
+        space=space,
+        search=search,
+        confirm=confirm,
+        evaluation_interval=interval,
+        evaluation_episodes=episodes,
+        num_env_runners=num_env_runners,
+        num_envs_per_env_runner=num_envs,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        max_concurrent=max_concurrent,
+        max_failures=max_failures,
+        checkpoint_every=max(1, every // interval),
+        checkpoint_replay=replay,
+        storage=storage,
+    )
+    _check_steps(spec, every)
+    _check_search(spec)
+    _check_options(spec)
+    return spec
+
+
+def _seeds(section: Section, name: str) -> tuple[int, ...]:
+    seeds = section.items(name, 0)
+    for seed in seeds:
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            section.refuse(name, seed, "seeds are integers of 0 or more, such as [0, 1, 2, 3, 4]")
+    return tuple(seeds)
+
+
+def _per_algorithm(section: Section, algorithms: Sequence[str]) -> dict[str, Setting]:
+    """`per_algorithm: {ppo: {lr: 1e-3}}`"""
+    found = {name: section.section(name).take_all() for name in algorithms}
+    section.finish()
+    return {name: options for name, options in found.items() if options}
+
+
+def _settings(sweep: Section) -> tuple[Setting, ...]:
+    """`settings` lists combinations, `grid` has axes: their product."""
+    listed = sweep.items("settings", {})
+    for number, setting in enumerate(listed):
+        if not isinstance(setting, Mapping):
+            raise SpecError(
+                (*sweep.key, "settings", number),
+                f"{setting!r} is not allowed: it must be a mapping, such as {{k_behavior: 4}}.",
+            )
+    grid = sweep.section("grid")
+    values = grid.take_all()
+    axes = {name: Section(values, grid.key).items(name) for name in values}
+    for name in axes:
+        if any(name in setting for setting in listed):
+            raise SpecError((*grid.key, name), "it is in `settings` too; keep one of them.")
+    points = [dict(zip(axes, p, strict=True)) for p in itertools.product(*axes.values())]
+    return tuple({**setting, **point} for setting in listed for point in points)
+
+
+def _search(section: Section, has_space: bool, env_steps: int) -> Search:
+    method = section.text("method", "random" if has_space else "grid", allowed=METHODS)
+    search = Search(
+        method=method,
+        num_samples=section.integer("num_samples", None, least=1),
+        seed=section.integer("seed", 0),
+        grace_steps=section.integer("grace_steps", None, least=1),
+        reduction=section.integer("reduction", 3, least=2),
+        interval_steps=section.integer("interval_steps", None, least=1),
+        quantile=section.number("quantile", 0.25),
+    )
+    section.finish()
+    for name, methods in (("grace_steps", ("asha",)), ("interval_steps", ("pbt",))):
+        value = getattr(search, name)
+        if value is not None and (method not in methods or value > env_steps):
+            section.refuse(name, value, f"it is for {methods[0]}, and at most {env_steps:,}")
+    if not 0 < search.quantile <= 0.5:
+        section.refuse("quantile", search.quantile, "it must be above 0 and at most 0.5")
+    return search
+
+
+def _confirmation(root: Section, seeds: tuple[int, ...]) -> Confirmation | None:
+    if "confirm" not in root:
+        root.take("confirm", None)
+        return None
+    section = root.section("confirm")
+    confirm = Confirmation(seeds=_seeds(section, "seeds"), top=section.integer("top", 1, least=1))
+    section.finish()
+    seen = sorted(set(confirm.seeds) & set(seeds))
+    if seen:
+        section.refuse(
+            "seeds", seen, "the search has used them; a setting is confirmed on seeds it never saw"
+        )
+    return confirm
+
+
+def _check_steps(spec: ExperimentSpec, checkpoint_every: int) -> None:
+    """Evaluations, checkpoints and the end fall on whole iterations: exactly these env steps."""
+    together, interval = spec.steps_together, spec.evaluation_interval
+    if interval % together:
+        raise SpecError(
+            ("evaluation", "interval"),
+            f"{interval} is not allowed: {together} environments step together, so it must be a "
+            f"multiple of {together}, such as {-(-interval // together) * together}.",
+        )
+    if spec.env_steps % interval:
+        raise SpecError(
+            ("env_steps",),
+            f"{spec.env_steps} is not allowed: it must be a multiple of the evaluation interval, "
+            f"{interval}, so that the last evaluation is at the end.",
+        )
+    if checkpoint_every % interval:
+        raise SpecError(
+            ("checkpoints", "every"),
+            f"{checkpoint_every} is not allowed: it must be a multiple of the evaluation interval, "
+            f"{interval} env steps.",
+        )
+
+
+def _check_search(spec: ExperimentSpec) -> None:
+    method, search = spec.search.method, spec.search
+    swept = len(spec.settings) > 1 or any(spec.settings)
+    needs_samples = method in ("random", "optuna") or (method == "asha" and bool(spec.space))
+    at = ("search", "method")
+    if method in ("random", "pbt", "optuna") and not spec.space:
+        raise SpecError(at, f"{method} draws settings: it needs sweep.space.")
+    if method == "grid" and spec.space:
+        raise SpecError(at, "grid runs every setting: it cannot draw from sweep.space.")
+    if method != "grid" and spec.space and swept:
+        raise SpecError(at, f"{method} draws from sweep.space; leave settings and grid out.")
+    if needs_samples and search.num_samples is None:
+        raise SpecError(("search",), f"num_samples is missing: how many settings {method} draws.")
+    if not needs_samples and search.num_samples is not None:
+        raise SpecError(
+            ("search", "num_samples"),
+            f"{search.num_samples} is not used by {method}"
+            + (": its population has one member per seed." if method == "pbt" else "."),
+        )
+    if method in ("asha", "optuna") and len(spec.seeds) > 1:
+        raise SpecError(
+            ("seeds",),
+            f"{method} compares trials with each other, so with several seeds it would keep lucky "
+            "ones: give one seed, and `confirm: {seeds: [...]}` to run the best on fresh seeds.",
+        )
+    if method in ("asha", "optuna", "pbt") and len(spec.tasks) * len(spec.algorithms) > 1:
+        raise SpecError(at, f"{method} searches one task with one algorithm.")
+    if method == "pbt" and len(spec.seeds) < 2:
+        raise SpecError(("seeds",), "pbt needs a population: a seed for each of its members.")
+    if spec.confirm is not None and method == "pbt":
+        raise SpecError(("confirm",), "pbt finds a schedule, not a setting: it has none to rerun.")
+    if method == "pbt":
+        for name in spec.space:
+            if name in ALGORITHMS[spec.algorithms[0]].fixed_by_checkpoint:
+                raise SpecError(
+                    ("sweep", "space", name), "pbt cannot change it: a checkpoint fits one value."
+                )
+
+
+def _check_options(spec: ExperimentSpec) -> None:
+    """Every algorithm must know every option and allow every value it could get."""
+    for algorithm in spec.algorithms:
+        for name in spec.training_of(algorithm):
+            if name in spec.swept:
+                raise SpecError(("training", name), "it is in the sweep too; keep one of them.")
+        entry = entry_of(algorithm)
+        try:
+            base = spec.base_of(algorithm)
+        except ValueError as error:
+            raise SpecError(("preset",), str(error)) from error
+        own = spec.per_algorithm.get(algorithm, {})
+        _check(entry, {n: v for n, v in base.items() if n not in own}, ("training",))
+        _check(entry, base, ("per_algorithm", algorithm))
+        for setting in spec.settings:
+            _check(entry, {**base, **setting}, ("sweep", "grid"))
+        for name, distribution in spec.space.items():
+            for value in distribution.values:
+                _check(entry, {**base, name: value}, ("sweep", "space"))
+
+
+def _check(entry: AlgorithmEntry, values: Setting, key: tuple[str, ...]) -> None:
+    try:
+        entry.options(values)
+    except ValueError as error:
+        named = [n for n in values if str(error).startswith((f"{n}=", f"There is no option {n!r}"))]
+        raise SpecError((*key, *named), str(error)) from error

@@ -1,0 +1,195 @@
+"""An experiment file: YAML as checked values, with errors that name file, line and key."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+KeyPath = tuple[str | int, ...]
+MISSING: Any = object()
+
+
+class SpecError(ValueError):
+    """A wrong value in an experiment; `key` is where it stands, as in ("search", "method")."""
+
+    def __init__(self, key: KeyPath, message: str) -> None:
+        self.key, self.message = key, message
+        super().__init__(f"{dotted(key)}: {message}" if key else message)
+
+
+class Section:
+    """A mapping whose keys are taken one by one; `finish` refuses those that nobody took."""
+
+    def __init__(self, values: Any, key: KeyPath = ()) -> None:
+        if values is None:
+            values = {}
+        if not isinstance(values, Mapping):
+            raise SpecError(key, f"{values!r} is not allowed: it must be a mapping, `key: value`.")
+        self._left = dict(values)
+        self._known: list[str] = []
+        self.key = key
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    def take(self, name: str, default: Any = MISSING) -> Any:
+        self._known.append(name)
+        if name not in self._left:
+            if default is MISSING:
+                raise SpecError(self.key, f"{name!r} is missing; it is required.")
+            return default
+        return self._left.pop(name)
+
+    def take_all(self) -> dict[str, Any]:
+        """Whatever is left, for a mapping whose keys are checked elsewhere."""
+        taken, self._left = self._left, {}
+        return taken
+
+    def section(self, name: str) -> "Section":
+        return Section(self.take(name, None), (*self.key, name))
+
+    def integer(self, name: str, default: Any = MISSING, *, least: int = 0) -> Any:
+        """An integer (1e6 and 1_000_000 count) of `least` or more; the default unchecked."""
+        given = name in self._left
+        value = self.take(name, default)
+        if not given:
+            return value
+        whole = isinstance(value, int | float) and not isinstance(value, bool)
+        if not whole or value != int(value) or value < least:
+            self.refuse(name, value, f"it must be an integer of {least} or more")
+        return int(value)
+
+    def number(self, name: str, default: Any = MISSING, *, least: float = 0.0) -> Any:
+        given = name in self._left
+        value = self.take(name, default)
+        if not given:
+            return value
+        if not isinstance(value, int | float) or isinstance(value, bool) or value < least:
+            self.refuse(name, value, f"it must be a number of {least:g} or more")
+        return float(value)
+
+    def text(self, name: str, default: Any = MISSING, *, allowed: Iterable[str] = ()) -> Any:
+        given = name in self._left
+        value = self.take(name, default)
+        if not given:
+            return value
+        allowed = tuple(allowed)
+        if not isinstance(value, str) or not value:
+            self.refuse(name, value, "it must be a word")
+        if allowed and value not in allowed:
+            self.refuse(
+                name, value, f"it must be one of {', '.join(allowed)}.{nearest(value, allowed)}"
+            )
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, value, "it must be true or false")
+        return bool(value)
+
+    def items(self, name: str, default: Any = MISSING) -> list[Any]:
+        """A list without repetitions; a single value counts as a list of one."""
+        value = self.take(name, default)
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        if not values:
+            self.refuse(name, value, "it must have at least one entry")
+        for number, item in enumerate(values):
+            if item in values[:number]:
+                raise SpecError((*self.key, name, number), f"{item!r} is listed twice.")
+        return values
+
+    def refuse(self, name: str, value: Any, allowed: str) -> None:
+        raise SpecError((*self.key, name), f"{value!r} is not allowed: {allowed.rstrip('.')}.")
+
+    def finish(self) -> None:
+        for name in self._left:
+            raise SpecError(
+                (*self.key, name),
+                f"there is no such key.{nearest(name, self._known)} "
+                f"Allowed here: {', '.join(self._known)}.",
+            )
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def dotted(key: KeyPath) -> str:
+    """("grid", "k_target", 1) → "grid.k_target[1]"."""
+    text = ""
+    for part in key:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+Made = TypeVar("Made")
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML 1.1 with 1e-4 as a number, which PyYAML takes for text, and no key given twice."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.lines: dict[KeyPath, int] = {}
+
+    def convert(self, node: yaml.Node, key: KeyPath = ()) -> Any:
+        """The value of `node`; `lines` gets the line of every key and list entry in it."""
+        self.lines.setdefault(key, node.start_mark.line + 1)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.convert(item, (*key, i)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            values: dict[str, Any] = {}
+            for name_node, value_node in node.value:
+                name = str(self.construct_object(name_node, deep=True))
+                place = (*key, name)
+                self.lines[place] = name_node.start_mark.line + 1
+                if name in values:
+                    raise SpecError(place, "this key is given twice; keep one.")
+                values[name] = self.convert(value_node, place)
+            return values
+        return self.construct_object(node, deep=True)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_yaml(path: Path, make: Callable[[Any], Made]) -> Made:
+    """`make` of the values in `path`.
+
+    Raises:
+        ValueError: no file, no YAML, or a `SpecError` of `make`; names file, line and key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"The experiment file {str(path)!r} cannot be read: {error}. Give a YAML file, such as "
+            "tune_configs/smoke.yaml."
+        ) from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise ValueError(f"The experiment file {str(path)!r} is empty.")
+        return make(loader.convert(node))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{path}, line {line}: this is not YAML: {error.problem}.") from None
+    except SpecError as error:
+        key = error.key
+        while key not in loader.lines:
+            key = key[:-1]
+        at = f"{path}, line {loader.lines[key]}"
+        name = f"{dotted(error.key)}: " if error.key else ""
+        raise ValueError(f"{at}: {name}{error.message}") from None
+    finally:
+        loader.dispose()

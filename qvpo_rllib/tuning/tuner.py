@@ -1,0 +1,258 @@
+"""From an experiment to a Ray Tune `Tuner`: trials, search, scheduler, checkpoints."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from qvpo_rllib.algorithms import entry_of
+from qvpo_rllib.runtime.base import SCORE
+from qvpo_rllib.tuning.interruption import PausingASHA, PausingFIFO, PausingPBT
+from qvpo_rllib.tuning.spec import ExperimentSpec, Setting
+
+STEPS = "num_env_steps_sampled_lifetime"
+EVALUATION = "evaluation/env_runners/episode_return_mean"
+TRAINING_RETURN = "env_runners/episode_return_mean"
+
+
+def build_tuner(
+    spec: ExperimentSpec,
+    algorithm: str | None = None,
+    *,
+    directory: Path | str | None = None,
+    callbacks: Sequence[tune.Callback] = (),
+) -> tune.Tuner:
+    """A `Tuner` for the trials of one algorithm; call its `fit()`.
+
+    One Tune iteration is one evaluation interval, so every result has an evaluation.
+
+    Args:
+        algorithm: which of `spec.algorithms`; may be left out if there is one.
+        directory: where the trials go, by default `<storage>/<name>/<algorithm>/tune`.
+        callbacks: of Ray Tune, beside its own loggers (JSON, CSV, TensorBoard).
+    """
+    if algorithm is None:
+        if len(spec.algorithms) > 1:
+            raise ValueError(
+                f"The experiment {spec.name!r} has several algorithms: build one Tuner for each of "
+                f"{', '.join(spec.algorithms)}."
+            )
+        algorithm = spec.algorithms[0]
+    if directory is None:
+        directory = Path(spec.storage) / spec.name / algorithm / "tune"
+    directory = Path(directory).expanduser().absolute()
+    space = fixed_config(spec, algorithm)
+    search, num_samples, scheduler = _search(spec, algorithm, space)
+    return tune.Tuner(
+        entry_of(algorithm).load(),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=scheduler,
+            num_samples=num_samples,
+            max_concurrent_trials=spec.max_concurrent,
+            trial_name_creator=functools.partial(_trial_name, swept=spec.swept),
+            trial_dirname_creator=functools.partial(_trial_name, swept=spec.swept),
+        ),
+        run_config=tune.RunConfig(
+            name=directory.name,
+            storage_path=str(directory.parent),
+            stop={STEPS: spec.env_steps},
+            failure_config=tune.FailureConfig(max_failures=spec.max_failures),
+            checkpoint_config=_checkpoints(spec),
+            callbacks=list(callbacks),
+            verbose=0,
+        ),
+    )
+
+
+def fixed_config(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
+    """What all trials share, by RLlib's names."""
+    entry = entry_of(algorithm)
+    options = entry.options(spec.base_of(algorithm))
+    options = entry.for_run(options, spec.env_steps, spec.training_of(algorithm))
+    return {
+        **options,
+        "env": spec.tasks[0],
+        "seed": spec.seeds[0],
+        "num_env_runners": spec.num_env_runners,
+        "num_envs_per_env_runner": spec.num_envs_per_env_runner,
+        "num_cpus_for_main_process": spec.num_cpus,
+        "num_gpus": spec.num_gpus,
+        "min_sample_timesteps_per_iteration": spec.evaluation_interval,
+        "metrics_num_episodes_for_smoothing": 10,
+        "evaluation_interval": 1,
+        "evaluation_duration": spec.evaluation_episodes,
+        "evaluation_config": {
+            "explore": False,
+            "num_envs_per_env_runner": min(10, spec.evaluation_episodes),
+        },
+        "replay_in_checkpoints": spec.checkpoint_replay,
+        "callbacks_class": ScoreCallback,
+        "log_level": "ERROR",
+    }
+
+
+def planned_trials(spec: ExperimentSpec, algorithm: str) -> list[Setting] | None:
+    """What sets each trial apart (env, seed, swept options), or None if the search decides.
+
+    Seeds are the outermost loop: an experiment that is cut short has every setting with the same
+    seeds rather than some settings with all of them.
+    """
+    if spec.search.method == "optuna":
+        return None
+    settings = drawn_settings(spec)
+    if spec.search.method == "pbt":  # members start from drawn settings
+        return [
+            {"env": spec.tasks[0], "seed": seed, **setting}
+            for seed, setting in zip(spec.seeds, settings, strict=True)
+        ]
+    entry = entry_of(algorithm)
+    base = spec.base_of(algorithm)
+    return [
+        {"env": task, "seed": seed, **_typed(entry.options({**base, **setting}), setting)}
+        for seed in spec.seeds
+        for task in spec.tasks
+        for setting in settings
+    ]
+
+
+def drawn_settings(spec: ExperimentSpec) -> list[Setting]:
+    """Every setting of the sweep; those drawn from a space depend on `search.seed` alone.
+
+    They are drawn beforehand, so that each runs with every seed and a resumed experiment has the
+    same ones.
+    """
+    if not spec.space:
+        return [dict(setting) for setting in spec.settings]
+    number = len(spec.seeds) if spec.search.method == "pbt" else spec.search.num_samples
+    random = np.random.RandomState(spec.search.seed)
+    drawn: list[Setting] = []
+    for _ in range(number or 0):
+        setting = {n: d.domain().sample(random_state=random) for n, d in spec.space.items()}
+        drawn.append({n: v.item() if hasattr(v, "item") else v for n, v in setting.items()})
+    return drawn
+
+
+def confirmation_spec(spec: ExperimentSpec, settings: Sequence[Setting]) -> ExperimentSpec:
+    """The second stage: these settings, every one with the fresh seeds."""
+    assert spec.confirm is not None
+    return dataclasses.replace(
+        spec,
+        seeds=spec.confirm.seeds,
+        settings=tuple(dict(s) for s in settings),
+        space={},
+        search=type(spec.search)(),
+        confirm=None,
+    )
+
+
+def _search(spec: ExperimentSpec, algorithm: str, space: dict[str, Any]) -> tuple[Any, int, Any]:
+    """Search algorithm, number of samples, scheduler; puts the swept options into `space`."""
+    if spec.search.method == "optuna":
+        space |= {name: d.domain() for name, d in spec.space.items()}
+        return _optuna(spec), int(spec.search.num_samples or 0), PausingFIFO()
+    points = planned_trials(spec, algorithm) or []
+    for name in points[0]:
+        # Tune takes points only for what varies; it keeps the order of the points.
+        space[name] = tune.choice([point[name] for point in points])
+    search = BasicVariantGenerator(points_to_evaluate=points, random_state=spec.search.seed)
+    return search, len(points), _scheduler(spec)
+
+
+def _scheduler(spec: ExperimentSpec) -> Any:
+    search = spec.search
+    if search.method == "asha":
+        return PausingASHA(
+            time_attr=STEPS,
+            metric=EVALUATION,
+            mode="max",
+            max_t=spec.env_steps,
+            grace_period=search.grace_steps or max(spec.evaluation_interval, spec.env_steps // 9),
+            reduction_factor=search.reduction,
+        )
+    if search.method == "pbt":
+        return PausingPBT(
+            time_attr=STEPS,
+            metric=EVALUATION,
+            mode="max",
+            perturbation_interval=search.interval_steps or max(1, spec.env_steps // 10),
+            hyperparam_mutations={name: d.domain() for name, d in spec.space.items()},
+            custom_explore_fn=functools.partial(_with_fresh_seed, mutated=tuple(spec.space)),
+            quantile_fraction=search.quantile,
+        )
+    return PausingFIFO()
+
+
+def _with_fresh_seed(config: dict[str, Any], mutated: Sequence[str]) -> dict[str, Any]:
+    """A member that copies another copies its seed too, and would see the same environments."""
+    options = zlib.crc32(repr([config[name] for name in mutated]).encode())
+    sequence = np.random.SeedSequence([config["seed"], options])
+    return {**config, "seed": int(sequence.generate_state(1)[0])}
+
+
+def _optuna(spec: ExperimentSpec) -> Any:
+    require("optuna", "search.method: optuna")
+    from ray.tune.search.optuna import OptunaSearch
+
+    return OptunaSearch(metric=EVALUATION, mode="max", seed=spec.search.seed)
+
+
+def require(package: str, wanted_by: str) -> None:
+    """Raises `ValueError` with the command that installs it if `package` is missing."""
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise ValueError(
+            f"{wanted_by} needs the package {package!r}, which is not installed. Install it with: "
+            f"pip install 'qvpo_rllib[{package}]'"
+        )
+
+
+def _checkpoints(spec: ExperimentSpec) -> tune.CheckpointConfig:
+    """The best and the last; a population keeps a few, as members copy each other's."""
+    population = spec.search.method == "pbt"
+    return tune.CheckpointConfig(
+        checkpoint_frequency=spec.checkpoint_every,
+        checkpoint_at_end=True,
+        num_to_keep=4 if population else 1,
+        checkpoint_score_attribute=None if population else SCORE,
+        checkpoint_score_order="max",
+    )
+
+
+def _trial_name(trial: Any, swept: Sequence[str]) -> str:
+    """A directory name such as "00003-Ant-v5-k_behavior=4-k_target=2-seed=0"."""
+    config = trial.config
+    setting = {name: config[name] for name in swept}
+    number = trial.trial_id.rsplit("_", 1)[-1]
+    parts = [number, str(config["env"]), *setting_texts(setting), f"seed={config['seed']}"]
+    return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in "-".join(parts))[:150]
+
+
+def setting_texts(setting: Mapping[str, Any]) -> list[str]:
+    """["k_behavior=4", "entropy_weight=0.01"]; numbers with four digits."""
+    texts = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in setting.items()}
+    return [f"{name}={text}" for name, text in texts.items()]
+
+
+def _typed(options: Mapping[str, Any], setting: Setting) -> Setting:
+    """A setting's values as the algorithm's option types have them: 1 → 1.0 for a weight."""
+    return {name: options[name] for name in setting}
+
+
+class ScoreCallback(RLlibCallback):  # type: ignore[misc]
+    """Ray Tune 2.60 looks for the score of a checkpoint at the top level alone: given a nested
+    name, it keeps the last checkpoint and deletes the best, silently."""
+
+    def on_train_result(self, *, algorithm: Any, result: dict[str, Any], **kwargs: Any) -> None:
+        evaluation = result.get("evaluation", {}).get("env_runners", {})
+        if "episode_return_mean" in evaluation:
+            result[SCORE] = evaluation["episode_return_mean"]
