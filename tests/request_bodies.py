@@ -4,7 +4,7 @@ import json
 
 from hypothesis import strategies as st
 
-from qvpo_rllib.serving.limits import MAX_K, MAX_ROWS
+from qvpo_rllib.serving.schema import MAX_K, MAX_ROWS
 
 OBS_DIM = 4  # of InvertedPendulum-v5
 ZEROS = "[0, 0, 0, 0]"

@@ -274,11 +274,11 @@ def test_from_checkpoint_refuses_another_format(altered: Any) -> None:
         QVPO.from_checkpoint(str(altered(format=99)))
 
 
-def test_a_policy_of_the_format_before_still_acts(
-    build: Any, tiny_config: Any, altered: Any
+def test_the_format_before_is_refused(
+    capsys: Any, build: Any, tiny_config: Any, altered: Any
 ) -> None:
     directory = str(altered(format=1))
-    assert cli.main(["evaluate", directory, "--episodes", "1"]) == 0
+    assert_refused(capsys, ["evaluate", directory], ["format 1", "reads format 2"])
     with pytest.raises(ValueError, match=r"format 1, .*reads format 2"):
         build(tiny_config()).restore(directory)
 

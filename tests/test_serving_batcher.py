@@ -11,8 +11,12 @@ import torch
 
 from qvpo_rllib.bench.http_load import fresh_bundle
 from qvpo_rllib.serving import load
-from qvpo_rllib.serving.batcher import Batcher, OverloadedError
-from qvpo_rllib.serving.limits import MAX_BATCH_SAMPLES, MAX_PENDING_REQUESTS
+from qvpo_rllib.serving.batcher import (
+    MAX_BATCH_SAMPLES,
+    MAX_PENDING_REQUESTS,
+    Batcher,
+    OverloadedError,
+)
 from qvpo_rllib.serving.models import Models
 from qvpo_rllib.serving.policy import NonFiniteActionError
 
@@ -30,13 +34,13 @@ def policy(bundle: Path, monkeypatch: Any) -> Any:
     policy: Any = load(bundle)
     policy.warm_up(1)
     policy.calls = []
-    select = policy.select
+    act = policy.act_with_noise
 
     def noting(obs: Any, noise: Any) -> Any:
         policy.calls.append(len(obs))
-        return select(obs, noise)
+        return act(obs, noise)
 
-    monkeypatch.setattr(policy, "select", noting)
+    monkeypatch.setattr(policy, "act_with_noise", noting)
     return policy
 
 
@@ -120,14 +124,16 @@ def test_a_client_that_left_is_not_computed_for(policy: Any) -> None:
 
 @pytest.mark.parametrize("k", [1, 8])
 def test_a_row_is_the_same_bits_in_every_batch_at_the_papers_sizes(bundle: Path, k: int) -> None:
-    """With K = 8, blocks of two rows give other bits in the other place on some machines."""
+    """With K = 8, two rows at once give other bits in the other place on some machines."""
     policy, rows = load(bundle), 24
     obs, noise = obs_of(0, rows), policy.draw_noise(rows, k, torch.Generator().manual_seed(1))
-    together, _ = policy.select(obs, noise)
+    together, _ = policy.act_with_noise(obs, noise)
     order = np.random.default_rng(0).permutation(rows)
-    np.testing.assert_array_equal(policy.select(obs[order], noise[:, order])[0], together[order])
+    shuffled, _ = policy.act_with_noise(obs[order], noise[:, order])
+    np.testing.assert_array_equal(shuffled, together[order])
     for row in (slice(3, 4), slice(4, 7)):
-        np.testing.assert_array_equal(policy.select(obs[row], noise[:, row])[0], together[row])
+        alone, _ = policy.act_with_noise(obs[row], noise[:, row])
+        np.testing.assert_array_equal(alone, together[row])
 
 
 def test_a_missing_bundle_goes_on_being_served(bundle: Path, tmp_path: Path) -> None:

@@ -112,29 +112,31 @@ def test_a_row_is_the_same_bits_in_every_batch(policy: Any, k: int, engine: str)
     policy = ServedPolicy(policy.description, policy.networks, engine)
     obs = torch.as_tensor(observations(40))
     noise = policy.draw_noise(40, k, seeded(9))
-    together, finite = policy.select(obs, noise)
+    together, finite = policy.act_with_noise(obs, noise)
     assert finite.all()
     order = np.random.default_rng(0).permutation(40)
-    shuffled, _ = policy.select(obs[order], noise[:, order])
+    shuffled, _ = policy.act_with_noise(obs[order], noise[:, order])
     np.testing.assert_array_equal(shuffled, together[order])
     for rows in (slice(0, 1), slice(5, 8), slice(39, 40)):
-        alone, _ = policy.select(obs[rows], noise[:, rows])
+        alone, _ = policy.act_with_noise(obs[rows], noise[:, rows])
         np.testing.assert_array_equal(alone, together[rows])
 
 
-def test_blocks_are_single_where_a_position_changes_the_bits(policy: Any, monkeypatch: Any) -> None:
-    """A machine whose matrix products depend on the row's place must not use blocks."""
+def test_where_products_depend_on_the_place_rows_go_one_by_one(
+    policy: Any, monkeypatch: Any
+) -> None:
     policy = ServedPolicy(policy.description, policy.networks, "eager")
-    place_dependent = ServedPolicy(policy.description, policy.networks, "eager")
-    block = place_dependent._block
+    obs = torch.as_tensor(observations(8))
+    noise = policy.draw_noise(8, 2, seeded(9))
+    expected, _ = policy.act_with_noise(obs, noise)
+    act = policy._selector.select
 
     def with_places(obs: Any, noise: Any) -> Any:
-        actions, q = block(obs, noise)
-        return actions, q + torch.arange(len(q)) * 1e-6
+        actions, q = act(obs, noise)
+        return actions + torch.arange(len(actions))[:, None] * 1e-3, q
 
-    monkeypatch.setattr(place_dependent, "_block", with_places)
-    assert policy._block_states_for(1) > 1
-    assert place_dependent._block_states_for(1) == 1
+    monkeypatch.setattr(policy._selector, "select", with_places)
+    np.testing.assert_array_equal(policy.act_with_noise(obs, noise)[0], expected)
 
 
 def test_loads_and_acts_without_ray_and_gymnasium(bundle: Path, policy: Any) -> None:
@@ -162,7 +164,8 @@ print(sorted(m for m in sys.modules if m.startswith("qvpo_rllib.") and m.count("
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert run.stdout.splitlines() == ["[]", "['qvpo_rllib.core', 'qvpo_rllib.serving']"]
+    rooms = [f"qvpo_rllib.{room}" for room in ("core", "ray_session", "serving", "version")]
+    assert run.stdout.splitlines() == ["[]", str(rooms)]
 
 
 def test_onnx_gives_the_same_actions(bundle: Path, policy: Any) -> None:
@@ -172,7 +175,7 @@ def test_onnx_gives_the_same_actions(bundle: Path, policy: Any) -> None:
     for num, k in ((1, 1), (1, 32), (6, 4)):
         obs, noise = observations(num), policy.draw_noise(num, k, seeded(num))
         actions, q = session.run(None, {"observations": obs, "noise": noise.numpy()})
-        expected = policy.scale.to_env(policy.select(torch.as_tensor(obs), noise)[0])
+        expected = policy.scale.to_env(policy.act_with_noise(torch.as_tensor(obs), noise)[0])
         np.testing.assert_allclose(actions, expected, atol=2e-5)
         assert q.shape == (num,)
 

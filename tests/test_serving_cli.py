@@ -103,7 +103,7 @@ def test_bench_serve_reports_loads_and_the_direct_call(
 ) -> None:
     host, port = served[1].removeprefix("http://").split(":")
     running = contextlib.nullcontext((host, int(port)))
-    monkeypatch.setattr("qvpo_rllib.cli.serve.serving", lambda *_, **__: running)
+    monkeypatch.setattr("qvpo_rllib.serving.server.serving", lambda *_, **__: running)
     assert cli.main(["bench", "serve", str(bundle), "--seconds", "0.5", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [load["clients"] for load in report["load"]] == [1, 16, 64]

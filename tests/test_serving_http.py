@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from request_bodies import BODIES, OBS_DIM, REFUSED
 
 from qvpo_rllib import cli
-from qvpo_rllib.cli.serve import start_serve
 from qvpo_rllib.play.evaluation import evaluate_checkpoint, evaluate_server
 from qvpo_rllib.ray_session import LOOPBACK
 from qvpo_rllib.serving import ServedPolicy, load
 from qvpo_rllib.serving.client import Client, ServerError
-from qvpo_rllib.serving.limits import MAX_BODY_BYTES, MAX_K, MAX_ROWS
+from qvpo_rllib.serving.schema import MAX_BODY_BYTES, MAX_K, MAX_ROWS
+from qvpo_rllib.serving.server import start_serve
 
 MODEL = "InvertedPendulum-v5"
 PATH = f"/v1/models/{MODEL}/act"

@@ -13,8 +13,8 @@ from torch import Generator
 
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.serving import Description, ServedPolicy, write_bundle
+from qvpo_rllib.serving.batcher import MAX_PENDING_REQUESTS
 from qvpo_rllib.serving.bundle import encode_parameters
-from qvpo_rllib.serving.limits import MAX_PENDING_REQUESTS
 from qvpo_rllib.serving.policy import PolicyNetworks
 
 WARM_UP_S = 1.0

@@ -30,8 +30,8 @@ def add(subcommands: Any) -> None:
 
 def _bench(options: argparse.Namespace) -> int:
     from qvpo_rllib.bench.http_load import fresh_bundle, measure_direct, measure_load
-    from qvpo_rllib.cli.serve import serving
     from qvpo_rllib.serving import load
+    from qvpo_rllib.serving.server import serving
 
     if not 0 < options.seconds <= 3600:
         raise ValueError(f"--seconds {options.seconds:g} is not allowed: from 0 to 3600.")

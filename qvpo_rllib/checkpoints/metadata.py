@@ -24,8 +24,6 @@ import xxhash
 from qvpo_rllib.files import FileRecord, check_file, record_of
 
 FORMAT = 2
-# Policies of format 1, which had no digests, can still be evaluated and exported.
-POLICY_FORMATS = (1, FORMAT)
 METADATA_FILE = "qvpo.json"
 REPLAY_DIRECTORY = "replay"
 IMPROVED_ACTIONS_FILE = "improved_actions.npy"
@@ -57,12 +55,11 @@ def _digest(metadata: dict[str, Any]) -> str:
     return str(xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode()))
 
 
-def read_metadata(directory: Path, formats: tuple[int, ...] = (FORMAT,)) -> dict[str, Any]:
-    """Reads `qvpo.json`.
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """Returns the content of `qvpo.json`.
 
     Raises:
-        ValueError: `directory` is no checkpoint, its `qvpo.json` is damaged, or its format is none
-            of `formats`.
+        ValueError: `directory` is no checkpoint, its `qvpo.json` is damaged, or of another format.
     """
     if not directory.is_dir():
         raise ValueError(f"There is no checkpoint directory {str(directory)!r}.")
@@ -75,17 +72,17 @@ def read_metadata(directory: Path, formats: tuple[int, ...] = (FORMAT,)) -> dict
     try:
         metadata: dict[str, Any] = json.loads(file.read_text())
         found = metadata["format"]
-        for name in ("env", "shapes", "hyperparameters", "ledger", "replay"):
+        for name in ("algorithm", "env", "shapes", "hyperparameters", "ledger", "replay"):
             metadata[name]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} is damaged ({error}); use another checkpoint.") from error
-    if found not in formats:
+    if found != FORMAT:
         raise ValueError(
             f"{str(directory)!r} is of checkpoint format {found!r}, written by qvpo_rllib "
-            f"{metadata.get('package_version')}; this version reads format {formats[-1]}. Install "
+            f"{metadata.get('package_version')}; this version reads format {FORMAT}. Install "
             "a matching version of qvpo_rllib."
         )
-    if found == FORMAT and metadata.get("digest") != _digest(metadata):
+    if metadata.get("digest") != _digest(metadata):
         raise ValueError(
             f"{str(file)!r} is damaged: its content does not have the digest that it states; use "
             "another checkpoint."
@@ -99,7 +96,7 @@ def check_files(directory: Path, metadata: dict[str, Any], under: str = "") -> N
     Args:
         under: look at the files of this subdirectory alone.
     """
-    for name, record in metadata.get("files", {}).items():
+    for name, record in metadata["files"].items():
         if name.startswith(under):
             check_file(directory / name, FileRecord(*record))
 
@@ -116,9 +113,7 @@ def drop_replay(directory: Path) -> None:
 
 def check_compatible(found: dict[str, Any], own: dict[str, Any], directory: Path) -> None:
     """Raises `ValueError` if checkpoint `found` does not fit the algorithm `own`."""
-    # Checkpoints say which algorithm's they are since there is more than one.
-    pairs = [("algorithm", found.get("algorithm", "QVPO"), own["algorithm"])]
-    pairs += [(name, found[name], own[name]) for name in ("env", "shapes")]
+    pairs = [(name, found[name], own[name]) for name in ("algorithm", "env", "shapes")]
     theirs_hp, own_hp = found["hyperparameters"], own["hyperparameters"]
     pairs += [(name, theirs_hp.get(name), own_hp[name]) for name in own["fixed_by_checkpoint"]]
     for name, theirs, ours in pairs:

@@ -13,10 +13,7 @@ from typing import NoReturn
 from qvpo_rllib.cli import (
     bandit,
     bench,
-    evaluate,
-    export,
-    record,
-    replay,
+    play,
     report,
     serve,
     theorem2,
@@ -27,7 +24,7 @@ from qvpo_rllib.cli.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUP
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.ray_session import keep_private
 
-COMMANDS = (train, evaluate, record, tune, report, export, replay, serve, bandit, theorem2, bench)
+COMMANDS = (train, play, tune, report, serve, bandit, theorem2, bench)
 
 
 class _Parser(argparse.ArgumentParser):

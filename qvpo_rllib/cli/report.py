@@ -30,7 +30,7 @@ def _report(options: argparse.Namespace) -> int:
 
     action_time = None
     if options.time_actions:
-        from qvpo_rllib.play.action_time import action_time_ms
+        from qvpo_rllib.play.trained_policy import action_time_ms
 
         action_time = action_time_ms
     page = build_report(options.results, options.out, action_time)

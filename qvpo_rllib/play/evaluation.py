@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.options import require_at_least
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
-from qvpo_rllib.play.trained_policy import find_checkpoint, load_player
+from qvpo_rllib.play.trained_policy import TrainedPolicy
 from qvpo_rllib.rollout.episodes import Episode, Hooks, run_episodes
 from qvpo_rllib.serving.client import Client, ServerError
 from qvpo_rllib.training.plan import check_environment
@@ -85,15 +85,15 @@ def evaluate_checkpoint(
         ValueError: nothing to evaluate there, of another format, or its environment is missing.
     """
     _check(episodes, k, seed)
-    player = load_player(path)
+    policy = TrainedPolicy.load(path)
 
     def act(obs: NDArray[np.float32], step_seed: int) -> NDArray[np.floating]:
-        return player.act(obs, k, torch.Generator().manual_seed(step_seed))
+        return policy.act(obs, k, torch.Generator().manual_seed(step_seed))
 
-    shapes = (player.obs_dim, player.act_low, player.act_high)
-    episodes_played = _play(player.env, player.env_config, shapes, act, episodes, seed, record)
-    source = str(find_checkpoint(path))
-    return Evaluation(player.env, player.k if k is None else k, seed, source, episodes_played)
+    shapes = (policy.obs_dim, policy.scale.low.tolist(), policy.scale.high.tolist())
+    episodes_played = _play(policy.env, policy.env_config, shapes, act, episodes, seed, record)
+    k = policy.k if k is None else k
+    return Evaluation(policy.env, k, seed, str(policy.source), episodes_played)
 
 
 def evaluate_server(

@@ -1,12 +1,10 @@
 """A trained policy that plays: of any algorithm's checkpoint, run directory or bundle."""
 
-import importlib.metadata
-import platform
-from collections.abc import Callable
+import pickle
+import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,95 +12,98 @@ from ray.rllib.policy.policy import Policy
 from torch import Generator
 
 from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
-from qvpo_rllib.checkpoints.metadata import (
-    POLICIES_DIRECTORY,
-    POLICY_FORMATS,
-    check_files,
-    read_metadata,
-)
+from qvpo_rllib.checkpoints.metadata import POLICIES_DIRECTORY, check_files, read_metadata
 from qvpo_rllib.checkpoints.staging import committed
 from qvpo_rllib.core.action_scale import ActionScale
-from qvpo_rllib.serving.bundle import (
-    DESCRIPTION_FILE,
-    build_networks,
-    digest,
-    encode_parameters,
-    load,
-)
-from qvpo_rllib.serving.description import Description
-from qvpo_rllib.serving.policy import ServedPolicy
+from qvpo_rllib.serving.bundle import DESCRIPTION_FILE, load
+from qvpo_rllib.serving.policy import BestOfKPolicy
 
-# Observations [B, O], K (None: the policy's own), noise → actions [B, A] in the environment's box.
-Act = Callable[[NDArray[np.float32], int | None, Generator], NDArray[np.floating]]
+POLICY_DIRECTORY = f"{POLICIES_DIRECTORY}/default_policy"
+# Wherever it was trained: a policy that only acts needs no learner, and acts on the CPU.
+ACTING_ONLY = {"in_evaluation": True, "num_gpus": 0}
+WARM_UP, REPEATS = 20, 200  # of `action_time_ms`
 
 
 @dataclass(frozen=True)
-class Player:
-    """What an evaluation needs to know of a policy.
+class TrainedPolicy:
+    """A policy that acts as in its evaluations, with what playing needs to know of it.
 
     Attributes:
+        source: the checkpoint or bundle that it was loaded from.
+        env, env_config: what it was trained on.
+        scale: to the environment's action box.
         k: actions drawn per state unless told otherwise; None if the policy draws just one.
     """
 
+    source: Path
+    algorithm: str
     env: str
     env_config: dict[str, Any]
     obs_dim: int
-    act_low: list[float]
-    act_high: list[float]
+    scale: ActionScale
     k: int | None
-    act: Act
+    _policy: Any  # BestOfKPolicy, or one of RLlib's that draws one action
 
+    @classmethod
+    def load(cls, path: Path) -> "TrainedPolicy":
+        """Returns the policy of a bundle, a checkpoint or a run directory (its best, else last).
 
-def load_player(path: Path) -> Player:
-    """The policy of a bundle, a checkpoint or a run directory (its best).
+        Loading a checkpoint unpickles it, which runs code: load only your own. A bundle runs none.
 
-    Loading a checkpoint unpickles it, which runs code: load only your own. A bundle runs none.
+        Raises:
+            ValueError: there is neither, or it is damaged or of another format.
+        """
+        source = find_checkpoint(path)
+        if (source / DESCRIPTION_FILE).is_file():
+            served = load(source)
+            d = served.description
+            shape = d.obs_dim, served.scale, d.k_eval
+            return cls(source, "QVPO", d.env, d.env_config, *shape, served)
+        metadata, policy = load_checkpoint(source)
+        space = policy.action_space_struct
+        scale, k = ActionScale(space.low, space.high), None
+        if isinstance(policy, QVPOTorchPolicy):
+            # As from a bundle: the same bits, whatever engine it was trained with.
+            k = policy.hp.k_eval
+            policy = BestOfKPolicy(policy.networks, scale, k)
+        return cls(
+            source,
+            metadata["algorithm"],
+            metadata["env"],
+            metadata["env_config"] or {},
+            metadata["shapes"][0],
+            scale,
+            k,
+            policy,
+        )
 
-    Raises:
-        ValueError: there is neither, or it is damaged or of another format.
-    """
-    directory = find_checkpoint(path)
-    if (directory / DESCRIPTION_FILE).is_file() or algorithm_of(directory) == EXPORTED:
-        policy = load_policy(directory)
-        d = policy.description
-        return Player(d.env, d.env_config, d.obs_dim, d.act_low, d.act_high, d.k_eval, policy.act)
-    return _of_one_action(directory)
+    def act(
+        self,
+        obs: NDArray[np.floating],
+        k: int | None = None,
+        generator: Generator | None = None,
+    ) -> NDArray[np.floating]:
+        """Returns an action in the environment's box for each observation: [B, O] → [B, A].
 
+        Args:
+            k: actions drawn per observation, of which the best is taken; the policy's own if None.
+            generator: of whatever is drawn, on the CPU; the policy's own if None.
 
-def _of_one_action(directory: Path) -> Player:
-    """Of an algorithm that draws one action: it acts as in its evaluations."""
-    files = committed(directory)
-    metadata = read_metadata(files, POLICY_FORMATS)
-    check_files(files, metadata, under=POLICIES_DIRECTORY)
-    policy: Any = Policy.from_checkpoint(str(files / POLICIES_DIRECTORY / "default_policy"))
-    low, high = metadata["action_box"]
-    dtype = policy.action_space_struct.dtype
-    scale = ActionScale(np.asarray(low, dtype), np.asarray(high, dtype))
-
-    def act(obs: NDArray[np.float32], k: int | None, generator: Generator) -> NDArray[np.floating]:
+        Raises:
+            ValueError: wrong shape, or `k` for a policy that draws one action.
+        """
+        if isinstance(self._policy, BestOfKPolicy):
+            return self._policy.act(obs, k, generator)
         if k is not None:
             raise ValueError(
-                f"--k {k} is not allowed: {metadata['algorithm']} takes one action in each state. "
+                f"--k {k} is not allowed: {self.algorithm} takes one action in each state. "
                 "K is for QVPO."
             )
-        return scale.to_env(policy.choose(obs, explore=False, generator=generator))
-
-    env, env_config = str(metadata["env"]), metadata["env_config"] or {}
-    return Player(env, env_config, metadata["shapes"][0], low, high, None, act)
-
-
-PACKAGES = ("qvpo_rllib", "torch", "ray", "numpy", "safetensors")
-VERSION_DIGITS = 12  # of the parameters' SHA-256
-EXPORTED = "QVPO"  # the one algorithm whose policies become bundles
-
-
-def algorithm_of(directory: Path) -> str:
-    """Whose checkpoint it is; those of older versions are QVPO's. `ValueError` if it is none."""
-    return str(read_metadata(committed(directory), POLICY_FORMATS).get("algorithm", EXPORTED))
+        return self.scale.to_env(self._policy.choose(obs, explore=False, generator=generator))
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint meant by `path`: itself, or a run directory's best (else its last)."""
+    """Returns the checkpoint meant by `path`: itself, or a run directory's best (else its last)."""
     path = path.expanduser().resolve()
     for name in ("best", "last"):
         if (path / "checkpoints" / name).is_dir():
@@ -110,98 +111,56 @@ def find_checkpoint(path: Path) -> Path:
     return path
 
 
-def load_policy(path: Path) -> ServedPolicy:
-    """The policy of a bundle, a checkpoint or a run directory (its best).
+class Checkpoint(NamedTuple):
+    """A checkpoint's `qvpo.json` and the policy that it describes."""
 
-    Loading a checkpoint unpickles it, which runs code: load only your own. A bundle runs none.
-
-    Raises:
-        ValueError: there is neither, or it is damaged or of another format.
-    """
-    directory = find_checkpoint(path)
-    if (directory / DESCRIPTION_FILE).is_file():
-        return load(directory)
-    description, parameters = read_checkpoint(directory)
-    return ServedPolicy(description, build_networks(description, parameters))
+    metadata: dict[str, Any]
+    policy: Policy
 
 
-def read_checkpoint(
-    directory: Path, *, name: str | None = None, version: str | None = None
-) -> tuple[Description, bytes]:
-    """A checkpoint's policy as a bundle's description and parameters.
-
-    Args:
-        name: under which it will be served; the environment's id if None.
-        version: of the model; the beginning of the parameters' SHA-256 if None.
+def load_checkpoint(directory: Path) -> Checkpoint:
+    """Loads a checkpoint's policy, for acting alone and on the CPU. This runs code that is in it.
 
     Raises:
-        ValueError: no QVPO checkpoint, damaged, of another format, or a name that is not allowed.
+        ValueError: there is no checkpoint, or it is damaged, of another format, or contradictory.
     """
     files = committed(directory)
-    metadata = read_metadata(files, POLICY_FORMATS)
-    if algorithm_of(directory) != EXPORTED:
-        raise ValueError(
-            f"{str(directory)!r} is a checkpoint of {metadata['algorithm']}: bundles are made of "
-            f"{EXPORTED}'s policies alone. `qvpo evaluate` and `qvpo record` play it."
-        )
+    metadata = read_metadata(files)
     check_files(files, metadata, under=POLICIES_DIRECTORY)
-    policy = Policy.from_checkpoint(str(files / POLICIES_DIRECTORY / "default_policy"))
-    assert isinstance(policy, QVPOTorchPolicy)
-    sizes = [policy.obs_dim, policy.act_dim]
+    with (files / POLICY_DIRECTORY / "policy_state.pkl").open("rb") as file:
+        state = pickle.load(file)
+    state["policy_spec"]["config"].update(ACTING_ONLY)
+    policy = Policy.from_state(state)
+    sizes = [policy.observation_space.shape[0], policy.action_space_struct.shape[0]]
     if metadata["shapes"] != sizes:
         raise ValueError(
             f"{directory} contradicts itself: its policy has observation and action sizes {sizes}, "
             f"its qvpo.json says {metadata['shapes']}. It was changed, or put together from two."
         )
-    parameters = encode_parameters(policy.networks.state_dict())
-    version = version or digest(parameters)[:VERSION_DIGITS]
-    return _describe(policy, metadata, directory, name, version), parameters
+    return Checkpoint(metadata, policy)
 
 
-def _describe(
-    policy: QVPOTorchPolicy,
-    metadata: dict[str, Any],
-    directory: Path,
-    name: str | None,
-    version: str,
-) -> Description:
-    obs, act = policy.observation_space, policy.action_space_struct
-    env = str(metadata["env"])
-    run = directory.parents[1].name if directory.parent.name == "checkpoints" else None
-    return Description(
-        name=name or env.rsplit("/", 1)[-1].rsplit(":", 1)[-1],
-        version=version,
-        env=env,
-        env_config=metadata["env_config"] or {},
-        obs_dim=policy.obs_dim,
-        obs_dtype=str(obs.dtype),
-        obs_low=_bounds(obs.low),
-        obs_high=_bounds(obs.high),
-        act_low=act.low.tolist(),
-        act_high=act.high.tolist(),
-        act_dtype=str(act.dtype),
-        hidden=list(policy.hp.hidden),
-        diffusion_steps=policy.hp.diffusion_steps,
-        noise_schedule=policy.hp.noise_schedule,
-        k_behavior=policy.hp.k_behavior,
-        k_eval=policy.hp.k_eval,
-        source={
-            "run": run,
-            "checkpoint": directory.name,
-            "seed": metadata.get("seed"),
-            "env_steps": metadata["ledger"].get("ingested"),
-            "updates": metadata["ledger"].get("done"),
-            "trained_with": {
-                "qvpo_rllib": metadata.get("package_version"),
-                "ray": metadata.get("ray_version"),
-                "torch": metadata.get("torch_version"),
-            },
-        },
-        versions={package: importlib.metadata.version(package) for package in PACKAGES}
-        | {"python": platform.python_version()},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+def action_time_ms(run: Path) -> float | None:
+    """Returns the median milliseconds of one observation's action, as in the paper's Table 4.
 
+    It is measured on this machine with the best of `k_eval` actions where there is such a number.
+    Loading a checkpoint runs code: load only your own.
 
-def _bounds(values: NDArray[Any]) -> list[float | None]:
-    return [float(value) if np.isfinite(value) else None for value in values]
+    Args:
+        run: the directory of a run or of a trial, whose newest checkpoint is loaded.
+
+    Returns:
+        None if the run has no checkpoint.
+    """
+    checkpoint = max(run.glob("checkpoint_*"), default=run / "checkpoints" / "last")
+    if not (checkpoint / POLICY_DIRECTORY).is_dir():
+        return None
+    policy = TrainedPolicy.load(checkpoint)
+    generator = Generator()
+    obs = np.zeros((1, policy.obs_dim), np.float32)
+    times_s = []
+    for _ in range(WARM_UP + REPEATS):
+        start = time.perf_counter()
+        policy.act(obs, None, generator)
+        times_s.append(time.perf_counter() - start)
+    return float(np.median(times_s[WARM_UP:])) * 1e3

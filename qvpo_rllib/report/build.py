@@ -45,13 +45,13 @@ figure img { width: 26em; max-width: 100%; }
 def build_report(
     paths: Sequence[Path],
     out: Path,
-    action_time: Callable[[Run], float | None] | None = None,
+    action_time: Callable[[Path], float | None] | None = None,
 ) -> Path:
     """Writes the report over the results in `paths` and returns its `report.html`.
 
     Args:
-        action_time: measures the milliseconds of one action of a run's policy; None leaves the
-            column of the time table empty.
+        action_time: measures the milliseconds of one action of the policy in a run's directory;
+            None leaves the column of the time table empty.
 
     Raises:
         ValueError: a path without results, or `out` holds something else.
@@ -71,7 +71,7 @@ def build_report(
         _experiment(page, experiment, stage, members)
     measured = {}
     if action_time is not None:
-        times = {run.directory: action_time(run) for run in runs if run.directory}
+        times = {run.directory: action_time(Path(run.directory)) for run in runs if run.directory}
         measured = {directory: ms for directory, ms in times.items() if ms is not None}
     page.table("table1", returns_table(groups))
     page.table("times", time_table(groups, measured))

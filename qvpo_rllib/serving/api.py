@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from qvpo_rllib.serving.batcher import Batcher, OverloadedError
-from qvpo_rllib.serving.limits import MAX_BODY_BYTES, MAX_K, MAX_ROWS, MAX_SAMPLES
 from qvpo_rllib.serving.models import Models, Snapshot
 from qvpo_rllib.serving.policy import NonFiniteActionError, ServedPolicy
 from qvpo_rllib.serving.schema import (
+    MAX_BODY_BYTES,
+    MAX_K,
+    MAX_ROWS,
+    MAX_SAMPLES,
     ActReply,
     ActRequest,
     ErrorReply,
@@ -219,22 +223,8 @@ def _check(policy: ServedPolicy, observations: list[list[float]]) -> Any:
 
 
 def _info(policy: ServedPolicy, default: bool, problem: str | None) -> ModelInfo:
-    d = policy.description
-    return ModelInfo(
-        name=d.name,
-        version=d.version,
-        default=default,
-        env=d.env,
-        env_config=d.env_config,
-        obs_dim=d.obs_dim,
-        act_low=d.act_low,
-        act_high=d.act_high,
-        k_eval=d.k_eval,
-        k_max=MAX_K,
-        rows_max=MAX_ROWS,
-        source=d.source,
-        problem=problem,
-    )
+    more = {"default": default, "k_max": MAX_K, "rows_max": MAX_ROWS, "problem": problem}
+    return ModelInfo(**asdict(policy.description) | more)  # which takes what it has a field for
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

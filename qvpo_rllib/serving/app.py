@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 
 from qvpo_rllib.serving.api import create_api
+from qvpo_rllib.serving.batcher import MAX_PENDING_REQUESTS
 from qvpo_rllib.serving.bundle import load
-from qvpo_rllib.serving.limits import MAX_PENDING_REQUESTS
 from qvpo_rllib.serving.models import check_references
 
 

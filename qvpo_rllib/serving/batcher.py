@@ -12,8 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from qvpo_rllib.serving.limits import MAX_BATCH_SAMPLES, MAX_PENDING_REQUESTS, MAX_PENDING_SAMPLES
 from qvpo_rllib.serving.policy import NonFiniteActionError, ServedPolicy
+
+# A sample is one of the k actions drawn for an observation.
+MAX_BATCH_SAMPLES = 1_024  # of requests computed together
+MAX_PENDING_SAMPLES = 16_384
+MAX_PENDING_REQUESTS = 256
 
 
 class OverloadedError(Exception):
@@ -129,7 +133,9 @@ def _compute(batch: list[_Job]) -> list[Result | Exception]:
     started = time.perf_counter()
     policy, k = batch[0].policy, batch[0].k
     noise = [policy.draw_noise(len(job.obs), k, _generator(job.seed)) for job in batch]
-    actions, finite = policy.select(torch.cat([job.obs for job in batch]), torch.cat(noise, dim=1))
+    actions, finite = policy.act_with_noise(
+        torch.cat([job.obs for job in batch]), torch.cat(noise, dim=1)
+    )
     in_box = policy.scale.to_env(np.where(finite[:, None], actions, 0))
     computing_s = time.perf_counter() - started
     results: list[Result | Exception] = []

@@ -1,9 +1,9 @@
-"""`policy.json`: what a bundle says about its policy, checked field by field before it is used."""
+"""`policy.json`: what a bundle says of its policy, checked field by field before it is used."""
 
 import hashlib
 import json
-import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -54,11 +54,8 @@ class Description:
             value = getattr(self, name)
             if not holds(value):
                 raise ValueError(f"{name}={_short(value)} is not allowed: it must be {allowed}.")
-        for name, size in (
-            ("obs_low", self.obs_dim),
-            ("obs_high", self.obs_dim),
-            ("act_high", self.act_dim),
-        ):
+        sizes = {"obs_low": self.obs_dim, "obs_high": self.obs_dim, "act_high": self.act_dim}
+        for name, size in sizes.items():
             if len(getattr(self, name)) != size:
                 raise ValueError(f"{name} has {len(getattr(self, name))} numbers, not {size}.")
         if not all(low < high for low, high in zip(self.act_low, self.act_high, strict=True)):
@@ -83,7 +80,7 @@ class Description:
 
 
 def encode(description: Description, files: dict[str, str]) -> bytes:
-    """The text of `policy.json`.
+    """Returns the text of `policy.json`.
 
     Args:
         files: SHA-256 in hexadecimal of every other file of the bundle, by name.
@@ -99,7 +96,7 @@ def encode(description: Description, files: dict[str, str]) -> bytes:
 
 
 def decode(text: bytes) -> tuple[Description, dict[str, str]]:
-    """The inverse of `encode`. Raises `ValueError` that says what is wrong with the text."""
+    """Returns what `encode` was given. Raises `ValueError` that says what is wrong with it."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -117,7 +114,7 @@ def decode(text: bytes) -> tuple[Description, dict[str, str]]:
     if content.pop("digest", None) != _digest(content):
         raise ValueError("its digest does not fit its content: it was changed or cut short")
     files = content.pop("sha256", None)
-    if not isinstance(files, dict) or not all(_is_text(value) for value in files.values()):
+    if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         raise ValueError("sha256 must map names of files to hexadecimal digests")
     del content["format"], content["format_version"]
     names = {f.name for f in fields(Description)}
@@ -137,77 +134,58 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(NAME_PATTERN, value) is not None
+def _is_number(value: Any) -> bool:
+    """Returns whether it is a finite number; an integer may be too large for a float."""
+    is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max
 
 
 def _is_count(value: Any, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
-def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and abs(value) <= float(np.finfo(np.float64).max)
-        and math.isfinite(value)
-    )
+def _is_list(value: Any, most: int, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and len(value) <= most and all(map(holds, value))
 
 
-def _is_vector(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and 1 <= len(value) <= MAX_DIMS
-        and all(_is_number(v) for v in value)
-    )
-
-
-def _is_bound(value: Any) -> bool:
-    return isinstance(value, list) and all(v is None or _is_number(v) for v in value)
-
-
-def _is_float(value: Any) -> bool:
-    return value in FLOATS
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-_NAME = (_is_name, "1 to 64 letters, digits, dots, dashes and underscores")
-_COUNT = (lambda value: _is_count(value, MAX_STEPS), f"an integer from 1 to {MAX_STEPS}")
-_BOUND = (_is_bound, "a list of finite numbers or null")
-_VECTOR = (_is_vector, "a list of finite numbers")
-_FLOAT = (_is_float, "one of " + ", ".join(FLOATS))
-_DICT = (_is_dict, "an object")
-_TEXT = (_is_text, "a text")
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+# Whether a value is allowed, and what is.
+_Rule = tuple[Callable[[Any], bool], str]
+_TEXT: _Rule = (lambda value: isinstance(value, str), "a text")
+_OBJECT: _Rule = (lambda value: isinstance(value, dict), "an object")
+_NAME: _Rule = (
+    lambda value: isinstance(value, str) and re.fullmatch(NAME_PATTERN, value) is not None,
+    "1 to 64 letters, digits, dots, dashes and underscores",
+)
+_COUNT: _Rule = (lambda value: _is_count(value, MAX_STEPS), f"an integer from 1 to {MAX_STEPS}")
+_BOUND: _Rule = (
+    lambda value: _is_list(value, MAX_DIMS, lambda v: v is None or _is_number(v)),
+    "a list of finite numbers or null",
+)
+_VECTOR: _Rule = (
+    lambda value: value != [] and _is_list(value, MAX_DIMS, _is_number),
+    "a list of finite numbers",
+)
+_RULES: dict[str, _Rule] = {
     "name": _NAME,
     "version": _NAME,
     "env": _TEXT,
-    "env_config": _DICT,
+    "env_config": _OBJECT,
     "obs_dim": (lambda value: _is_count(value, MAX_DIMS), f"an integer from 1 to {MAX_DIMS}"),
     "obs_dtype": _TEXT,
     "obs_low": _BOUND,
     "obs_high": _BOUND,
     "act_low": _VECTOR,
     "act_high": _VECTOR,
-    "act_dtype": _FLOAT,
+    "act_dtype": (lambda value: value in FLOATS, f"one of {', '.join(FLOATS)}"),
     "hidden": (
-        lambda value: (
-            isinstance(value, list) and len(value) <= 64 and all(_is_count(v, 2**20) for v in value)
-        ),
+        lambda value: _is_list(value, 64, lambda v: _is_count(v, 2**20)),
         "a list of up to 64 positive integers",
     ),
     "diffusion_steps": _COUNT,
     "noise_schedule": _TEXT,
     "k_behavior": _COUNT,
     "k_eval": _COUNT,
-    "source": _DICT,
-    "versions": _DICT,
+    "source": _OBJECT,
+    "versions": _OBJECT,
     "created": _TEXT,
 }

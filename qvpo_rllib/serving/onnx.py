@@ -13,7 +13,6 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.serving.bundle import build_networks
 from qvpo_rllib.serving.description import Description
 from qvpo_rllib.serving.policy import PolicyNetworks
@@ -31,19 +30,22 @@ class OnnxPolicy(nn.Module):
     def __init__(self, description: Description, networks: PolicyNetworks) -> None:
         super().__init__()
         self.networks = networks
-        self.schedule = NoiseSchedule(description.noise_schedule, description.diffusion_steps)
         for name, bound in (("low", description.act_low), ("high", description.act_high)):
             self.register_buffer(name, torch.tensor(bound, dtype=torch.float32))
         self.register_buffer("time_part", networks.actor.time_part().detach())
 
     def forward(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        actor, critic = self.networks.actor, self.networks.critic
+        actor, critic, schedule = (
+            self.networks.actor,
+            self.networks.critic,
+            self.networks.schedule,
+        )
         obs_part = actor.obs_part(observations)[:, None]  # [B, 1, H]
         x = noise[0]
-        for i, t in enumerate(reversed(range(self.schedule.diffusion_steps))):
+        for i, t in enumerate(reversed(range(schedule.diffusion_steps))):
             pre = actor.mlp.first(0, x) + self.time_part[t] + obs_part
             step_noise = noise[i + 1] if t > 0 else None
-            x = self.schedule.p_sample(x, t, actor.mlp.tail(pre), step_noise)
+            x = schedule.p_sample(x, t, actor.mlp.tail(pre), step_noise)
         candidates = x.clamp(-1, 1)  # [B, K, A]
         q = critic(observations[:, None], candidates).amin(dim=0)  # [B, K]
         top_q, top = q.max(dim=1, keepdim=True)

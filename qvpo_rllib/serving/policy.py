@@ -1,18 +1,18 @@
-"""Acting with a policy so that a row's action is the same bits whatever else is in the batch.
+"""Acting with a QVPO policy so that a row's action is the same bits whatever else is in the batch.
 
 The native library computes every row by itself. Where it cannot be built, PyTorch's matrix products
-may round a row differently when the matrix has another height. So observations then go through the
-networks in blocks of one fixed height for each K, the last one padded, and a row's result must not
-depend on its place in the block either: that is measured on this machine, for every K, before the
-first block counts. Where it does not hold, higher blocks are tried, and in the end a block is a
-single observation.
+may round a row differently when the matrix has another height, so observations then go through the
+networks one by one.
 """
+
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
+from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import acting_engine, kernels_of
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
@@ -20,10 +20,6 @@ from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 from qvpo_rllib.serving.description import Description
 
 CPU = torch.device("cpu")
-# Rows (observations × K) of a block: fewer waste time on the overhead of each operation, more on
-# padding when a single observation comes.
-BLOCK_ROWS = 16
-PROBES = 2  # random blocks that are turned through all positions
 
 
 class NonFiniteActionError(ValueError):
@@ -37,36 +33,50 @@ class NonFiniteActionError(ValueError):
 
 
 class PolicyNetworks(nn.Module):
-    """Actor and twin critics, with the parameter names of a checkpoint."""
+    """Actor and twin critics, with the parameter names of a checkpoint, and the noise schedule."""
 
     def __init__(self, description: Description) -> None:
         super().__init__()
         d = description
         self.actor = NoisePredictor(d.obs_dim, d.act_dim, d.hidden, d.diffusion_steps)
         self.critic = TwinQ(d.obs_dim, d.act_dim, d.hidden)
+        self.schedule = NoiseSchedule(d.noise_schedule, d.diffusion_steps)
 
 
-class ServedPolicy:
+class ActingNetworks(Protocol):
+    """What acting needs of networks: a bundle's have it, and those that were trained."""
+
+    actor: NoisePredictor
+    critic: TwinQ
+    schedule: NoiseSchedule
+
+
+class BestOfKPolicy:
     """The best of K diffusion samples by the critics, in the environment's own action box.
 
-    Letters as in `core`: B observations, O and A their and the actions' dimensions, T steps.
+    It acts on the CPU. Letters as in `core`: B observations, O and A their and the actions'
+    dimensions, T steps.
 
     Args:
+        networks: on the CPU.
+        scale: from the networks' [-1, 1] to the environment's box.
+        k_eval: K of a call that gives none.
         engine: "auto", which is "native" where that can be built, or "eager".
     """
 
     def __init__(
-        self, description: Description, networks: PolicyNetworks, engine: str = "auto"
+        self,
+        networks: ActingNetworks,
+        scale: ActionScale,
+        k_eval: int,
+        engine: str = "auto",
     ) -> None:
-        self.description = description
-        self.networks = networks
-        schedule = NoiseSchedule(description.noise_schedule, description.diffusion_steps)
+        self.networks, self.scale, self.k_eval = networks, scale, k_eval
+        self.obs_dim, self.act_dim = networks.critic.q1.part_dims
         kernels = kernels_of(acting_engine(engine, CPU), CPU).sampler
-        self._selector = ActionSelector(networks.actor, networks.critic, schedule, kernels)
-        self.scale = description.action_scale
+        self._selector = ActionSelector(networks.actor, networks.critic, networks.schedule, kernels)
         self.generator = Generator()
         self.generator.seed()
-        self._block_states: dict[int, int] = {}
 
     def act(
         self,
@@ -74,11 +84,11 @@ class ServedPolicy:
         k: int | None = None,
         generator: Generator | None = None,
     ) -> NDArray[np.floating]:
-        """The best of k actions for each observation.
+        """Returns the best of k actions for each observation.
 
         Args:
             observations: [B, O].
-            k: actions drawn per observation; the description's `k_eval` if None.
+            k: actions drawn per observation; `k_eval` if None.
             generator: of the diffusion noise, on the CPU; one of the policy's own if None.
 
         Returns:
@@ -89,23 +99,22 @@ class ServedPolicy:
             NonFiniteActionError: there is no finite action for one of the observations.
         """
         obs = self.check(observations)
-        k = self.description.k_eval if k is None else k
+        k = self.k_eval if k is None else k
         if k < 1:
             raise ValueError(f"k={k} is not allowed: it must be 1 or more.")
-        noise = self.draw_noise(obs.shape[0], k, generator or self.generator)
-        actions, finite = self.select(obs, noise)
+        actions, finite = self.act_with_noise(obs, self.draw_noise(len(obs), k, generator))
         if not finite.all():
             raise NonFiniteActionError(int(np.flatnonzero(~finite)[0]))
         return self.scale.to_env(actions)
 
     def check(self, observations: NDArray[np.floating]) -> Tensor:
-        """[B, O] float32 of finite numbers, or `ValueError`."""
+        """Returns [B, O] float32. Raises `ValueError` for a wrong shape or numbers not finite."""
         with np.errstate(over="ignore"):
             array = np.asarray(observations, dtype=np.float32)
-        if array.ndim != 2 or array.shape[1] != self.description.obs_dim:
+        if array.ndim != 2 or array.shape[1] != self.obs_dim:
             raise ValueError(
                 f"Observations have shape {list(array.shape)}; this policy needs "
-                f"[batch, {self.description.obs_dim}]."
+                f"[batch, {self.obs_dim}]."
             )
         if not np.isfinite(array).all():
             row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
@@ -115,13 +124,19 @@ class ServedPolicy:
             )
         return torch.tensor(array)
 
-    def draw_noise(self, num_rows: int, k: int, generator: Generator) -> Tensor:
-        """What `select` consumes, [T, num_rows, k, A]: as RLlib's policy draws it."""
-        d = self.description
-        return draw_noise(d.diffusion_steps, num_rows, k, d.act_dim, generator, CPU)
+    def draw_noise(self, num_rows: int, k: int, generator: Generator | None) -> Tensor:
+        """Returns the noise of `act_with_noise`, [T, num_rows, k, A]: as RLlib's policy draws it.
 
-    def select(self, obs: Tensor, noise: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """The best actions for obs [B, O] and noise [T, B, K, A].
+        Args:
+            generator: the policy's own one if None.
+        """
+        steps = self.networks.schedule.diffusion_steps
+        return draw_noise(steps, num_rows, k, self.act_dim, generator or self.generator, CPU)
+
+    def act_with_noise(
+        self, obs: Tensor, noise: Tensor
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Returns the best actions for obs [B, O] and noise [T, B, K, A].
 
         A row of the result depends on the same row of `obs` and `noise` alone, to the last bit.
 
@@ -129,68 +144,41 @@ class ServedPolicy:
             actions [B, A] in [-1, 1], and whether an action and its Q are finite, [B].
         """
         if self._selector.kernels.native:
-            actions, q = self._block(obs, noise)
-            return _with_finite(actions, q)
+            return self._act(obs, noise)
         threads = torch.get_num_threads()
-        # The bits may not depend on the number of cores either; blocks are too small to share.
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # the bits may not depend on the number of cores either
         try:
-            actions, q = self._in_blocks(obs, noise, self._block_states_for(noise.shape[2]))
+            actions = np.empty((len(obs), self.act_dim), np.float32)
+            finite = np.empty(len(obs), np.bool_)
+            for i in range(len(obs)):
+                row = slice(i, i + 1)
+                actions[row], finite[row] = self._act(obs[row], noise[:, row])
+            return actions, finite
         finally:
             torch.set_num_threads(threads)
-        return _with_finite(actions, q)
+
+    def _act(self, obs: Tensor, noise: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        actions, q = self._selector.select(obs, noise)
+        finite = torch.isfinite(actions).all(dim=1)
+        if q is not None:  # None for K = 1, which ranks nothing
+            finite &= torch.isfinite(q)
+        return actions.numpy(), finite.numpy()
 
     def warm_up(self, *ks: int) -> None:
         """Does what the first call for each K would do: 0.1 s that no caller should wait for."""
         for k in ks:
-            self.act(np.zeros((1, self.description.obs_dim), np.float32), k, Generator())
-
-    def _block_states_for(self, k: int) -> int:
-        """Observations per block for this K; probes the machine on first use (some 0.1 s)."""
-        if k not in self._block_states:
-            states = max(1, BLOCK_ROWS // k)
-            candidates = (states, 2 * states, 4 * states) if states > 1 else ()
-            free = (states for states in candidates if self._position_is_free(states, k))
-            self._block_states[k] = next(free, 1)
-        return self._block_states[k]
-
-    def _position_is_free(self, states: int, k: int) -> bool:
-        """Whether every row of a block gives the same bits at every position."""
-        generator = Generator().manual_seed(k)
-        for _ in range(PROBES):
-            obs = torch.randn(states, self.description.obs_dim, generator=generator)
-            noise = self.draw_noise(states, k, generator)
-            actions, q = self._block(obs, noise)
-            for shift in range(1, states):
-                rolled = self._block(obs.roll(shift, 0), noise.roll(shift, 1))
-                if not (
-                    torch.equal(rolled[0].roll(-shift, 0), actions)
-                    and torch.equal(rolled[1].roll(-shift, 0), q)
-                ):
-                    return False
-        return True
-
-    def _in_blocks(self, obs: Tensor, noise: Tensor, states: int) -> tuple[Tensor, Tensor]:
-        steps, num_rows, k, act_dim = noise.shape
-        actions, q = torch.empty(num_rows, act_dim), torch.empty(num_rows)
-        for start in range(0, num_rows, states):
-            rows = slice(start, min(start + states, num_rows))
-            count = rows.stop - start
-            block_obs = torch.zeros(states, obs.shape[1])
-            block_noise = torch.zeros(steps, states, k, act_dim)
-            block_obs[:count] = obs[rows]
-            block_noise[:, :count] = noise[:, rows]
-            block_actions, block_q = self._block(block_obs, block_noise)
-            actions[rows], q[rows] = block_actions[:count], block_q[:count]
-        return actions, q
-
-    def _block(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """`ActionSelector.select`, with a Q of 0 where K = 1 ranks nothing."""
-        actions, q = self._selector.select(obs, noise)
-        return actions, torch.zeros(obs.shape[0]) if q is None else q
+            self.act(np.zeros((1, self.obs_dim), np.float32), k, Generator())
 
 
-def _with_finite(actions: Tensor, q: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """actions [B, A], and whether a row of them and its Q are finite, [B]."""
-    finite = torch.isfinite(actions).all(dim=1) & torch.isfinite(q)
-    return actions.numpy(), finite.numpy()
+class ServedPolicy(BestOfKPolicy):
+    """The policy of a bundle.
+
+    Args:
+        engine: as for `BestOfKPolicy`.
+    """
+
+    def __init__(
+        self, description: Description, networks: PolicyNetworks, engine: str = "auto"
+    ) -> None:
+        super().__init__(networks, description.action_scale, description.k_eval, engine)
+        self.description = description

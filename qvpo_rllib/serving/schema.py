@@ -4,7 +4,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qvpo_rllib.serving.limits import MAX_K, MAX_ROWS
+# They bound memory and the time that one client can make others wait.
+MAX_BODY_BYTES = 4 * 2**20
+MAX_ROWS = 256  # observations of a request
+MAX_K = 256
+MAX_SAMPLES = 8_192  # observations × k of a request: about a second at the paper's network sizes
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Row = Annotated[list[Number], Field(min_length=1)]
