@@ -10,7 +10,7 @@ One row is a transition, oldest first; the columns have the names of RLlib's off
                    for itself
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def export_replay(path: Path, out: Path) -> Export:
         ValueError: no checkpoint or a damaged one, one without a replay, or `out` holds something.
     """
     directory = find_training_checkpoint(path)
-    metadata = checkpoint.read_metadata(directory)
+    metadata = asdict(checkpoint.Metadata.read(directory))
     segments = _segments(directory, metadata)
     replay = metadata["replay"]
     oldest = max(0, replay["num_added"] - replay["capacity"])

@@ -1,5 +1,6 @@
 """A trained policy that plays: of any algorithm's checkpoint, run directory or bundle."""
 
+import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Callable
@@ -16,9 +17,7 @@ from torch import Generator
 from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
 from qvpo_rllib.checkpoints.metadata import (
     POLICIES_DIRECTORY,
-    POLICY_FORMATS,
-    check_files,
-    read_metadata,
+    Metadata,
 )
 from qvpo_rllib.checkpoints.staging import committed
 from qvpo_rllib.core.action_scale import ActionScale
@@ -53,6 +52,10 @@ class Player:
     act: Act
 
 
+def asdict_of(directory: Path) -> dict[str, Any]:
+    return dataclasses.asdict(Metadata.read(directory))
+
+
 def load_player(path: Path) -> Player:
     """The policy of a bundle, a checkpoint or a run directory (its best).
 
@@ -72,8 +75,8 @@ def load_player(path: Path) -> Player:
 def _of_one_action(directory: Path) -> Player:
     """Of an algorithm that draws one action: it acts as in its evaluations."""
     files = committed(directory)
-    metadata = read_metadata(files, POLICY_FORMATS)
-    check_files(files, metadata, under=POLICIES_DIRECTORY)
+    metadata = asdict_of(files)
+    Metadata(**metadata).check_files(files, under=POLICIES_DIRECTORY)
     policy: Any = Policy.from_checkpoint(str(files / POLICIES_DIRECTORY / "default_policy"))
     low, high = metadata["action_box"]
     dtype = policy.action_space_struct.dtype
@@ -98,7 +101,7 @@ EXPORTED = "QVPO"  # the one algorithm whose policies become bundles
 
 def algorithm_of(directory: Path) -> str:
     """Whose checkpoint it is; those of older versions are QVPO's. `ValueError` if it is none."""
-    return str(read_metadata(committed(directory), POLICY_FORMATS).get("algorithm", EXPORTED))
+    return str(asdict_of(committed(directory)).get("algorithm", EXPORTED))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -138,13 +141,13 @@ def read_checkpoint(
         ValueError: no QVPO checkpoint, damaged, of another format, or a name that is not allowed.
     """
     files = committed(directory)
-    metadata = read_metadata(files, POLICY_FORMATS)
+    metadata = asdict_of(files)
     if algorithm_of(directory) != EXPORTED:
         raise ValueError(
             f"{str(directory)!r} is a checkpoint of {metadata['algorithm']}: bundles are made of "
             f"{EXPORTED}'s policies alone. `qvpo evaluate` and `qvpo record` play it."
         )
-    check_files(files, metadata, under=POLICIES_DIRECTORY)
+    Metadata(**metadata).check_files(files, under=POLICIES_DIRECTORY)
     policy = Policy.from_checkpoint(str(files / POLICIES_DIRECTORY / "default_policy"))
     assert isinstance(policy, QVPOTorchPolicy)
     sizes = [policy.obs_dim, policy.act_dim]
