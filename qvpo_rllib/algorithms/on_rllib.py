@@ -16,11 +16,10 @@ from qvpo_rllib.core.seeding import Stream, spawn_seed
 from qvpo_rllib.rollout.environments import action_scale
 from qvpo_rllib.rollout.episodes import run_episodes
 from qvpo_rllib.runtime.base import BaseAlgorithm
-from qvpo_rllib.runtime.config import BaseConfig
+from qvpo_rllib.runtime.config import REPLACED_OPTIONS, BaseConfig
+from qvpo_rllib.runtime.ray_private import is_frozen
 
 UPDATES = "num_updates"
-# RLlib's settings that `apply` makes of the hyperparameters.
-DERIVED = ("model", "optimizer", "replay_buffer_config")
 
 
 class ChoosingPolicy:
@@ -95,6 +94,8 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
 class OnRLlibConfig(BaseConfig):
     """Its `validate` turns the hyperparameters into RLlib's own settings, by `apply`."""
 
+    derived = tuple(REPLACED_OPTIONS)
+
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class)
         self.exploration_config = {"type": "StochasticSampling"}
@@ -102,24 +103,13 @@ class OnRLlibConfig(BaseConfig):
         self.simple_optimizer = True
         self.env_runners(env_runner_cls=SeededRolloutWorker)
 
-    def update_from_dict(self, config_dict: dict[str, Any]) -> Any:
-        """BaseConfig's; RLlib's would hand these three to `training()` when a checkpoint is
-        restored."""
-        derived = {name: config_dict[name] for name in DERIVED if name in config_dict}
-        if "class" not in config_dict:
-            derived = {}
-        super().update_from_dict({n: v for n, v in config_dict.items() if n not in derived})
-        for name, value in derived.items():
-            setattr(self, name, value)
-        return self
-
     def apply(self, hp: Any) -> None:
         """Sets RLlib's own settings by the hyperparameters."""
         raise NotImplementedError
 
     def validate(self) -> None:
         hp = self.hyperparameters()
-        if not self._is_frozen:
+        if not is_frozen(self):
             self.apply(hp)
         super().validate()
 

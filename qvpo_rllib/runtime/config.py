@@ -12,16 +12,17 @@ from qvpo_rllib.core.options import Options, check_name, options_of
 from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 from qvpo_rllib.runtime.ray_private import check_environment_id, check_setting
 
-# Options of RLlib's `training()` that some other option replaces here, where an algorithm has no
+# Settings of RLlib's `training()` and the options that replace them, where an algorithm has no
 # option of that name. They are refused, not ignored.
 REPLACED_OPTIONS = {
-    "lr": "actor_lr and critic_lr",
-    "train_batch_size": "batch_size",
-    "train_batch_size_per_learner": "batch_size",
-    "minibatch_size": "batch_size",
-    "num_epochs": "update_ratio",
-    "model": "hidden",
-    "optimizer": "actor_lr, critic_lr and adam_eps",
+    "lr": ("actor_lr", "critic_lr"),
+    "train_batch_size": ("batch_size",),
+    "train_batch_size_per_learner": ("batch_size", "train_batch_size"),
+    "minibatch_size": ("batch_size",),
+    "num_epochs": ("update_ratio",),
+    "model": ("hidden",),
+    "optimizer": ("actor_lr", "critic_lr", "adam_eps", "lr"),
+    "replay_buffer_config": ("replay_capacity", "train_batch_size"),
 }
 # Env steps of a fragment in asynchronous sampling: enough that sending one costs little beside it.
 ASYNC_FRAGMENT_STEPS = 64
@@ -42,6 +43,8 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
 
     hyperparameters_class: ClassVar[type[Options]]
     algorithm_name: ClassVar[str]  # in messages and checkpoints
+    # RLlib's settings that are made of the hyperparameters.
+    derived: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         """`help(….training)` and completion show the options with their defaults."""
@@ -85,10 +88,15 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
     def update_from_dict(self, config_dict: dict[str, Any]) -> Self:
         """RLlib's, but a name that nothing reads is refused instead of silently kept."""
         full_state = "class" in config_dict  # as in a checkpoint, with internal names
+        # Tune hands over whole configurations, with what `validate` made of the hyperparameters.
+        whole = full_state or set(options_of(self.hyperparameters_class)) <= set(config_dict)
         kept = {}
         for name, value in config_dict.items():
+            if whole and name in self.derived:
+                setattr(self, name, value)
+                continue
             if name in UNUSED_STATE or self._is_replaced(name):
-                # Tune hands over whole configs: a value that is there anyway says nothing.
+                # A value that is there anyway says nothing.
                 if not full_state and value != getattr(self, name, value):
                     self._refuse_unused(name)
                 continue
@@ -166,9 +174,11 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
                 f"{name} cannot be changed: {self.algorithm_name} runs on RLlib's old API stack."
             )
         if self._is_replaced(name):
+            known = options_of(self.hyperparameters_class)
+            *rest, last = [option for option in REPLACED_OPTIONS[name] if option in known]
+            instead = f"{', '.join(rest)} and {last}" if rest else last
             raise ValueError(
-                f"{self.algorithm_name} does not read {name!r}: use {REPLACED_OPTIONS[name]} "
-                "instead."
+                f"{self.algorithm_name} does not read {name!r}: use {instead} instead."
             )
 
 

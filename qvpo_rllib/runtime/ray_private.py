@@ -92,3 +92,8 @@ def check_setting(name: str, config: AlgorithmConfig) -> None:
     raise ValueError(
         f"There is no setting {name!r}." + (f" Did you mean {close[0]!r}?" if close else "")
     )
+
+
+def is_frozen(config: AlgorithmConfig) -> bool:
+    """Returns whether `config` can be changed no more."""
+    return bool(config._is_frozen)
