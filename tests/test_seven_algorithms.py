@@ -55,7 +55,8 @@ def config_of(name: str, num_workers: int = 0, **options: Any) -> Any:
 
 
 def weights_of(algorithm: Any) -> dict[str, Any]:
-    return {n: np.array(v) for n, v in algorithm.get_policy().model.state_dict().items()}
+    state = algorithm.get_policy().model.state_dict()
+    return {name: value.detach().cpu().numpy().copy() for name, value in state.items()}
 
 
 def assert_same_weights(one: Any, other: Any) -> None:
@@ -109,7 +110,7 @@ def test_a_whole_configuration_is_taken_as_it_is(name: str) -> None:
         ("resources", {"num_gpus": 2}, "num_gpus=2 is not allowed"),
         ("env_runners", {"remote_worker_envs": True}, "remote_worker_envs=True is not supported"),
         ("env_runners", {"observation_filter": "MeanStdFilter"}, "observation_filter="),
-        ("env_runners", {"normalize_actions": False}, "normalize_actions=False is not supported"),
+        ("environment", {"normalize_actions": False}, "normalize_actions=False is not supported"),
         ("learners", {"num_learners": 1}, "num_learners=1 is not supported"),
         ("evaluation", {"evaluation_duration_unit": "timesteps"}, "whole episodes"),
         ("environment", {"env": "InvertedPendulm-v5"}, "Did you mean 'InvertedPendulum-v5'"),

@@ -89,7 +89,9 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
         """RLlib's, but a name that nothing reads is refused instead of silently kept."""
         full_state = "class" in config_dict  # as in a checkpoint, with internal names
         # Tune hands over whole configurations, with what `validate` made of the hyperparameters.
-        whole = full_state or set(options_of(self.hyperparameters_class)) <= set(config_dict)
+        # RLlib writes `lambda_` without its underscore there.
+        options = {name.rstrip("_") for name in options_of(self.hyperparameters_class)}
+        whole = full_state or options <= {name.rstrip("_") for name in config_dict}
         kept = {}
         for name, value in config_dict.items():
             if whole and name in self.derived:
