@@ -1,4 +1,4 @@
-"""Evaluates on RLlib's workers: whole episodes, and every one of them, whichever worker plays it."""
+"""Evaluates on RLlib's workers: whole episodes, all of them, whichever worker plays them."""
 
 import functools
 from collections.abc import Sequence
