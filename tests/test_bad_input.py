@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import reference
 import torch
 
 from qvpo_rllib import QVPO, QVPOConfig, cli
-from qvpo_rllib.checkpoints.metadata import write_metadata
+from qvpo_rllib.checkpoints.metadata import Metadata
 from qvpo_rllib.core.errors import NonFiniteError
 
 ENV = "InvertedPendulum-v5"
@@ -213,10 +214,11 @@ def altered(checkpoint: Path, tmp_path: Path) -> Any:
 
     def make(**values: Any) -> Path:
         directory = Path(shutil.copytree(checkpoint, tmp_path / "altered"))
-        metadata = json.loads((directory / "qvpo.json").read_text()) | values
-        write_metadata(directory, metadata)
         if "format" in values:
+            metadata = json.loads((directory / "qvpo.json").read_text()) | values
             (directory / "qvpo.json").write_text(json.dumps(metadata))
+        else:
+            replace(Metadata.read(directory), **values).write(directory)
         return directory
 
     return make

@@ -43,23 +43,25 @@ class Saver:
             segments = self.files.write(directory / "replay", self.replay)
             state = checkpoint.encode_replay_state(self.replay.state_dict())
             described = {"segments": [s.to_dict() for s in segments]}
-            metadata: dict[str, Any] = {"env": "", "shapes": [], "hyperparameters": {}}
-            metadata |= {"ledger": {"done": self.step}, "replay": state | described}
-            checkpoint.write_metadata(directory, metadata)
+            checkpoint.Metadata(
+                algorithm="", env="", env_config={}, shapes=[], action_box=[], seed=0,
+                hyperparameters={}, fixed_by_checkpoint=[], ledger={"done": self.step},
+                replay=state | described,
+            ).write(directory)  # fmt: skip
         self.files.link_from(self.target / "replay", segments)
 
 
 def saved_step(target: Path) -> int:
     """The number of the checkpoint in `target`, whose every file is whole and of that save."""
     directory = committed(target)
-    metadata = checkpoint.read_metadata(directory)
-    checkpoint.check_files(directory, metadata)
-    segments = [Segment(**s) for s in metadata["replay"]["segments"]]
+    metadata = checkpoint.Metadata.read(directory)
+    metadata.check_files(directory)
+    segments = [Segment(**s) for s in metadata.replay["segments"]]
     check_segments(directory / "replay", segments)
-    step = int(metadata["ledger"]["done"])
+    step = int(metadata.ledger["done"])
     for name in ("algorithm_state.pkl", "policies/state.pkl"):
         assert (directory / name).read_bytes() == step.to_bytes(4, "little") * 3000
-    added = metadata["replay"]["num_added"]
+    added = metadata.replay["num_added"]
     parts = read_segments(directory / "replay", segments, max(0, added - 64))
     rewards = torch.cat([part.reward for part in parts])
     assert added == 9 * step
@@ -181,9 +183,9 @@ def test_any_flipped_byte_of_any_file_is_found(tmp_path: Path) -> None:
 def test_without_its_replay_a_checkpoint_is_whole(tmp_path: Path) -> None:
     Saver(tmp_path).save()
     checkpoint.drop_replay(tmp_path)
-    metadata = checkpoint.read_metadata(tmp_path)
-    checkpoint.check_files(tmp_path, metadata)
-    assert metadata["replay"]["segments"] is None
+    metadata = checkpoint.Metadata.read(tmp_path)
+    metadata.check_files(tmp_path)
+    assert metadata.replay["segments"] is None
     assert not (tmp_path / "replay").exists()
 
 

@@ -19,7 +19,7 @@ import torch
 from ray.rllib.policy.policy import Policy
 
 from qvpo_rllib import cli
-from qvpo_rllib.checkpoints.metadata import read_metadata
+from qvpo_rllib.checkpoints.metadata import Metadata
 from qvpo_rllib.checkpoints.replay_files import Segment, read_segments
 from qvpo_rllib.cli.train import _interrupts_are_kept
 from qvpo_rllib.training.run import RETURN
@@ -74,9 +74,9 @@ def evaluated_at(rows: list[dict[str, Any]]) -> list[int]:
     return [row["env_steps"] for row in rows if row.get("evaluation/return_mean") is not None]
 
 
-def assert_ledger_exact(metadata: dict[str, Any]) -> None:
+def assert_ledger_exact(metadata: Metadata) -> None:
     """One update per env step after the warm-up of 100."""
-    ledger = metadata["ledger"]
+    ledger = metadata.ledger
     assert ledger["done"] == max(0, ledger["ingested"] - 100)
 
 
@@ -168,8 +168,8 @@ def test_run_directory_explains_itself(trained: Any) -> None:
     table = pq.read_table(run / "metrics.parquet")
     assert table.column("env_steps").to_pylist() == [row["env_steps"] for row in rows]
     for name in ("last", "best"):
-        metadata = read_metadata(run / "checkpoints" / name)
-        assert metadata["env"] == "InvertedPendulum-v5"
+        metadata = Metadata.read(run / "checkpoints" / name)
+        assert metadata.env == "InvertedPendulum-v5"
         assert_ledger_exact(metadata)
     assert (run / "checkpoints" / "last" / "replay").exists()
 
@@ -238,7 +238,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     process.wait()
     kept = [d for d in (run / "checkpoints").iterdir() if d.name.isdigit()]
     assert len(kept) >= 3
-    stopped_at = read_metadata(run / "checkpoints" / "last")["ledger"]["ingested"]
+    stopped_at = Metadata.read(run / "checkpoints" / "last").ledger["ingested"]
     assert 200 < stopped_at < 400
     code, _, error = finish(start("train", "--resume", str(run), "--address", ray_address))
     assert code == 0, error
@@ -253,9 +253,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 def state_of(run: Path) -> dict[str, Any]:
     """The last checkpoint's weights, optimisers and streams as bytes, and its replay."""
     directory = run / "checkpoints" / "last"
-    metadata = read_metadata(directory)
+    metadata = Metadata.read(directory)
     policy = Policy.from_checkpoint(str(directory))["default_policy"]
-    segments = [Segment(**s) for s in metadata["replay"].pop("segments")]
+    segments = [Segment(**s) for s in metadata.replay.pop("segments")]
     parts = read_segments(directory / "replay", segments, 0)
     columns = [torch.cat(column).numpy().tobytes() for column in zip(*parts, strict=True)]
     learner = io.BytesIO()
@@ -263,8 +263,8 @@ def state_of(run: Path) -> dict[str, Any]:
     return {
         "learner": learner.getvalue(),
         "transitions": columns,
-        "ledger": metadata["ledger"],
-        "replay": metadata["replay"],
+        "ledger": metadata.ledger,
+        "replay": metadata.replay,
     }
 
 
@@ -293,13 +293,13 @@ def test_resume_interrupt_and_resume(trained: Any, capsys: Any, ray_address: str
     assert rows[: len(before)] == before
     assert_rows_go_on(rows)
     stopped_at = rows[-1]["env_steps"]
-    metadata = read_metadata(run / "checkpoints" / "last")
-    assert metadata["ledger"]["ingested"] >= stopped_at > 400
+    metadata = Metadata.read(run / "checkpoints" / "last")
+    assert metadata.ledger["ingested"] >= stopped_at > 400
     assert_ledger_exact(metadata)
     last = str(run / "checkpoints" / "last")
     assert len(evaluate(capsys, last, "--episodes", "1")["returns"]) == 1
 
-    end = metadata["ledger"]["ingested"] // 200 * 200 + 200
+    end = metadata.ledger["ingested"] // 200 * 200 + 200
     code, output, error = finish(
         start("train", "--resume", str(run), "--env-steps", str(end), "--address", ray_address)
     )
@@ -308,7 +308,7 @@ def test_resume_interrupt_and_resume(trained: Any, capsys: Any, ray_address: str
     assert_rows_go_on(rows)
     assert rows[-1]["env_steps"] == end
     assert evaluated_at(rows) == list(range(200, end + 1, 200))
-    assert_ledger_exact(read_metadata(run / "checkpoints" / "last"))
+    assert_ledger_exact(Metadata.read(run / "checkpoints" / "last"))
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 3
 
 
@@ -328,7 +328,7 @@ def test_sigterm_does_not_wait_for_an_evaluation(
     code, output, error = finish(process)
     assert code == 130, error
     assert f"qvpo train --resume {run}" in output
-    assert read_metadata(run / "checkpoints" / "last")["ledger"]["ingested"] == 20
+    assert Metadata.read(run / "checkpoints" / "last").ledger["ingested"] == 20
     assert evaluated_at(rows_of(run)) == []
 
     monkeypatch.setenv("EPISODE_LENGTH", "5")
@@ -388,7 +388,7 @@ def test_non_finite_observation_ends_the_run_and_keeps_the_checkpoint(
     message = " ".join(error.split())
     assert f"{env} (worker 0, environment 0): non-finite observation at step 4 " in message
     assert "Traceback" not in error
-    assert read_metadata(run / "checkpoints" / "last")["ledger"]["ingested"] == 60
+    assert Metadata.read(run / "checkpoints" / "last").ledger["ingested"] == 60
     assert rows_of(run)[-1]["env_steps"] < 70
 
 

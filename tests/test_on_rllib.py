@@ -258,7 +258,7 @@ def test_the_buffer_keeps_its_rows_and_its_stream_through_a_checkpoint() -> None
         ("ppo", {"activation": "mish"}, "must be one of tanh, relu"),
         ("spo", {"minibatch_size": 61}, "at most train_batch_size=60"),
         ("spo", {"lambda_": 1.5}, "lambda_=1.5 is not allowed"),
-        ("sac", {"lr": 1e-3}, "There is no option 'lr'"),
+        ("sac", {"lr": 1e-3}, "SAC does not read 'lr': use actor_lr and critic_lr instead"),
         ("sac", {"warmup_steps": 501}, "replay_capacity=500 is not allowed"),
         ("sac", {"update_ratio": 0.3}, "must be a whole number"),
         ("sac", {"tau": "fast"}, "it must be a finite number"),

@@ -14,7 +14,6 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 from qvpo_rllib.core.replay import UpdateLedger
 from qvpo_rllib.core.seeding import restore_generator
 from qvpo_rllib.training.run import _interrupts
-from qvpo_rllib.training.trainee import OffPolicyTrainee
 
 ENV = "InvertedPendulum-v5"
 
@@ -215,7 +214,7 @@ def test_a_second_signal_ends_at_once_and_the_first_lets_a_step_finish() -> None
 
     algorithm = Algorithm()
     before = signal.getsignal(signal.SIGINT)
-    with _interrupts(OffPolicyTrainee(algorithm)):
+    with _interrupts(algorithm):
         signal.raise_signal(signal.SIGINT)
         assert algorithm.stop_requested
         with pytest.raises(SystemExit) as exit_info:

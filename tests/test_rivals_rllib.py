@@ -1,6 +1,7 @@
 """TD3, DIPO and QSM on RLlib: options, acting, remote workers, checkpoints."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,11 @@ def test_a_resumed_run_with_remote_workers_is_the_uninterrupted_one(
     resumed = build(config.copy(copy_frozen=False))
     resumed.restore(str(tmp_path))
     assert_identical(run_identity(resumed), expected)
-    metadata = checkpoint.read_metadata(tmp_path)
-    assert metadata["algorithm"] == name
-    assert (checkpoint.IMPROVED_ACTIONS_FILE in metadata["files"]) == (name == "DIPO")
+    metadata = checkpoint.Metadata.read(tmp_path)
+    assert metadata.algorithm == name
+    assert (checkpoint.IMPROVED_ACTIONS_FILE in metadata.files) == (name == "DIPO")
     checkpoint.drop_replay(tmp_path)
-    checkpoint.check_files(tmp_path, checkpoint.read_metadata(tmp_path))
+    checkpoint.Metadata.read(tmp_path).check_files(tmp_path)
     assert not (tmp_path / checkpoint.IMPROVED_ACTIONS_FILE).exists()
 
 
@@ -176,13 +177,13 @@ def run_identity(algorithm: Any) -> dict[str, Any]:
 def test_a_checkpoint_of_another_algorithm_is_refused(build: Any, tmp_path: Path) -> None:
     algorithm = build(config_of("DIPO"))
     algorithm.save(str(tmp_path))
-    other = algorithm.metadata() | {"algorithm": "QSM"}
+    other = replace(algorithm.metadata(), algorithm="QSM")
     with pytest.raises(ValueError, match=r"algorithm='DIPO'.*this run has algorithm='QSM'"):
-        checkpoint.check_compatible(checkpoint.read_metadata(tmp_path), other, tmp_path)
-    deeper = algorithm.metadata()
-    deeper["hyperparameters"] = {**deeper["hyperparameters"], "diffusion_steps": 9}
+        checkpoint.Metadata.read(tmp_path).check_fits(other, tmp_path)
+    hyperparameters = {**other.hyperparameters, "diffusion_steps": 9}
+    deeper = replace(algorithm.metadata(), hyperparameters=hyperparameters)
     with pytest.raises(ValueError, match="diffusion_steps"):
-        checkpoint.check_compatible(checkpoint.read_metadata(tmp_path), deeper, tmp_path)
+        checkpoint.Metadata.read(tmp_path).check_fits(deeper, tmp_path)
 
 
 @rivals

@@ -11,8 +11,8 @@ from test_tune_run import TIMEOUT_S, TRAINING, finish, start
 
 from qvpo_rllib import cli
 from qvpo_rllib.algorithms import entry_of
-from qvpo_rllib.checkpoints.metadata import read_metadata
-from qvpo_rllib.runtime.stop_signal import LOOK_EVERY_S
+from qvpo_rllib.checkpoints.metadata import Metadata
+from qvpo_rllib.runtime.ray_private import LOOK_EVERY_S
 from qvpo_rllib.tuning.ledger import result_row
 from qvpo_rllib.tuning.results import read_rows, read_trials
 from qvpo_rllib.tuning.spec import ExperimentSpec
@@ -38,7 +38,7 @@ def checkpoints(part: Path) -> dict[str, list[int]]:
     """The env steps of each trial's checkpoints."""
     return {
         trial: sorted(
-            read_metadata(directory)["ledger"]["ingested"]
+            Metadata.read(directory).ledger["ingested"]
             for directory in (part / "tune" / entry["directory"]).glob("checkpoint_*")
         )
         for trial, entry in read_trials(part).items()

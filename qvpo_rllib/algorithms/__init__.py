@@ -45,7 +45,6 @@ class AlgorithmEntry:
         home: "module:Class" of the RLlib algorithm.
         hyperparameters_home: "module:Class" of its options.
         presets_home: "module:NAME" of its presets, named sets of options.
-        trainee_home: "module:Class" of the `Trainee` that drives it.
         runs: by preset.
         losses: learner metrics for the status line.
         decays: pairs (end, steps): where option `end` is set, `steps` is the run's env steps unless
@@ -57,7 +56,6 @@ class AlgorithmEntry:
     home: str
     hyperparameters_home: str
     presets_home: str
-    trainee_home: str
     runs: Mapping[str, RunDefaults]
     losses: tuple[str, ...] = ("critic_loss", "actor_loss")
     decays: tuple[tuple[str, str], ...] = ()
@@ -67,13 +65,9 @@ class AlgorithmEntry:
         """The RLlib algorithm's class."""
         return _load(self.home)
 
-    def trainee(self, algorithm: Any) -> Any:
-        """What drives the built `algorithm` in a training run."""
-        return _load(self.trainee_home)(algorithm)
-
     def check_checkpoint(self, directory: Path) -> None:
         """Raises `ValueError` unless a run can go on from the checkpoint in `directory`."""
-        _load(self.trainee_home).check(directory)
+        self.load().check_checkpoint(directory)
 
     @cached_property
     def hyperparameters(self) -> type[Options]:
@@ -153,8 +147,6 @@ def _load(home: str) -> Any:
     return getattr(import_module(module), name)
 
 
-OFF_POLICY = "qvpo_rllib.training.trainee:OffPolicyTrainee"
-RLLIB = "qvpo_rllib.training.trainee:Trainee"
 TINY_REPLAY = {"hidden": [32, 32], "batch_size": 16, "warmup_steps": 160, "replay_capacity": 2000}
 # Compiling would take longer than all the rest.
 TINY_OFF_POLICY = {**TINY_REPLAY, "engine": "eager"}
@@ -166,7 +158,6 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         home="qvpo_rllib.algorithms.qvpo:QVPO",
         hyperparameters_home="qvpo_rllib.core.hyperparameters:QVPOHyperparameters",
         presets_home="qvpo_rllib.core.hyperparameters:PRESETS",
-        trainee_home=OFF_POLICY,
         runs=RUN_DEFAULTS,
         decays=(("entropy_weight_end", "entropy_decay_steps"),),
         smoke={
@@ -182,7 +173,6 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         home="qvpo_rllib.algorithms.dipo:DIPO",
         hyperparameters_home="qvpo_rllib.algorithms.dipo:DIPOHyperparameters",
         presets_home="qvpo_rllib.algorithms.dipo:PRESETS",
-        trainee_home=OFF_POLICY,
         runs=RUN_DEFAULTS,
         smoke={**TINY_OFF_POLICY, "diffusion_steps": 3, "action_steps": 2},
     ),
@@ -191,7 +181,6 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         home="qvpo_rllib.algorithms.qsm:QSM",
         hyperparameters_home="qvpo_rllib.algorithms.qsm:QSMHyperparameters",
         presets_home="qvpo_rllib.algorithms.qsm:PRESETS",
-        trainee_home=OFF_POLICY,
         runs=RUN_DEFAULTS,
         smoke={**TINY_OFF_POLICY, "diffusion_steps": 3},
     ),
@@ -200,7 +189,6 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         home="qvpo_rllib.algorithms.td3:TD3",
         hyperparameters_home="qvpo_rllib.algorithms.td3:TD3Hyperparameters",
         presets_home="qvpo_rllib.algorithms.td3:PRESETS",
-        trainee_home=OFF_POLICY,
         runs=RUN_DEFAULTS,
         smoke=TINY_OFF_POLICY,
     ),
@@ -209,7 +197,6 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         home="qvpo_rllib.algorithms.spo:SPO",
         hyperparameters_home="qvpo_rllib.algorithms.spo:SPOHyperparameters",
         presets_home="qvpo_rllib.algorithms.spo:PRESETS",
-        trainee_home=RLLIB,
         runs=ON_POLICY_RUNS,
         losses=("policy_loss", "vf_loss"),
         decays=(("lr_end", "lr_decay_steps"),),
@@ -220,7 +207,6 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         home="qvpo_rllib.algorithms.ppo:RivalPPO",
         hyperparameters_home="qvpo_rllib.algorithms.ppo:PPOHyperparameters",
         presets_home="qvpo_rllib.algorithms.ppo:PRESETS",
-        trainee_home=RLLIB,
         runs=ON_POLICY_RUNS,
         losses=("policy_loss", "vf_loss"),
         decays=(("lr_end", "lr_decay_steps"),),
@@ -231,7 +217,6 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         home="qvpo_rllib.algorithms.sac:RivalSAC",
         hyperparameters_home="qvpo_rllib.algorithms.sac:SACHyperparameters",
         presets_home="qvpo_rllib.algorithms.sac:PRESETS",
-        trainee_home=RLLIB,
         runs=RUN_DEFAULTS,
         smoke=TINY_REPLAY,
     ),

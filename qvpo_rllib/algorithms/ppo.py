@@ -21,7 +21,7 @@ from qvpo_rllib.algorithms.normalization import (
     NormalizedNetwork,
     ReturnTracker,
 )
-from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, RllibAlgorithm, RllibConfig
+from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, OnRLlibAlgorithm, OnRLlibConfig
 from qvpo_rllib.core.options import (
     BELOW_ONE,
     COUNT,
@@ -144,7 +144,7 @@ class PPOPolicy(ChoosingPolicy, PPOTorchPolicy):  # type: ignore[misc]
             batch[SampleBatch.REWARDS] = np.clip(scaled, -CLIP, CLIP).astype(np.float32)
 
 
-class RivalPPOConfig(RllibConfig, rllib.PPOConfig):  # type: ignore[misc]
+class RivalPPOConfig(OnRLlibConfig, rllib.PPOConfig):  # type: ignore[misc]
     """`training(...)` takes every field of `PPOHyperparameters`."""
 
     hyperparameters_class: ClassVar[type[Options]] = PPOHyperparameters
@@ -171,7 +171,7 @@ class RivalPPOConfig(RllibConfig, rllib.PPOConfig):  # type: ignore[misc]
             self.lr_schedule = [[0, hp.lr], [hp.lr_decay_steps, hp.lr_end]]
 
 
-class RivalPPO(RllibAlgorithm, rllib.PPO):  # type: ignore[misc]
+class RivalPPO(OnRLlibAlgorithm, rllib.PPO):  # type: ignore[misc]
     """Build it from `RivalPPOConfig`."""
 
     config_class = RivalPPOConfig

@@ -18,7 +18,7 @@ from ray.rllib.utils.exploration import StochasticSampling
 from torch import Tensor, rand_like
 from torch.nn import functional
 
-from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, RllibAlgorithm, RllibConfig
+from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, OnRLlibAlgorithm, OnRLlibConfig
 from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK
 from qvpo_rllib.core.options import (
     BELOW_ONE,
@@ -142,7 +142,7 @@ class SACPolicy(ChoosingPolicy, SACTorchPolicy):  # type: ignore[misc]
     dist_class = SquashedGaussian
 
 
-class RivalSACConfig(RllibConfig, rllib.SACConfig):  # type: ignore[misc]
+class RivalSACConfig(OnRLlibConfig, rllib.SACConfig):  # type: ignore[misc]
     """`training(...)` takes every field of `SACHyperparameters`."""
 
     hyperparameters_class: ClassVar[type[Options]] = SACHyperparameters
@@ -199,7 +199,7 @@ class RivalSACConfig(RllibConfig, rllib.SACConfig):  # type: ignore[misc]
         return hp.batch_size * hp.update_ratio * workers / (int(self.num_env_runners) + 1)
 
 
-class RivalSAC(RllibAlgorithm, rllib.SAC):  # type: ignore[misc]
+class RivalSAC(OnRLlibAlgorithm, rllib.SAC):  # type: ignore[misc]
     """Build it from `RivalSACConfig`."""
 
     config_class = RivalSACConfig

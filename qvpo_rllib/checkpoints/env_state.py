@@ -1,13 +1,12 @@
-"""An environment in mid-episode as bytes, and back, bit for bit.
+"""Saves an environment in mid-episode as bytes and restores it bit for bit.
 
-What is taken is every attribute of the environment and of its wrappers, MuJoCo's model and data and
-all random generators among them. (MuJoCo's own `mjSTATE_INTEGRATION` is not enough: Ant's and
+The state is every attribute of the environment and of its wrappers, including MuJoCo's model and
+data and all random generators. (MuJoCo's own `mjSTATE_INTEGRATION` is not enough: Ant's and
 Humanoid's next observation differs.) Pickling the environment itself would lose its state:
 Gymnasium's `EzPickle` keeps the arguments it was made with and nothing else.
 
-An environment whose state is elsewhere, in a simulator behind a handle, can say so: where a class
-has a `__getstate__` and `__setstate__` of its own they are used, and one that raises means that
-there is no capturing it.
+The state of an environment may be elsewhere, in a simulator behind a handle. A class that has its
+own `__getstate__` and `__setstate__` is saved by them; where they raise, it cannot be saved.
 """
 
 import io
@@ -29,7 +28,7 @@ class NotCapturableError(Exception):
 
 
 def capture(env: gym.Env[Any, Any]) -> bytes:
-    """The state of an environment and its wrappers. Raises `NotCapturableError`."""
+    """Returns the state of an environment and its wrappers. Raises `NotCapturableError`."""
     layers = _layers(env)
     file = io.BytesIO()
     try:
@@ -43,10 +42,10 @@ def capture(env: gym.Env[Any, Any]) -> bytes:
 
 
 def restore(env: gym.Env[Any, Any], state: bytes) -> None:
-    """Puts the state of `capture` into an environment made in the same way.
+    """Restores the state that `capture` returned in an environment made in the same way.
 
     Raises:
-        NotCapturableError: it was made in another way; it must then be reset.
+        NotCapturableError: the environment was made in another way; reset it then.
     """
     layers = _layers(env)
     try:
@@ -62,7 +61,7 @@ def restore(env: gym.Env[Any, Any], state: bytes) -> None:
 
 
 def _layers(env: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
-    """The environment, outermost wrapper first."""
+    """Returns the environment's wrappers, outermost first, and the environment itself."""
     layers: list[gym.Env[Any, Any]] = [env]
     while isinstance(layers[-1], gym.Wrapper):
         layers.append(layers[-1].env)
@@ -91,7 +90,7 @@ def _set_state(layer: gym.Env[Any, Any], state: Any) -> None:
 
 
 def _kept(layers: list[gym.Env[Any, Any]]) -> dict[tuple[int, str], Any]:
-    """What is not taken but stays as it is in the environment that a state is put back into."""
+    """Returns what a state leaves out: it stays as it is in the environment that is restored."""
     kept: dict[tuple[int, str], Any] = {(i, ""): layer for i, layer in enumerate(layers)}
     for i, layer in enumerate(layers):
         for name, value in vars(layer).items():

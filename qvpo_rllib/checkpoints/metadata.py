@@ -1,7 +1,7 @@
-"""What a QVPO checkpoint holds beside RLlib's own files, and the checks before one is loaded.
+"""What a checkpoint holds beside RLlib's own files, and the checks before one is loaded.
 
-    qvpo.json            format, package version, environment, shapes, hyperparameters, ledger,
-                         and length and digest of every other file; written last
+    qvpo.json            format, versions, environment, shapes, hyperparameters, ledger, and length
+                         and digest of every other file; written last
     replay/*.arrow       the replay's transitions (`replay_files`)
     improved_actions.npy of an algorithm that improves actions in the replay, oldest first
     environments/*.zst   a rollout worker's environments and streams (`worker_state`)
@@ -12,16 +12,18 @@ refused before anything is unpickled or touched.
 """
 
 import json
-import os
 import shutil
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import xxhash
 
-from qvpo_rllib.files import FileRecord, check_file, record_of
+from qvpo_rllib.files import FileRecord, check_file, record_of, write_atomically
+from qvpo_rllib.version import __version__
 
 FORMAT = 2
 METADATA_FILE = "qvpo.json"
@@ -31,106 +33,143 @@ ENVIRONMENTS_DIRECTORY = "environments"
 POLICIES_DIRECTORY = "policies"
 
 
-def write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
-    """Writes `qvpo.json`, atomically and last: it lists the directory's other files.
+def plain(value: Any) -> Any:
+    """Returns `value` as it comes back from JSON. Raises `TypeError` if JSON cannot hold it."""
+    return json.loads(json.dumps(value))
 
-    The replay's files are not looked at: `metadata["replay"]["segments"]` describes them.
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """The content of `qvpo.json`, all of it as JSON has it.
+
+    Attributes:
+        algorithm: whose checkpoint it is, "QVPO" or another.
+        env_config: arguments of the environment; None where JSON cannot hold them.
+        shapes: numbers of observations and of action dimensions.
+        action_box: lower and upper bounds of the actions.
+        seed: of the run.
+        fixed_by_checkpoint: hyperparameters that must stay as they are when a run goes on.
+        ledger: env steps taken in ("ingested"), updates done ("done") and, with a replay, the rest
+            of `UpdateLedger.state_dict`.
+        replay: `ReplayBuffer.state_dict`, encoded, and its `segments`, None if none were saved.
+        workers: indices of the rollout workers whose state was saved.
+        files: by name: length and digest of all other files, but the replay's.
     """
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    names = {str(p.relative_to(directory)): p for p in files if p.name != METADATA_FILE}
-    records = {n: record_of(p) for n, p in names.items() if not n.startswith(REPLAY_DIRECTORY)}
-    _replace(directory, {**metadata, "format": FORMAT, "files": records})
 
+    algorithm: str
+    env: str
+    env_config: dict[str, Any] | None
+    shapes: list[int]
+    action_box: list[list[float]]
+    seed: int | None
+    hyperparameters: dict[str, Any]
+    fixed_by_checkpoint: list[str]
+    ledger: dict[str, int]
+    replay: dict[str, Any] = field(default_factory=lambda: {"segments": None})
+    workers: list[int] = field(default_factory=list)
+    files: dict[str, list[Any]] = field(default_factory=dict)
+    package_version: str = __version__
+    ray_version: str = ray.__version__
+    torch_version: str = str(torch.__version__)
 
-def _replace(directory: Path, metadata: dict[str, Any]) -> None:
-    metadata = json.loads(json.dumps(metadata))  # as it will come back: keys are texts
-    temporary = directory / f".{METADATA_FILE}.{os.getpid()}"
-    content = {**metadata, "digest": _digest(metadata)}
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, directory / METADATA_FILE)
+    @classmethod
+    def read(cls, directory: Path) -> "Metadata":
+        """Returns the metadata of the checkpoint in `directory`.
 
+        Raises:
+            ValueError: `directory` is no checkpoint, or its `qvpo.json` is damaged or of another
+                format.
+        """
+        if not directory.is_dir():
+            raise ValueError(f"There is no checkpoint directory {str(directory)!r}.")
+        file = directory / METADATA_FILE
+        if not file.is_file():
+            raise ValueError(
+                f"{str(directory)!r} is not a QVPO checkpoint: it has no {METADATA_FILE}. Give the "
+                "directory of `algo.save()`, or a run's checkpoints/last or checkpoints/best."
+            )
+        try:
+            content = json.loads(file.read_text())
+            stated, found = content.pop("digest"), content["format"]
+            if found != FORMAT:
+                raise ValueError(
+                    f"{str(directory)!r} is of checkpoint format {found!r}, written by qvpo_rllib "
+                    f"{content.get('package_version')}; this version reads format {FORMAT}. "
+                    "Install a matching version of qvpo_rllib."
+                )
+            if stated != _digest(content):
+                raise ValueError(
+                    f"{str(file)!r} is damaged: its content does not have the digest that it "
+                    "states; use another checkpoint."
+                )
+            del content["format"]
+            return cls(**content)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{str(file)!r} is damaged ({e}); use another checkpoint.") from e
 
-def _digest(metadata: dict[str, Any]) -> str:
-    rest = {name: value for name, value in metadata.items() if name != "digest"}
-    return str(xxhash.xxh3_128_hexdigest(json.dumps(rest, sort_keys=True).encode()))
+    def write(self, directory: Path) -> None:
+        """Writes `qvpo.json`, atomically and last: it lists the directory's other files."""
+        names = {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file()}
+        files = {
+            name: list(record_of(path))
+            for name, path in sorted(names.items())
+            # The replay's segments describe themselves.
+            if name != METADATA_FILE and not name.startswith(REPLAY_DIRECTORY)
+        }
+        replace(self, files=files)._put(directory)
 
+    def _put(self, directory: Path) -> None:
+        content = plain({"format": FORMAT, **asdict(self)})
+        text = json.dumps(content | {"digest": _digest(content)}, indent=2) + "\n"
+        write_atomically(directory / METADATA_FILE, text.encode())
 
-def read_metadata(directory: Path) -> dict[str, Any]:
-    """Returns the content of `qvpo.json`.
+    def check_files(self, directory: Path, under: str = "") -> None:
+        """Raises `ValueError` unless every file that is listed is whole.
 
-    Raises:
-        ValueError: `directory` is no checkpoint, its `qvpo.json` is damaged, or of another format.
-    """
-    if not directory.is_dir():
-        raise ValueError(f"There is no checkpoint directory {str(directory)!r}.")
-    file = directory / METADATA_FILE
-    if not file.is_file():
-        raise ValueError(
-            f"{str(directory)!r} is not a QVPO checkpoint: it has no {METADATA_FILE}. Give the "
-            "directory of `algo.save()`, or a run's checkpoints/last or checkpoints/best."
-        )
-    try:
-        metadata: dict[str, Any] = json.loads(file.read_text())
-        found = metadata["format"]
-        for name in ("algorithm", "env", "shapes", "hyperparameters", "ledger", "replay"):
-            metadata[name]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(file)!r} is damaged ({error}); use another checkpoint.") from error
-    if found != FORMAT:
-        raise ValueError(
-            f"{str(directory)!r} is of checkpoint format {found!r}, written by qvpo_rllib "
-            f"{metadata.get('package_version')}; this version reads format {FORMAT}. Install "
-            "a matching version of qvpo_rllib."
-        )
-    if metadata.get("digest") != _digest(metadata):
-        raise ValueError(
-            f"{str(file)!r} is damaged: its content does not have the digest that it states; use "
-            "another checkpoint."
-        )
-    return metadata
+        Args:
+            under: look at the files of this subdirectory alone.
+        """
+        for name, record in self.files.items():
+            if name.startswith(under):
+                check_file(directory / name, FileRecord(*record))
 
-
-def check_files(directory: Path, metadata: dict[str, Any], under: str = "") -> None:
-    """Raises `ValueError` unless every file that `metadata` lists is whole.
-
-    Args:
-        under: look at the files of this subdirectory alone.
-    """
-    for name, record in metadata["files"].items():
-        if name.startswith(under):
-            check_file(directory / name, FileRecord(*record))
+    def check_fits(self, own: "Metadata", directory: Path) -> None:
+        """Raises `ValueError` if the run `own` cannot go on from this checkpoint."""
+        pairs = [(n, getattr(self, n), getattr(own, n)) for n in ("algorithm", "env", "shapes")]
+        pairs += [
+            (name, self.hyperparameters.get(name), own.hyperparameters[name])
+            for name in own.fixed_by_checkpoint
+        ]
+        for name, theirs, ours in pairs:
+            if theirs != ours:
+                raise ValueError(
+                    f"The checkpoint {str(directory)!r} was made with {name}={theirs!r}, but this "
+                    f"run has {name}={ours!r}. Use the same value, or another checkpoint; nothing "
+                    "was changed."
+                )
 
 
 def drop_replay(directory: Path) -> None:
     """Takes the replay out of a checkpoint: what is left acts, and trains after a new warm-up."""
-    metadata = read_metadata(directory)
-    metadata["replay"]["segments"] = None
-    metadata["files"].pop(IMPROVED_ACTIONS_FILE, None)
-    _replace(directory, metadata)
+    metadata = Metadata.read(directory)
+    if metadata.replay["segments"] is None:
+        return
+    files = {n: record for n, record in metadata.files.items() if n != IMPROVED_ACTIONS_FILE}
+    replace(metadata, replay={**metadata.replay, "segments": None}, files=files)._put(directory)
     shutil.rmtree(directory / REPLAY_DIRECTORY, ignore_errors=True)
     (directory / IMPROVED_ACTIONS_FILE).unlink(missing_ok=True)
 
 
-def check_compatible(found: dict[str, Any], own: dict[str, Any], directory: Path) -> None:
-    """Raises `ValueError` if checkpoint `found` does not fit the algorithm `own`."""
-    pairs = [(name, found[name], own[name]) for name in ("algorithm", "env", "shapes")]
-    theirs_hp, own_hp = found["hyperparameters"], own["hyperparameters"]
-    pairs += [(name, theirs_hp.get(name), own_hp[name]) for name in own["fixed_by_checkpoint"]]
-    for name, theirs, ours in pairs:
-        if theirs != ours:
-            raise ValueError(
-                f"The checkpoint {str(directory)!r} was made with {name}={theirs!r}, but this run "
-                f"has {name}={ours!r}. Use the same value, or another checkpoint; nothing was "
-                "changed."
-            )
-
-
 def encode_replay_state(state: dict[str, Any]) -> dict[str, Any]:
-    """`ReplayBuffer.state_dict()` as JSON."""
+    """Returns `ReplayBuffer.state_dict()` as JSON has it."""
     return {**state, "generator": state["generator"].numpy().tobytes().hex()}
 
 
 def decode_replay_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `encode_replay_state`."""
+    """Returns the inverse of `encode_replay_state`."""
     raw = np.frombuffer(bytes.fromhex(state["generator"]), dtype=np.uint8).copy()
     return {**state, "generator": torch.from_numpy(raw)}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))

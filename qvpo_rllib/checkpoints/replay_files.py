@@ -48,7 +48,7 @@ class Segment:
 
 
 class ReplayFiles:
-    """Writes one replay into one checkpoint after the other, and remembers what it has written."""
+    """Writes a replay into one checkpoint after the other, and only what is new each time."""
 
     def __init__(self) -> None:
         self._segments: list[Segment] = []
@@ -57,10 +57,10 @@ class ReplayFiles:
         self._stamps: dict[str, tuple[int, int]] = {}
 
     def write(self, directory: Path, replay: ReplayBuffer) -> list[Segment]:
-        """Puts everything that `replay` holds into `directory`, which must be empty or absent.
+        """Writes all that `replay` holds to `directory`, which is empty or absent.
 
-        Returns the segments, oldest first. Files of the last checkpoint (see `link_from`) are
-        linked where they still are, and written again where they are not.
+        It links the files of the last checkpoint (see `link_from`) where they still are, and writes
+        them again where they are not. Returns the segments, oldest first.
         """
         directory.mkdir(parents=True, exist_ok=True)
         kept = [s for s in self._segments if s.last > replay.oldest]
@@ -76,16 +76,16 @@ class ReplayFiles:
         return segments
 
     def link_from(self, directory: Path, segments: Sequence[Segment]) -> None:
-        """The files that the next `write` may link: those of a whole checkpoint."""
+        """Names the files that the next `write` may link: those of a whole checkpoint."""
         self._directory, self._segments = directory, list(segments)
         self._stamps = {s.file: _stamp(directory / s.file) for s in segments}
 
     def moved(self, directory: Path) -> None:
-        """The directory of the last checkpoint has been renamed."""
+        """Notes that the directory of the last checkpoint has been renamed."""
         self._directory = directory
 
     def reset(self) -> None:
-        """The transitions' numbers have changed: nothing written before can be used again."""
+        """Forgets all files: the transitions' numbers have changed."""
         self._directory, self._segments, self._stamps = None, [], {}
 
     def _link(self, segment: Segment, directory: Path) -> bool:
@@ -114,7 +114,8 @@ def check_segments(directory: Path, segments: Sequence[Segment]) -> None:
 
 
 def read_segments(directory: Path, segments: Sequence[Segment], first: int) -> list[Transitions]:
-    """The transitions from number `first` on, oldest first, memory-mapped: do not write to them.
+    """Returns the transitions from number `first` on, oldest first. Do not write to them: they are
+    memory-mapped.
 
     Raises:
         ValueError: a file is no Arrow file of transitions.
@@ -126,7 +127,7 @@ def read_segments(directory: Path, segments: Sequence[Segment], first: int) -> l
 
 
 def _worth_merging(segment: Segment, new_rows: int) -> bool:
-    """Only with a larger part: each transition is then written again a few times at most."""
+    """Tells whether to merge: only with a larger part, so that no row is written again often."""
     return 0 < segment.rows <= new_rows and segment.rows + new_rows <= MERGED_ROWS
 
 

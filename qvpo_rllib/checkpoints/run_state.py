@@ -2,114 +2,132 @@
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from torch import Tensor
 
-from qvpo_rllib.checkpoints import metadata as checkpoint
+from qvpo_rllib.checkpoints import metadata as names
 from qvpo_rllib.checkpoints import worker_state
-from qvpo_rllib.checkpoints.replay_files import Segment, check_segments, read_segments
-from qvpo_rllib.core.replay import Transitions
-
-if TYPE_CHECKING:
-    from qvpo_rllib.runtime.algorithm import OffPolicyAlgorithm
+from qvpo_rllib.checkpoints.metadata import Metadata
+from qvpo_rllib.checkpoints.replay_files import ReplayFiles, Segment, check_segments, read_segments
+from qvpo_rllib.core.replay import ReplayBuffer, Transitions, UpdateLedger
 
 logger = logging.getLogger(__name__)
 
 CAPTURE_TIMEOUT_S = 60.0
 
 
-def write(algorithm: "OffPolicyAlgorithm", directory: Path) -> list[Segment] | None:
-    """Writes environments, replay and `qvpo.json` beside RLlib's files in `directory`.
+@dataclass
+class RunParts:
+    """The living parts of a run that `write` saves and `RunState.restore_into` restores."""
 
-    Returns the replay's segments, or None if checkpoints hold no replay.
-    """
-    environments = directory / checkpoint.ENVIRONMENTS_DIRECTORY
-    environments.mkdir()
-    group = algorithm.env_runner_group
-    # A worker that is dead or hangs is not waited for: it starts anew when the run goes on.
-    captured = group.foreach_env_runner(
-        worker_state.capture,
-        local_env_runner=group.num_remote_env_runners() == 0,
-        timeout_seconds=CAPTURE_TIMEOUT_S,
-    )
-    for worker in captured:
-        _worker_file(directory, worker.worker_index).write_bytes(worker.state)
-    texts = [text for worker in captured for text in worker.not_captured]
-    if texts and not algorithm.told_of_new_episodes:
-        algorithm.told_of_new_episodes = True
-        logger.warning(
-            "The state of %d environments cannot be captured: when a run goes on from a checkpoint "
-            "they start a new episode. %s",
-            len(texts),
-            texts[0],
+    ledger: UpdateLedger
+    replay: ReplayBuffer
+    replay_files: ReplayFiles
+    workers: EnvRunnerGroup
+    warned_of_new_episodes: bool = False
+
+    def write(self, directory: Path, metadata: Metadata, *, with_replay: bool) -> Metadata:
+        """Writes environments and replay beside RLlib's files in `directory`.
+
+        Returns `metadata` with what it says of them added; the caller writes it, last.
+        """
+        (directory / names.ENVIRONMENTS_DIRECTORY).mkdir()
+        # A worker that is dead or hangs is not waited for: it starts anew when the run goes on.
+        captured = self.workers.foreach_env_runner(
+            worker_state.capture,
+            local_env_runner=self.workers.num_remote_env_runners() == 0,
+            timeout_seconds=CAPTURE_TIMEOUT_S,
         )
-    metadata = algorithm.metadata() | {"workers": [worker.worker_index for worker in captured]}
-    segments = None
-    if algorithm.config.replay_in_checkpoints:
-        replay = directory / checkpoint.REPLAY_DIRECTORY
-        segments = algorithm.replay_files.write(replay, algorithm.replay)
-        metadata["replay"]["segments"] = [s.to_dict() for s in segments]
-        if algorithm.replay.improved_action is not None:
-            file = directory / checkpoint.IMPROVED_ACTIONS_FILE
-            np.save(file, algorithm.replay.improved_actions().cpu().numpy())
-    checkpoint.write_metadata(directory, metadata)
-    return segments
+        for worker in captured:
+            _worker_file(directory, worker.worker_index).write_bytes(worker.state)
+        self._warn_of_new_episodes([text for w in captured for text in w.not_captured])
+        state = names.encode_replay_state(self.replay.state_dict())
+        segments = None
+        if with_replay:
+            segments = self._write_replay(directory)
+        return replace(
+            metadata,
+            ledger=self.ledger.state_dict(),
+            workers=[worker.worker_index for worker in captured],
+            replay={**state, "segments": segments and [s.to_dict() for s in segments]},
+        )
+
+    def _write_replay(self, directory: Path) -> list[Segment]:
+        files = directory / names.REPLAY_DIRECTORY
+        segments = self.replay_files.write(files, self.replay)
+        self.replay_files.link_from(files, segments)
+        if self.replay.improved_action is not None:
+            improved = self.replay.improved_actions().cpu().numpy()
+            np.save(directory / names.IMPROVED_ACTIONS_FILE, improved)
+        return segments
+
+    def _warn_of_new_episodes(self, texts: list[str]) -> None:
+        if texts and not self.warned_of_new_episodes:
+            self.warned_of_new_episodes = True
+            logger.warning(
+                "The state of %d environments cannot be captured: when a run goes on from a "
+                "checkpoint they start a new episode. %s",
+                len(texts),
+                texts[0],
+            )
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A checkpoint that has been checked and can be put into an algorithm."""
+    """A checkpoint that has been checked and can be put into a run."""
 
     directory: Path
-    metadata: dict[str, Any]
+    metadata: Metadata
     segments: list[Segment] | None  # None: the checkpoint has no replay
     transitions: list[Transitions]  # memory-mapped, oldest first
     improved_actions: Tensor | None  # oldest first
     workers: dict[int, bytes]  # by worker index
 
     @classmethod
-    def read(cls, directory: Path, own: dict[str, Any] | None = None) -> "RunState":
-        """Checks every file of the checkpoint in `directory`; touches no algorithm.
+    def read(cls, directory: Path, own: Metadata | None = None) -> "RunState":
+        """Checks every file of the checkpoint in `directory`, and changes nothing.
 
         Args:
-            own: `metadata()` of the algorithm that is to go on from it; None: of any.
+            own: of the run that is to go on from it; None: of any.
 
         Raises:
             ValueError: no checkpoint, of another format, environment or shape, or damaged.
         """
-        metadata = checkpoint.read_metadata(directory)
+        metadata = Metadata.read(directory)
         if own is not None:
-            checkpoint.check_compatible(metadata, own, directory)
-        checkpoint.check_files(directory, metadata)
-        replay = metadata["replay"]
+            metadata.check_fits(own, directory)
+        metadata.check_files(directory)
+        replay = metadata.replay
         segments, transitions = None, []
         if replay["segments"] is not None:
             segments = [Segment(**segment) for segment in replay["segments"]]
-            files = directory / checkpoint.REPLAY_DIRECTORY
+            files = directory / names.REPLAY_DIRECTORY
             check_segments(files, segments)
             oldest = max(0, replay["num_added"] - replay["capacity"])
             transitions = read_segments(files, segments, oldest)
         improved = None
-        if checkpoint.IMPROVED_ACTIONS_FILE in metadata["files"]:
-            file = directory / checkpoint.IMPROVED_ACTIONS_FILE
+        if names.IMPROVED_ACTIONS_FILE in metadata.files:
+            file = directory / names.IMPROVED_ACTIONS_FILE
             improved = torch.from_numpy(np.load(file, allow_pickle=False))
-        workers = {
-            index: file.read_bytes()
-            for index in metadata["workers"]
-            for file in [_worker_file(directory, index)]
-        }
+        workers = {i: _worker_file(directory, i).read_bytes() for i in metadata.workers}
         return cls(directory, metadata, segments, transitions, improved, workers)
 
-    def restore_into(self, algorithm: "OffPolicyAlgorithm") -> None:
-        """Ledger, replay and workers; RLlib has restored the rest."""
-        self._put_ledger(algorithm)
-        self._put_replay(algorithm)
-        texts = self._put_workers(algorithm)
+    def restore_into(self, parts: RunParts, own: Metadata) -> None:
+        """Restores ledger, replay and workers. RLlib has restored the rest.
+
+        Without a replay in the checkpoint the ledger owes one warm-up first.
+
+        Args:
+            own: of the run that goes on, whose options and environment may have changed.
+        """
+        self._restore_ledger(parts.ledger, own)
+        self._restore_replay(parts)
+        texts = self._restore_workers(parts, own)
         if texts:
             logger.warning(
                 "%d environments or workers start new episodes instead of going on in mid-episode. "
@@ -118,39 +136,41 @@ class RunState:
                 texts[0],
             )
 
-    def _put_ledger(self, algorithm: "OffPolicyAlgorithm") -> None:
-        ledger, hp = algorithm.ledger, algorithm.hp
-        ledger.load_state_dict(self.metadata["ledger"])
-        theirs = [self.metadata["hyperparameters"][n] for n in ("update_ratio", "warmup_steps")]
-        if theirs != [hp.update_ratio, hp.warmup_steps]:
+    def _restore_ledger(self, ledger: UpdateLedger, own: Metadata) -> None:
+        ledger.load_state_dict(self.metadata.ledger)
+        changed = any(
+            self.metadata.hyperparameters[name] != own.hyperparameters[name]
+            for name in ("update_ratio", "warmup_steps")
+        )
+        if self.segments is None:
+            ledger.rebase(refill=True)
+        elif changed:
             ledger.rebase(refill=False)
 
-    def _put_replay(self, algorithm: "OffPolicyAlgorithm") -> None:
-        state = checkpoint.decode_replay_state(self.metadata["replay"])
+    def _restore_replay(self, parts: RunParts) -> None:
+        state = names.decode_replay_state(self.metadata.replay)
+        parts.replay_files.reset()
         if self.segments is None:
-            algorithm.replay.load({**state, "num_added": 0}, [])
-            algorithm.replay_files.reset()
-            algorithm.refill_replay()
+            parts.replay.load({**state, "num_added": 0}, [])
             return
-        algorithm.replay.load(state, self.transitions)
+        parts.replay.load(state, self.transitions)
         if self.improved_actions is not None:
-            algorithm.replay.set_improved_actions(self.improved_actions)
-        algorithm.replay_missing = False
-        if state["capacity"] == algorithm.replay.capacity:
-            files = self.directory / checkpoint.REPLAY_DIRECTORY
-            algorithm.replay_files.link_from(files, self.segments)
-        else:
-            algorithm.replay_files.reset()
+            parts.replay.set_improved_actions(self.improved_actions)
+        if state["capacity"] == parts.replay.capacity:
+            parts.replay_files.link_from(self.directory / names.REPLAY_DIRECTORY, self.segments)
 
-    def _put_workers(self, algorithm: "OffPolicyAlgorithm") -> list[str]:
-        """`__setstate__` has given every worker new streams: those that fit get their own back."""
-        own = algorithm.metadata()
-        if self.metadata["seed"] != own["seed"]:
+    def _restore_workers(self, parts: RunParts, own: Metadata) -> list[str]:
+        """Gives the workers that fit their own streams and episodes back.
+
+        Every worker has got new streams before. Returns a text for each that keeps them.
+        """
+        if self.metadata.seed != own.seed:
             return []  # a change of seed asks for other episodes
-        if self.metadata["env_config"] != own["env_config"]:
+        if self.metadata.env_config != own.env_config:
             return ["The environment's arguments have changed"]
-        group, env_steps = algorithm.env_runner_group, algorithm.ledger.ingested
-        indices = group.healthy_worker_ids() if group.num_remote_env_runners() else [0]
+        group, env_steps = parts.workers, parts.ledger.ingested
+        remote = group.num_remote_env_runners() > 0
+        indices = group.healthy_worker_ids() if remote else [0]
         texts = [f"Worker {i} is new" for i in indices if i not in self.workers]
         known = [i for i in indices if i in self.workers]
         if not known:
@@ -159,14 +179,14 @@ class RunState:
             functools.partial(worker_state.restore, packed=self.workers[i], env_steps=env_steps)
             for i in known
         ]
-        if indices == [0]:
-            results = [call(algorithm.env_runner) for call in calls]
-        else:
+        if remote:
             results = group.foreach_env_runner(
                 calls, remote_worker_ids=known, local_env_runner=False
             )
+        else:
+            results = [call(group.local_env_runner) for call in calls]
         return texts + [text for result in results for text in result]
 
 
 def _worker_file(directory: Path, index: int) -> Path:
-    return directory / checkpoint.ENVIRONMENTS_DIRECTORY / f"worker-{index}.zst"
+    return directory / names.ENVIRONMENTS_DIRECTORY / f"worker-{index}.zst"

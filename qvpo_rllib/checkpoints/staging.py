@@ -1,11 +1,11 @@
-"""Writing a directory all at once: after a crash it holds the old content or the new, never both.
+"""Replaces a directory's content at once: a crash leaves the old content or the new, never both.
 
-    .saving      what is being written; worthless until it is renamed to
-    .committed   a whole checkpoint, whose files are then put into their places in the directory
+    .saving      what is being written; it is worth nothing until it is renamed to
+    .committed   a whole checkpoint; its files then go to their places in the directory
 
-A crash in between leaves `.committed`, which readers take instead of the directory around it
-(`committed`) and the next save puts into place. Files are linked, so that `.committed` stays
-whole to the end.
+A crash in between leaves `.committed`: readers take it instead of the directory around it
+(`committed`), and the next save puts its files into place. Files are linked, so that `.committed`
+stays whole to the end.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ CHANGING = ("replay", "environments")
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """An empty directory to fill; its files replace those of `target` when the block ends.
+    """Yields an empty directory to fill; its files replace those of `target` at the block's end.
 
     If the block raises, or the process dies before it has ended, `target` is as it was. Other files
     in `target` are left alone.
@@ -43,7 +43,7 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def committed(directory: Path) -> Path:
-    """Where the newest whole content of a directory written by `staged` is."""
+    """Returns where the newest whole content of a directory written by `staged` is."""
     newest = directory / COMMITTED
     return newest if newest.is_dir() else directory
 

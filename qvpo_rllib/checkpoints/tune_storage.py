@@ -1,8 +1,8 @@
-"""Checkpoints of Ray Tune's trials, written where they stay.
+"""Writes the checkpoints of Ray Tune's trials to where they stay.
 
 Tune's own `Trainable.save` writes a checkpoint to a temporary directory and copies all of it to the
-trial's: a replay of gigabytes twice each time, though little of it is new. Written to the trial's
-directory at once, files that the checkpoint before it has are linked (`replay_files`).
+trial's: a replay of gigabytes twice each time, though little of it is new. `save_in_place` writes
+to the trial's directory itself, and links what the checkpoint before it has (`replay_files`).
 """
 
 from pathlib import Path
@@ -14,12 +14,12 @@ from ray.tune import Checkpoint
 
 
 def is_local(storage: Any) -> bool:
-    """Whether a trainable's storage is files that it can write itself; None: it has no storage."""
+    """Returns whether a trainable can write its storage's files itself; None is no storage."""
     return storage is not None and isinstance(storage.storage_filesystem, LocalFileSystem)
 
 
 def save_in_place(algorithm: Any) -> Any:
-    """What `Trainable.save()` does, and returns, by `algorithm.save_checkpoint` alone.
+    """Saves as `Trainable.save()` does, by `algorithm.save_checkpoint` alone, and returns the same.
 
     Raises:
         RuntimeError: from Tune: the storage's directory is not the one of the driver's machine.

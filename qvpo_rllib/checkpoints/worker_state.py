@@ -1,8 +1,8 @@
-"""A rollout worker in mid-episode as bytes, and back: environments, streams, episode statistics."""
+"""Saves a rollout worker in mid-episode: environments, random streams, episode statistics."""
 
 import pickle
 import random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +10,7 @@ from ray import cloudpickle
 
 from qvpo_rllib.checkpoints import env_state
 from qvpo_rllib.core.seeding import restore_generator
-
-if TYPE_CHECKING:
-    from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
+from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 
 # Every MuJoCo environment brings its model, half a megabyte that is the same for all.
 CODEC = "zstd"
@@ -27,8 +25,8 @@ class Captured(NamedTuple):
     not_captured: list[str]  # a text for each environment whose state could not be taken
 
 
-def capture(worker: "ColumnarRolloutWorker") -> Captured:
-    """Everything that the worker's next fragments depend on, but the weights it is sent."""
+def capture(worker: ColumnarRolloutWorker) -> Captured:
+    """Returns all that the worker's next fragments depend on, but the weights it is sent."""
     envs: list[bytes | None] = []
     not_captured = []
     for i, env in enumerate(worker.envs):
@@ -50,16 +48,16 @@ def capture(worker: "ColumnarRolloutWorker") -> Captured:
     return Captured(worker.worker_index, packed, not_captured)
 
 
-def restore(worker: "ColumnarRolloutWorker", packed: bytes, env_steps: int) -> list[str]:
-    """Lets the worker go on where `capture` was called.
+def restore(worker: ColumnarRolloutWorker, packed: bytes, env_steps: int) -> list[str]:
+    """Restores the worker to where `capture` was called.
 
-    Environments whose state was not captured, or does not fit, start a new episode.
+    An environment whose state was not captured, or does not fit, starts a new episode.
 
     Args:
-        env_steps: where the run is, for the seeds of new episodes.
+        env_steps: of the run so far; they decide the seeds of new episodes.
 
     Returns:
-        A text for each such environment.
+        A text for each environment that starts a new episode.
     """
     num_bytes = int.from_bytes(packed[:LENGTH_BYTES], "little")
     state: dict[str, Any] = pickle.loads(
@@ -88,5 +86,5 @@ def restore(worker: "ColumnarRolloutWorker", packed: bytes, env_steps: int) -> l
     return new
 
 
-def _name(worker: "ColumnarRolloutWorker", i: int) -> str:
+def _name(worker: ColumnarRolloutWorker, i: int) -> str:
     return f"worker {worker.worker_index}, environment {i}"

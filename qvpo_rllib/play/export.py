@@ -48,16 +48,16 @@ def export_checkpoint(
     metadata, policy = load_checkpoint(directory)
     if not isinstance(policy, QVPOTorchPolicy):
         raise ValueError(
-            f"{str(directory)!r} is a checkpoint of {metadata['algorithm']}: bundles are made of "
+            f"{str(directory)!r} is a checkpoint of {metadata.algorithm}: bundles are made of "
             "QVPO's policies alone. `qvpo evaluate` and `qvpo record` play it."
         )
     parameters = encode_parameters(policy.networks.state_dict())
-    obs, act, env = policy.observation_space, policy.action_space_struct, metadata["env"]
+    obs, act, env = policy.observation_space, policy.action_space_struct, metadata.env
     description = Description(
         name=name or env.rsplit("/", 1)[-1].rsplit(":", 1)[-1],
         version=version or digest(parameters)[:VERSION_DIGITS],
         env=env,
-        env_config=metadata["env_config"] or {},
+        env_config=metadata.env_config or {},
         obs_dim=policy.obs_dim,
         obs_dtype=str(obs.dtype),
         obs_low=_bounds(obs.low),
@@ -73,13 +73,13 @@ def export_checkpoint(
         source={
             "run": directory.parents[1].name if directory.parent.name == "checkpoints" else None,
             "checkpoint": directory.name,
-            "seed": metadata["seed"],
-            "env_steps": metadata["ledger"]["ingested"],
-            "updates": metadata["ledger"]["done"],
+            "seed": metadata.seed,
+            "env_steps": metadata.ledger["ingested"],
+            "updates": metadata.ledger["done"],
             "trained_with": {
-                "qvpo_rllib": metadata["package_version"],
-                "ray": metadata["ray_version"],
-                "torch": metadata["torch_version"],
+                "qvpo_rllib": metadata.package_version,
+                "ray": metadata.ray_version,
+                "torch": metadata.torch_version,
             },
         },
         versions={package: importlib.metadata.version(package) for package in PACKAGES}

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from qvpo_rllib.checkpoints import metadata as checkpoint
+from qvpo_rllib.checkpoints.metadata import REPLAY_DIRECTORY, Metadata
 from qvpo_rllib.checkpoints.replay_files import Segment, check_segments, read_segments
 from qvpo_rllib.checkpoints.staging import committed
 from qvpo_rllib.core.action_scale import ActionScale
@@ -48,14 +48,14 @@ def export_replay(path: Path, out: Path) -> Export:
         ValueError: no checkpoint or a damaged one, one without a replay, or `out` holds something.
     """
     directory = find_training_checkpoint(path)
-    metadata = checkpoint.read_metadata(directory)
-    segments = _segments(directory, metadata)
-    replay = metadata["replay"]
+    metadata = Metadata.read(directory)
+    replay = metadata.replay
+    segments = _segments(directory, replay)
     oldest = max(0, replay["num_added"] - replay["capacity"])
-    files = directory / checkpoint.REPLAY_DIRECTORY
+    files = directory / REPLAY_DIRECTORY
     check_segments(files, segments)
     parts = read_segments(files, segments, oldest)
-    low, high = (np.array(bound, np.float32) for bound in metadata["action_box"])
+    low, high = (np.array(bound, np.float32) for bound in metadata.action_box)
     scale = ActionScale(low, high)
     num_bytes = 0
     with OutputDirectory(out) as output:
@@ -64,7 +64,7 @@ def export_replay(path: Path, out: Path) -> Export:
             pq.write_table(_table(part, scale), file)
             num_bytes += file.stat().st_size
     held = sum(part.reward.shape[0] for part in parts)
-    return Export(directory, output.path, metadata["env"], held, num_bytes)
+    return Export(directory, output.path, metadata.env, held, num_bytes)
 
 
 def find_training_checkpoint(path: Path) -> Path:
@@ -74,8 +74,8 @@ def find_training_checkpoint(path: Path) -> Path:
     return committed(last.resolve() if last.is_dir() else path)
 
 
-def _segments(directory: Path, metadata: dict[str, Any]) -> list[Segment]:
-    segments = metadata["replay"]["segments"]
+def _segments(directory: Path, replay: dict[str, Any]) -> list[Segment]:
+    segments = replay["segments"]
     if not segments:
         what = "no replay" if segments is None else "an empty replay"
         raise ValueError(

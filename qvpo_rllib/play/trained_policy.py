@@ -12,7 +12,7 @@ from ray.rllib.policy.policy import Policy
 from torch import Generator
 
 from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
-from qvpo_rllib.checkpoints.metadata import POLICIES_DIRECTORY, check_files, read_metadata
+from qvpo_rllib.checkpoints.metadata import POLICIES_DIRECTORY, Metadata
 from qvpo_rllib.checkpoints.staging import committed
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.serving.bundle import DESCRIPTION_FILE, load
@@ -68,10 +68,10 @@ class TrainedPolicy:
             policy = BestOfKPolicy(policy.networks, scale, k)
         return cls(
             source,
-            metadata["algorithm"],
-            metadata["env"],
-            metadata["env_config"] or {},
-            metadata["shapes"][0],
+            metadata.algorithm,
+            metadata.env,
+            metadata.env_config or {},
+            metadata.shapes[0],
             scale,
             k,
             policy,
@@ -114,7 +114,7 @@ def find_checkpoint(path: Path) -> Path:
 class Checkpoint(NamedTuple):
     """A checkpoint's `qvpo.json` and the policy that it describes."""
 
-    metadata: dict[str, Any]
+    metadata: Metadata
     policy: Policy
 
 
@@ -125,17 +125,17 @@ def load_checkpoint(directory: Path) -> Checkpoint:
         ValueError: there is no checkpoint, or it is damaged, of another format, or contradictory.
     """
     files = committed(directory)
-    metadata = read_metadata(files)
-    check_files(files, metadata, under=POLICIES_DIRECTORY)
+    metadata = Metadata.read(files)
+    metadata.check_files(files, under=POLICIES_DIRECTORY)
     with (files / POLICY_DIRECTORY / "policy_state.pkl").open("rb") as file:
         state = pickle.load(file)
     state["policy_spec"]["config"].update(ACTING_ONLY)
     policy = Policy.from_state(state)
     sizes = [policy.observation_space.shape[0], policy.action_space_struct.shape[0]]
-    if metadata["shapes"] != sizes:
+    if metadata.shapes != sizes:
         raise ValueError(
             f"{directory} contradicts itself: its policy has observation and action sizes {sizes}, "
-            f"its qvpo.json says {metadata['shapes']}. It was changed, or put together from two."
+            f"its qvpo.json says {metadata.shapes}. It was changed, or put together from two."
         )
     return Checkpoint(metadata, policy)
 

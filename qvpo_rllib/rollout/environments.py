@@ -1,12 +1,10 @@
 """Environments as they come: whether they exist, their spaces, MuJoCo's warnings."""
 
-import difflib
 import sys
 
 import gymnasium as gym
 import mujoco
 import numpy as np
-from ray.tune.registry import ENV_CREATOR, _global_registry
 
 from qvpo_rllib.core.action_scale import ActionScale
 
@@ -46,21 +44,6 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
 def action_scale(action_space: gym.spaces.Box) -> ActionScale:
     """The map between [-1, 1] and the environment's box."""
     return ActionScale(action_space.low, action_space.high)
-
-
-def check_environment_id(env_id: str) -> None:
-    """Raises `ValueError` with the nearest names if neither Gymnasium nor Ray knows `env_id`."""
-    if _global_registry.contains(ENV_CREATOR, env_id) or env_id in gym.registry:
-        return
-    if ":" in env_id or "." in env_id:  # "module:Env-v0", or a class path that RLlib imports
-        return
-    latest = {(spec.namespace, spec.name): spec.id for spec in gym.registry.values()}
-    close = difflib.get_close_matches(env_id, latest.values(), n=3, cutoff=0.5)
-    suggestion = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise ValueError(
-        f"There is no environment {env_id!r}.{suggestion} Allowed are Gymnasium's ids (such as "
-        "'Ant-v5'), 'module:Id-v0', and names registered with ray.tune.register_env."
-    )
 
 
 # MuJoCo 4 says this for every HalfCheetah it makes, on stderr and in a file MUJOCO_LOG.TXT.

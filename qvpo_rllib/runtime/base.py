@@ -1,26 +1,53 @@
-"""Ending training between two training steps, with a state to save that can go on from there."""
+"""`BaseAlgorithm`: what all algorithms of this package share on RLlib.
 
+It overrides private methods of RLlib's `Algorithm`; nothing else in the package does
+(`tests/test_private_ray.py`).
+"""
+
+import functools
+import threading
 import time
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-import psutil
+import numpy as np
 import ray
 import torch
-from ray._common.utils import get_system_memory
-from ray._private.utils import get_used_memory
-from ray.rllib.algorithms.algorithm import TrainIterCtx
-from ray.rllib.utils.metrics import TRAINING_ITERATION_TIMER
+from pyarrow.fs import LocalFileSystem
+from ray import tune
+from ray.rllib.algorithms.algorithm import Algorithm, TrainIterCtx
+from ray.rllib.evaluation.metrics import RolloutMetrics
+from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID
+from ray.rllib.utils.metrics import (
+    NUM_AGENT_STEPS_SAMPLED,
+    NUM_AGENT_STEPS_TRAINED,
+    NUM_ENV_STEPS_SAMPLED,
+    NUM_ENV_STEPS_TRAINED,
+    TRAINING_ITERATION_TIMER,
+)
+from ray.rllib.utils.metrics.learner_info import LEARNER_STATS_KEY
 from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
 
-from qvpo_rllib.runtime.stop_signal import StopSignal
+from qvpo_rllib.checkpoints.metadata import Metadata, plain
+from qvpo_rllib.checkpoints.run_state import RunState
+from qvpo_rllib.checkpoints.staging import committed, staged
+from qvpo_rllib.checkpoints.tune_storage import is_local, save_in_place
+from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
+from qvpo_rllib.runtime.evaluation import Share, Summary, evaluate_shares, summarize
+from qvpo_rllib.runtime.ray_private import StopSignal
 
 # The evaluation return at the top level of a result, by which Ray Tune keeps the best checkpoint.
 SCORE = "evaluation_return_mean"
 UNFINISHED = "unfinished_iteration"
 
 
-class Interruptible:
-    """To be put before RLlib's algorithm.
+class BaseAlgorithm(Algorithm):  # type: ignore[misc]
+    """Stops, evaluation, streams and checkpoints, the same for every algorithm.
+
+    It stands before RLlib's own algorithm in a subclass's bases. A subclass names its configuration
+    and its policy.
 
     Whoever sets `stop_requested` gets a `KeyboardInterrupt` from `train` between two training steps
     or in the midst of an evaluation. As a trial of Ray Tune, whose driver asks by a `StopSignal`,
@@ -28,17 +55,71 @@ class Interruptible:
     how far the iteration is, and the first `train` after a restore finishes it.
     """
 
-    def setup(self: Any, config: Any) -> None:
-        # Set it from a signal handler; it may be read often.
-        self._stop_requested = False
+    config_class: ClassVar[type]
+    policy_class: ClassVar[type]
+    config: Any
+
+    @classmethod
+    def get_default_config(cls) -> Any:
+        return cls.config_class()
+
+    @classmethod
+    def get_default_policy_class(cls, config: Any) -> type:
+        return cls.policy_class
+
+    def setup(self, config: Any) -> None:
+        if self.config.num_gpus and not torch.cuda.is_available():
+            raise ValueError(
+                f"num_gpus={self.config.num_gpus} was asked for, but PyTorch "
+                f"{torch.__version__} finds no CUDA device here. Use num_gpus=0, or a machine and "
+                "a PyTorch build with CUDA."
+            )
         in_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+        if in_actor:
+            # PyTorch gets one thread inside an actor; the learner gets the cores it was assigned.
+            torch.set_num_threads(max(1, int(self.config.num_cpus_for_main_process)))
+        # A signal handler may set it; it may be read often.
+        self._stop_requested = False
         self._signal = StopSignal() if in_actor else None
         # Counters at its beginning, and results so far; None between iterations.
         self._iteration_so_far: tuple[dict[str, int], dict[str, Any] | None] | None = None
-        super().setup(config)  # type: ignore[misc]
+        # Is set once a running evaluation needs nothing of the learner any more.
+        self._evaluation_is_underway = threading.Event()
+        super().setup(config)
+
+    # --- where it stands ---------------------------------------------------------------------
 
     @property
-    def stop_requested(self: Any) -> bool:
+    def env_steps(self) -> int:
+        """Env steps taken in since the run began."""
+        return int(self._counters[NUM_ENV_STEPS_SAMPLED])
+
+    @property
+    def updates(self) -> int:
+        """Gradient steps since the run began."""
+        raise NotImplementedError
+
+    def count_steps(self, *, sampled: int = 0, trained: int = 0) -> None:
+        """Adds to RLlib's counters of env steps taken in and of transitions trained on."""
+        self._counters[NUM_ENV_STEPS_SAMPLED] += sampled
+        self._counters[NUM_AGENT_STEPS_SAMPLED] += sampled
+        self._counters[NUM_ENV_STEPS_TRAINED] += trained
+        self._counters[NUM_AGENT_STEPS_TRAINED] += trained
+
+    def drain(self) -> None:
+        """Takes in what is still being sampled; may add env steps."""
+
+    def non_finite(self, quantity: str, value: float, advice: str) -> NonFiniteError:
+        """Returns the error for a loss that is no number."""
+        return NonFiniteError(
+            f"{self.config.env}: {quantity} became {value} at env step {self.env_steps} (update "
+            f"{self.updates}). Training stops here; the last checkpoint is untouched. {advice}"
+        )
+
+    # --- an iteration, and its end by a stop ---------------------------------------------------
+
+    @property
+    def stop_requested(self) -> bool:
         return self._stop_requested or (self._signal is not None and self._signal.asked)
 
     @stop_requested.setter
@@ -49,28 +130,30 @@ class Interruptible:
         if self.stop_requested:
             raise KeyboardInterrupt
 
-    def train(self: Any) -> dict[str, Any] | list[Any]:
-        """A result, or none (Ray Tune takes a list of results too) if the driver asked to stop."""
+    def train(self) -> Any:
+        """Returns a result, or none (Tune takes a list of results too) if the driver asked to
+        stop."""
         started_s = time.time()
         if self._signal is not None:
             self._signal.look()
         try:
-            result: dict[str, Any] = super().train()  # type: ignore[misc]
+            result: dict[str, Any] = super().train()
             return result
         except BaseException as error:
             if not (isinstance(error, KeyboardInterrupt) and self._signal and self._signal.asked):
                 self._iteration_so_far = None
                 raise
         # What Tune is to know of the checkpoint that it makes next. Its policy was not evaluated.
+        last: dict[str, Any] = self._last_result or {}  # type: ignore[has-type]
         self._last_result = {
-            **(self._last_result or {}),
+            **last,
             TRAINING_ITERATION: self._iteration,
             TIME_TOTAL_S: self._time_total + time.time() - started_s,
             SCORE: float("-inf"),
         }
         return []
 
-    def _run_one_training_iteration_old_api_stack(self: Any) -> tuple[dict[str, Any], Any]:
+    def _run_one_training_iteration_old_api_stack(self) -> tuple[dict[str, Any], Any]:
         """RLlib's own, but that an iteration which was interrupted goes on where it was."""
         with self._timers[TRAINING_ITERATION_TIMER], TrainIterCtx(algo=self) as context:
             if self._iteration_so_far is None:
@@ -93,30 +176,226 @@ class Interruptible:
         return dict(results or {}), context
 
     def _compile_iteration_results_old_api_stack(
-        self: Any, *, episodes_this_iter: Any, step_ctx: Any, iteration_results: dict[str, Any]
+        self, *, episodes_this_iter: Any, step_ctx: Any, iteration_results: dict[str, Any]
     ) -> dict[str, Any]:
-        results: dict[str, Any] = super()._compile_iteration_results_old_api_stack(  # type: ignore[misc]
-            episodes_this_iter=episodes_this_iter,
+        stats = self.pop_learner_stats()
+        if stats is not None:
+            iteration_results[DEFAULT_POLICY_ID] = {LEARNER_STATS_KEY: stats}
+        episodes, self.waiting_episodes = self.waiting_episodes, []
+        results: dict[str, Any] = super()._compile_iteration_results_old_api_stack(
+            episodes_this_iter=episodes_this_iter + episodes,
             step_ctx=step_ctx,
             iteration_results=iteration_results,
         )
         self._iteration_so_far = None
-        return results
+        return results | self.run_results()
 
-    def __getstate__(self: Any) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
+    def run_results(self) -> dict[str, Any]:
+        """Returns what a result says of the run beside RLlib's own keys."""
+        return {
+            "ledger": {"ingested": self.env_steps, "done": self.updates},
+            "faults": {"restarts": self.env_runner_group.num_remote_worker_restarts()},
+        }
+
+    def pop_learner_stats(self) -> dict[str, float] | None:
+        """Returns the learner's metrics since the last call; None if `training_step` returns
+        them."""
+        return None
+
+    @property
+    def waiting_episodes(self) -> list[RolloutMetrics]:
+        """Episodes of remote workers that have ended and are in no result yet."""
+        return []
+
+    @waiting_episodes.setter
+    def waiting_episodes(self, episodes: list[RolloutMetrics]) -> None:
+        pass
+
+    # --- evaluation ----------------------------------------------------------------------------
+
+    def _evaluate_on_local_env_runner(self, env_runner: Any) -> Summary:
+        if env_runner is self.env_runner:
+            raise ValueError(
+                "evaluate() needs environments of its own, lest it disturb those in training: set "
+                "config.evaluation(evaluation_interval=…), or evaluation_num_env_runners=1."
+            )
+        seeds, action_seed = self._evaluation_seeds(), self._action_seed(0)
+        return self._summarize(
+            [env_runner.evaluate_episodes(seeds, action_seed, self.raise_if_stop_requested)]
+        )
+
+    def _evaluate_with_fixed_duration(self) -> Summary:
+        group, seeds = self.eval_env_runner_group, self._evaluation_seeds()
+        num_workers = len(group.healthy_worker_ids())
+        # Worker w plays episodes w, w + W, …; each has its own stream of noise.
+        shares = [Share(seeds[i::num_workers], self._action_seed(i)) for i in range(num_workers)]
+        self._evaluation_is_underway.set()
+        return self._summarize(
+            evaluate_shares(group, shares, self.config.evaluation_sample_timeout_s)
+        )
+
+    def _summarize(self, results: list[Any]) -> Summary:
+        keep = self.evaluation_config.keep_per_episode_custom_metrics
+        return summarize(results, self.config, keep_custom_metrics=keep)
+
+    def _run_one_training_iteration_and_evaluation_in_parallel(self) -> tuple[Any, Any, Any]:
+        """Evaluates the policy that the iteration begins with, on the evaluation workers.
+
+        RLlib's own trains in the second thread, which reads the weights and the env steps in the
+        midst of an update, and leaves the learner without its number of threads.
+        """
+        self._evaluation_is_underway.clear()
+        with ThreadPoolExecutor(1) as executor:
+            evaluation = executor.submit(self._run_one_evaluation)
+            evaluation.add_done_callback(lambda _: self._evaluation_is_underway.set())
+            self._evaluation_is_underway.wait()
+            trained, context = self._run_one_training_iteration_old_api_stack()
+            return trained, evaluation.result(), context
+
+    def _evaluation_seeds(self) -> list[int]:
+        """Returns seeds that depend on the run's seed and the env steps alone, so that evaluating
+        more or less often, or resuming, changes no result."""
+        return episode_seeds(self.config.seed, self.env_steps, self.config.evaluation_duration)
+
+    def _action_seed(self, worker: int) -> int:
+        return spawn_seed(self.config.seed, Stream.EVALUATION, self.env_steps, worker)
+
+    # --- checkpoints ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_checkpoint(cls, path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Returns a new algorithm from a checkpoint, its replay included where it has one.
+
+        RLlib's `Algorithm.from_checkpoint` works too, but cannot know of the replay.
+        """
+        found = RunState.read(committed(_directory_of(path)))
+        algorithm: Self = super().from_checkpoint(str(found.directory), *args, **kwargs)
+        algorithm.restore_run(found)
+        return algorithm
+
+    @classmethod
+    def check_checkpoint(cls, directory: Path) -> None:
+        """Raises `ValueError` unless every file of the checkpoint is whole."""
+        RunState.read(committed(directory))
+
+    def restore(self, checkpoint_path: Any) -> None:
+        """Goes on from a checkpoint: a directory, or what `save()` returned."""
+        directory = _directory_of(checkpoint_path)
+        # Before Tune's part of the restore sets iteration and times to the checkpoint's.
+        RunState.read(committed(directory), own=self.metadata())
+        local = tune.Checkpoint.from_directory(str(directory))
+        metrics = getattr(checkpoint_path, "metrics", None)  # Tune's: iteration and times so far
+        super().restore(local if metrics is None else type(checkpoint_path)(local, metrics))
+
+    def save(self, checkpoint_dir: str | None = None) -> Any:
+        """Saves as Ray does; a trial of Tune writes only what is new since its last checkpoint."""
+        if checkpoint_dir is None and is_local(self._storage):
+            return save_in_place(self)
+        return super().save(checkpoint_dir)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        self.drain()
+        target = Path(checkpoint_dir)
+        with staged(target) as directory:
+            self.write_checkpoint(directory)
+        self.checkpoint_moved(target)
+
+    def write_checkpoint(self, directory: Path) -> None:
+        """Writes a checkpoint into `directory`, an empty one; a crash leaves a part of it."""
+        super().save_checkpoint(str(directory))
+        self.write_run(directory).write(directory)
+
+    def checkpoint_moved(self, directory: Path) -> None:
+        """The checkpoint just written is in `directory` now."""
+
+    @staticmethod
+    def prune(directory: Path) -> None:
+        """Takes out of a checkpoint that is kept for its policy what only training needs."""
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        found = RunState.read(committed(Path(checkpoint_dir)), own=self.metadata())
+        # RLlib calls `on_checkpoint_loaded` at the end of its part, the rest comes after.
+        super().load_checkpoint(str(found.directory))
+        self.restore_run(found)
+
+    def write_run(self, directory: Path) -> Metadata:
+        """Writes what a run has beside RLlib's state, and returns what `qvpo.json` says of it."""
+        return self.metadata()
+
+    def restore_run(self, found: RunState) -> None:
+        """Puts back what `write_run` wrote; RLlib's state has been restored."""
+
+    def metadata(self) -> Metadata:
+        """Returns what `qvpo.json` says of this run now."""
+        policy = self.get_policy()
+        box = policy.action_space_struct
+        return Metadata(
+            algorithm=self.config.algorithm_name,
+            env=str(self.config.env),
+            env_config=_plain_env_config(self.config.env_config),
+            shapes=[int(np.prod(policy.observation_space.shape)), box.shape[0]],
+            action_box=[box.low.tolist(), box.high.tolist()],
+            seed=self.config.seed,
+            hyperparameters=plain(self.config.hyperparameters().to_dict()),
+            fixed_by_checkpoint=list(self.config.hyperparameters_class.fixed_by_checkpoint),
+            ledger={"ingested": self.env_steps, "done": self.updates},
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
         state[UNFINISHED] = self._iteration_so_far
+        # Smoothed results look back at the first of these; the others are in no result yet.
+        state["episodes"] = (self._episode_history, self.waiting_episodes)
         return state
 
-    def __setstate__(self: Any, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
-        self._iteration_so_far = state.get(UNFINISHED)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._iteration_so_far = state[UNFINISHED]
+        self._episode_history, self.waiting_episodes = state["episodes"]
+        restart = functools.partial(_restart_streams, env_steps=self.env_steps)
+        self.env_runner_group.foreach_env_runner(restart)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Starts afresh with another configuration in the same process (Tune's `reuse_actors`).
+
+        Networks, replay, workers and counters are new; Tune restores a checkpoint afterwards where
+        the trial has one.
+        """
+        config = self.get_default_config().update_from_dict(new_config)
+        config.validate()
+        config.freeze()
+        self.cleanup()
+        self.release()
+        self._timers.clear()
+        self._counters.clear()
+        self._episode_history = []
+        self._env_id, self.env_creator = self._get_env_id_and_creator(config.env, config)
+        self.config = config
+        self.setup(config)
+        return True
+
+    def release(self) -> None:
+        """Frees what is large before `reset_config` makes it anew: there may be no room for two."""
 
 
-def available_bytes(device: torch.device) -> int:
-    """Free bytes on `device`; on a CPU within the container's limit as well as the machine's."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    in_container = get_system_memory() - get_used_memory()  # Ray reads the cgroup's figures
-    return int(max(0, min(psutil.virtual_memory().available, in_container)))
+def _plain_env_config(env_config: Any) -> dict[str, Any] | None:
+    """Returns the environment's arguments as JSON has them, or None if it cannot hold them."""
+    try:
+        return dict(plain(dict(env_config)))
+    except TypeError:
+        return None
+
+
+def _directory_of(saved: Any) -> Path:
+    """Returns the directory of a path, a Tune checkpoint, or what `save()` returned.
+
+    A checkpoint in a cloud is downloaded. RLlib takes relative paths for addresses.
+    """
+    saved = getattr(saved, "checkpoint", saved)
+    if isinstance(saved, tune.Checkpoint) and not isinstance(saved.filesystem, LocalFileSystem):
+        return Path(saved.to_directory())
+    return Path(getattr(saved, "path", saved)).expanduser().resolve()
+
+
+def _restart_streams(worker: Any, env_steps: int) -> None:
+    worker.restart_streams(env_steps)

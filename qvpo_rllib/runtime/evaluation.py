@@ -1,4 +1,4 @@
-"""Evaluation on RLlib's workers: whole episodes, every one of them, whoever plays it."""
+"""Evaluates on RLlib's workers: whole episodes, all of them, whichever worker plays them."""
 
 import functools
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ Summary = tuple[Any, int, int, list[Any]]
 
 
 class Share(NamedTuple):
-    """What one worker plays."""
+    """The episodes that one worker plays."""
 
     seeds: list[int]  # of the environments, one per episode
     action_seed: int
 
 
 def evaluate_shares(group: EnvRunnerGroup, shares: Sequence[Share], timeout_s: float) -> list[Any]:
-    """The results of `evaluate_episodes` of each share, as far as there are any.
+    """Returns the result of `evaluate_episodes` for each share that was played.
 
-    The share of a worker that dies goes to another one, which plays the very same episodes.
+    When a worker dies, another one takes its share and plays the very same episodes.
     """
     calls = [functools.partial(_evaluate_on, index=i, share=s) for i, s in enumerate(shares)]
     workers = group.healthy_worker_ids()
@@ -45,7 +45,7 @@ def evaluate_shares(group: EnvRunnerGroup, shares: Sequence[Share], timeout_s: f
 
 
 def summarize(results: Sequence[Any], config: Any, *, keep_custom_metrics: bool) -> Summary:
-    """One summary of all episodes.
+    """Returns one summary of all episodes.
 
     Raises:
         NonFiniteError: a worker met one.

@@ -11,7 +11,8 @@ import torch
 
 from qvpo_rllib.algorithms import AlgorithmEntry, entry_of
 from qvpo_rllib.core.options import Options, parse_option, require_at_least
-from qvpo_rllib.rollout.environments import check_environment_id, check_spaces, filter_warnings
+from qvpo_rllib.rollout.environments import check_spaces, filter_warnings
+from qvpo_rllib.runtime.ray_private import check_environment_id
 
 EVALUATION_EPISODES = 10
 INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(min)?")

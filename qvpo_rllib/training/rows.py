@@ -29,3 +29,20 @@ def evaluation_columns(episodes: Mapping[str, Any]) -> dict[str, float | int]:
             "evaluation/q_overestimation": float(predicted - observed),
         }
     return columns
+
+
+def learner_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the learner's numbers in a result of `train()`; empty before the first update."""
+    stats: Any = result
+    for key in ("info", "learner", "default_policy", "learner_stats"):
+        stats = stats.get(key, {})
+    return {name: float(value) for name, value in stats.items()}
+
+
+def worker_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """Returns how far remote workers were behind, and what went wrong with them."""
+    ledger = result["ledger"]
+    return {
+        **{f"sampling/{n}": ledger[n] for n in ("staleness_mean", "staleness_max") if n in ledger},
+        **{f"faults/{name}": float(count) for name, count in result["faults"].items()},
+    }

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.training.learning_curve import plot_learning_curve
 from qvpo_rllib.training.plan import TrainingPlan
-from qvpo_rllib.training.rows import evaluation_columns
+from qvpo_rllib.training.rows import evaluation_columns, learner_metrics, worker_metrics
 from qvpo_rllib.training.run_directory import RunDirectory
 from qvpo_rllib.training.status import TrainingStatus
-from qvpo_rllib.training.trainee import Trainee
 
 RETURN = "evaluation/return_mean"
 
@@ -30,14 +30,13 @@ class TrainingRun:
     def __init__(self, plan: TrainingPlan, directory: RunDirectory, *, resume: bool) -> None:
         self.plan = plan
         self.directory = directory
-        self.algorithm: Any = plan.build_config().build_algo()
-        self.trainee: Trainee = plan.algorithm.trainee(self.algorithm)
+        self.algorithm: BaseAlgorithm = plan.build_config().build_algo()
         self.best = float("-inf")
         self.last: float | None = None
         self._time_before_s = 0.0
         self._evaluating = False
         if resume:
-            self.trainee.restore(directory.checkpoint("last"))
+            self.algorithm.restore(directory.checkpoint("last"))
             directory.truncate_after(self.env_steps)
             self._read_history()
             directory.change_config(plan.to_dict())
@@ -50,19 +49,19 @@ class TrainingRun:
 
     @property
     def env_steps(self) -> int:
-        return self.trainee.env_steps
+        return self.algorithm.env_steps
 
     def run(self) -> None:
         """Raises `KeyboardInterrupt` after Ctrl-C or SIGTERM, with everything saved."""
         next_evaluation = self._next_evaluation()
         iteration_steps = self.plan.iteration_steps()
-        with _interrupts(self.trainee, lambda: self._evaluating), self._showing_status():
+        with _interrupts(self.algorithm, lambda: self._evaluating), self._showing_status():
             try:
                 if self._evaluation_was_interrupted():
                     self._record_evaluation(
                         {
                             "env_steps": self.env_steps,
-                            "updates": self.trainee.updates,
+                            "updates": self.algorithm.updates,
                             "time_total_s": self._time_before_s,
                         }
                     )
@@ -114,19 +113,19 @@ class TrainingRun:
 
     def _train(self) -> dict[str, Any]:
         result = self.algorithm.train()
-        stats = self.trainee.learner_metrics(result)
+        stats = learner_metrics(result)
         episode_return = result["env_runners"].get("episode_return_mean")
         episode_length = result["env_runners"].get("episode_len_mean")
         losses = {n: stats[n] for n in self.plan.algorithm.losses if n in stats}
-        self.status.update(self.env_steps, self.trainee.updates, episode_return, losses)
+        self.status.update(self.env_steps, self.algorithm.updates, episode_return, losses)
         return {
             "env_steps": self.env_steps,
-            "updates": self.trainee.updates,
+            "updates": self.algorithm.updates,
             "time_total_s": self._time_before_s + result["time_total_s"],
             "episode_return_mean": _number(episode_return),
             "episode_length_mean": _number(episode_length),
             **{f"learner/{name}": value for name, value in stats.items()},
-            **(self.trainee.worker_metrics(result) if self.plan.num_env_runners else {}),
+            **(worker_metrics(result) if self.plan.num_env_runners else {}),
         }
 
     def _record_evaluation(self, row: dict[str, Any]) -> None:
@@ -167,14 +166,17 @@ class TrainingRun:
             self._time_before_s = float(rows[-1]["time_total_s"])
 
     def _save(self, *, is_best: bool) -> None:
-        self.trainee.drain()  # first, since it adds env steps
+        self.algorithm.drain()  # first, since it adds env steps
         if self.env_steps == self._saved_at and not is_best:
             return
         # Only the last ones are trained on, so `best` can do without what only training needs.
         saved = self.directory.commit_checkpoint(
-            self.env_steps, self.trainee.save, best=is_best, prune=self.trainee.prune
+            self.env_steps,
+            self.algorithm.write_checkpoint,
+            best=is_best,
+            prune=self.algorithm.prune,
         )
-        self.trainee.saved_in(saved)
+        self.algorithm.checkpoint_moved(saved)
         self._saved_at = self.env_steps
         self._clock.saved(self.env_steps, time.monotonic())
 
@@ -188,7 +190,9 @@ class TrainingRun:
 
 
 @contextlib.contextmanager
-def _interrupts(trainee: Trainee, at_once: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def _interrupts(
+    algorithm: BaseAlgorithm, at_once: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Ctrl-C and SIGTERM end training between two training steps, with everything saved.
 
     Where `at_once()` is true nothing is being changed: there they end it on the spot.
@@ -197,10 +201,10 @@ def _interrupts(trainee: Trainee, at_once: Callable[[], bool] = lambda: False) -
     """
 
     def handle(signum: int, frame: Any) -> None:
-        if trainee.stop_requested:
+        if algorithm.stop_requested:
             print("Stopped at once: checkpoints/last is as it was.", file=sys.stderr)
             raise SystemExit(130)
-        trainee.request_stop()
+        algorithm.stop_requested = True
         if at_once():
             raise KeyboardInterrupt
 

@@ -21,7 +21,7 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
-from qvpo_rllib.runtime.stop_signal import ask_trials_to_stop
+from qvpo_rllib.runtime.ray_private import ask_trials_to_stop
 
 # For all trials together. Slurm gives 120 s here (cluster/slurm.sh), and Ray's end takes its part.
 TIME_LIMIT_S = 90.0

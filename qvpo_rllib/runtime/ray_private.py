@@ -1,0 +1,99 @@
+"""What training needs of Ray and has no public name, but the methods that `base` overrides.
+
+An upgrade of Ray fails here in one place: `tests/test_private_ray.py` asserts what is relied on.
+"""
+
+import contextlib
+import difflib
+import time
+
+import gymnasium as gym
+import psutil
+import ray
+import torch
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_used_memory
+from ray.exceptions import RayError
+from ray.experimental import internal_kv
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.tune.registry import ENV_CREATOR, _global_registry
+
+KV_NAMESPACE = "qvpo_rllib"
+LOOK_EVERY_S = 1.0  # a look at Ray's key-value store takes about half a millisecond
+
+
+class StopSignal:
+    """Whether the driver of a Ray Tune trial has asked it to stop; once it has, it stays so.
+
+    Between two steps a trial takes no message, so the driver leaves a word in Ray's key-value store
+    under the number of its job, and each trial looks for it now and then.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._looked_s = float("-inf")
+
+    @property
+    def asked(self) -> bool:
+        """The answer of at most `LOOK_EVERY_S` ago."""
+        if not self._asked and time.monotonic() - self._looked_s >= LOOK_EVERY_S:
+            self.look()
+        return self._asked
+
+    def look(self) -> None:
+        """Looks at once."""
+        with contextlib.suppress(RayError):  # not to be reached just now: at the next look
+            found = internal_kv._internal_kv_get(_stop_key(), namespace=KV_NAMESPACE)
+            self._asked = found is not None
+        self._looked_s = time.monotonic()
+
+
+def ask_trials_to_stop() -> None:
+    """Asks all those that this process, the driver, has started or will start."""
+    internal_kv._internal_kv_put(_stop_key(), b"1", namespace=KV_NAMESPACE)
+
+
+def _stop_key() -> str:
+    return f"stop-{ray.get_runtime_context().get_job_id()}"
+
+
+def available_bytes(device: torch.device) -> int:
+    """Returns the free bytes on `device`, on a CPU within the container's limit and the
+    machine's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    in_container = get_system_memory() - get_used_memory()  # Ray reads the cgroup's figures
+    return int(max(0, min(psutil.virtual_memory().available, in_container)))
+
+
+def check_environment_id(env_id: str) -> None:
+    """Raises `ValueError` with the nearest names if neither Gymnasium nor Ray knows `env_id`."""
+    if _global_registry.contains(ENV_CREATOR, env_id) or env_id in gym.registry:
+        return
+    if ":" in env_id or "." in env_id:  # "module:Env-v0", or a class path that RLlib imports
+        return
+    latest = {(spec.namespace, spec.name): spec.id for spec in gym.registry.values()}
+    close = difflib.get_close_matches(env_id, latest.values(), n=3, cutoff=0.5)
+    suggestion = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise ValueError(
+        f"There is no environment {env_id!r}.{suggestion} Allowed are Gymnasium's ids (such as "
+        "'Ant-v5'), 'module:Id-v0', and names registered with ray.tune.register_env."
+    )
+
+
+def check_setting(name: str, config: AlgorithmConfig) -> None:
+    """Raises `ValueError` with the nearest name if `config` has no setting `name`."""
+    known = set(vars(config)) | {n for n in dir(type(config)) if not n.startswith("_")}
+    translated = config._translate_special_keys(name, warn_deprecated=False)
+    if name.startswith("__") or translated in known or name in known:
+        return
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    raise ValueError(
+        f"There is no setting {name!r}." + (f" Did you mean {close[0]!r}?" if close else "")
+    )
+
+
+def is_frozen(config: AlgorithmConfig) -> bool:
+    """Returns whether `config` can be changed no more."""
+    return bool(config._is_frozen)

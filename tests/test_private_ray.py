@@ -1,0 +1,149 @@
+"""Three files use Ray's private API, and it is as they rely on: an upgrade fails here first."""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_used_memory
+from ray.experimental import internal_kv
+from ray.rllib.algorithms import algorithm as rllib
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.evaluation.rollout_worker import RolloutWorker
+from ray.train._internal.checkpoint_manager import _TrainingResult
+from ray.train._internal.storage import StorageContext
+from ray.tune.registry import _global_registry
+from ray.tune.trainable import Trainable
+
+PACKAGE = Path(__file__).parents[1] / "qvpo_rllib"
+BASE, PRIVATE, STORAGE = "runtime/base.py", "runtime/ray_private.py", "checkpoints/tune_storage.py"
+
+Algorithm = rllib.Algorithm
+# File to open, what it relies on, and the parameters that it is called with or overridden with.
+RELIED_ON: list[tuple[str, Callable[..., Any], tuple[str, ...]]] = [
+    (BASE, Algorithm._run_one_training_iteration_old_api_stack, ("self",)),
+    (BASE, Algorithm._run_one_training_iteration_and_evaluation_in_parallel, ("self",)),
+    (BASE, Algorithm._run_one_evaluation, ("self", "parallel_train_future")),
+    (BASE, Algorithm._evaluate_on_local_env_runner, ("self", "env_runner")),
+    (BASE, Algorithm._evaluate_with_fixed_duration, ("self",)),
+    (BASE, Algorithm._get_env_id_and_creator, ("env_specifier", "config")),
+    (
+        BASE,
+        Algorithm._compile_iteration_results_old_api_stack,
+        ("self", "episodes_this_iter", "step_ctx", "iteration_results"),
+    ),
+    (
+        BASE,
+        Algorithm._make_on_env_runners_recreated_callbacks,
+        ("self", "config", "env_runner_group", "restored_env_runner_indices"),
+    ),
+    (BASE, rllib.TrainIterCtx.__init__, ("self", "algo")),
+    (PRIVATE, internal_kv._internal_kv_get, ("key", "namespace")),
+    (PRIVATE, internal_kv._internal_kv_put, ("key", "value", "overwrite", "namespace")),
+    (PRIVATE, get_system_memory, ("memory_limit_filename", "memory_limit_filename_v2")),
+    (PRIVATE, get_used_memory, ()),
+    (PRIVATE, type(_global_registry).contains, ("self", "category", "key")),
+    (PRIVATE, AlgorithmConfig._translate_special_keys, ("key", "warn_deprecated")),
+    (STORAGE, _TrainingResult.__init__, ("self", "checkpoint", "metrics")),
+    (STORAGE, StorageContext._check_validation_file, ("self",)),
+    (STORAGE, StorageContext._update_checkpoint_index, ("self", "metrics")),
+    (STORAGE, StorageContext.persist_artifacts, ("self", "force")),
+]
+# Attributes that Ray's objects get in their `__init__` or `setup`.
+ATTRIBUTES = {
+    BASE: {
+        "_counters", "_env_id", "_episode_history", "_iteration", "_last_result", "_storage",
+        "_time_total", "_timers",
+    },
+    STORAGE: {"_last_result", "_storage"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "parameters"),
+    RELIED_ON,
+    ids=[f"{file}: {function.__qualname__}" for file, function, _ in RELIED_ON],
+)
+def test_signatures_that_are_relied_on(
+    file: str, function: Callable[..., Any], parameters: tuple[str, ...]
+) -> None:
+    found = tuple(inspect.signature(function).parameters)
+    assert found == parameters, (
+        f"Ray {ray.__version__}: {function.__qualname__}{found} is not {parameters} any more. Open "
+        f"qvpo_rllib/{file}, read Ray's new source, and mend what calls or overrides it."
+    )
+
+
+@pytest.mark.parametrize("file", ATTRIBUTES)
+def test_attributes_that_are_relied_on(file: str) -> None:
+    missing = ATTRIBUTES[file] - _own_private_names(rllib, Trainable)
+    assert not missing, f"Ray {ray.__version__} has no {missing}: open qvpo_rllib/{file}."
+
+
+def test_private_api_is_used_in_three_files() -> None:
+    """Imports of private names, private attributes of RLlib's classes, and overridden methods."""
+    users = {file for file, _ in _private_uses()}
+    assert users == {BASE, PRIVATE, STORAGE}, sorted(
+        use for use in _private_uses() if use[0] not in (BASE, PRIVATE, STORAGE)
+    )
+
+
+def _private_uses() -> Iterator[tuple[str, str]]:
+    """(file, what it uses) for every use of Ray's private API that can be seen in the source."""
+    of_ray = _own_private_names(rllib, Trainable, RolloutWorker, AlgorithmConfig)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        file, tree = path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
+        ours = {n.attr for n in ast.walk(tree) if _is_assigned(n)}
+        for node in ast.walk(tree):
+            for name in _names_of_ray(node, of_ray - ours):
+                if any(part.startswith("_") for part in name.split(".")):
+                    yield file, name
+    yield from _overridden_methods()
+
+
+def _names_of_ray(node: ast.AST, attributes: set[str]) -> list[str]:
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ray":
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names if alias.name.split(".")[0] == "ray"]
+    if isinstance(node, ast.Attribute):
+        known = node.attr in attributes or node.attr.startswith("_internal_kv")
+        return [node.attr] if known else []
+    return []
+
+
+def _overridden_methods() -> Iterator[tuple[str, str]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        if relative.parts[0] not in ("rollout", "runtime", "algorithms", "tuning", "checkpoints"):
+            continue
+        name = ".".join(("qvpo_rllib", *relative.with_suffix("").parts)).removesuffix(".__init__")
+        for kind in vars(importlib.import_module(name)).values():
+            if not (inspect.isclass(kind) and kind.__module__ == name):
+                continue
+            bases = [base for base in kind.__mro__ if base.__module__.startswith("ray.")]
+            for method in vars(kind):
+                private = method.startswith("_") and not method.startswith("__")
+                if private and method != "_abc_impl" and any(method in vars(b) for b in bases):
+                    yield relative.as_posix(), f"{kind.__name__}.{method}"
+
+
+def _is_assigned(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+
+
+def _own_private_names(*owners: Any) -> set[str]:
+    """The private names that the classes or modules define or assign to `self`."""
+    names = set()
+    for owner in owners:
+        for node in ast.walk(ast.parse(inspect.getsource(inspect.getmodule(owner) or owner))):
+            if _is_assigned(node) and node.attr.startswith("_"):  # type: ignore[attr-defined]
+                names.add(node.attr)  # type: ignore[attr-defined]
+            elif isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
+                names.add(node.name)
+    return {name for name in names if not name.startswith("__")}

@@ -1,0 +1,282 @@
+"""What all seven algorithms offer is the same for all: refusals, runs, evaluation, checkpoints."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.rllib.callbacks.callbacks import RLlibCallback
+
+from qvpo_rllib import cli
+from qvpo_rllib.algorithms import ALGORITHMS
+
+ENV = "InvertedPendulum-v5"
+OFF_POLICY = {"hidden": (8,), "batch_size": 8, "warmup_steps": 20, "replay_capacity": 500}
+ON_POLICY = {"hidden": (8,), "train_batch_size": 20, "minibatch_size": 20, "num_epochs": 1}
+DIFFUSION = {**OFF_POLICY, "engine": "eager", "diffusion_steps": 2}
+TINY: dict[str, dict[str, Any]] = {
+    "qvpo": {**DIFFUSION, "num_policy_samples": 2, "num_uniform_samples": 1, "k_eval": 2},
+    "dipo": {**DIFFUSION, "action_steps": 1},
+    "qsm": DIFFUSION,
+    "td3": {**OFF_POLICY, "engine": "eager"},
+    "ppo": ON_POLICY,
+    "spo": ON_POLICY,
+    "sac": OFF_POLICY,
+}
+seven = pytest.mark.parametrize("name", ALGORITHMS)
+
+
+class Counting(RLlibCallback):
+    """Counts its calls."""
+
+    calls: dict[str, int]
+
+    def on_algorithm_init(self, *, algorithm: Any, **kwargs: Any) -> None:
+        self.calls = {}
+
+    def on_train_result(self, *, algorithm: Any, result: dict[str, Any], **kwargs: Any) -> None:
+        result["seen_by_a_callback"] = True
+
+    def on_episode_end(self, *, episode: Any, **kwargs: Any) -> None:
+        episode.custom_metrics["seen"] = 1.0
+
+
+def config_of(name: str, num_workers: int = 0, **options: Any) -> Any:
+    config = ALGORITHMS[name].load().get_default_config()
+    config.environment(ENV).training(**{**TINY[name], **options})
+    config.env_runners(num_env_runners=num_workers)
+    config.reporting(min_sample_timesteps_per_iteration=60, metrics_num_episodes_for_smoothing=10)
+    config.evaluation(evaluation_interval=1, evaluation_duration=2)
+    return config.debugging(seed=0, log_level="ERROR").callbacks(Counting)
+
+
+def weights_of(algorithm: Any) -> dict[str, Any]:
+    state = algorithm.get_policy().model.state_dict()
+    return {name: value.detach().cpu().numpy().copy() for name, value in state.items()}
+
+
+def assert_same_weights(one: Any, other: Any) -> None:
+    first, second = weights_of(one), weights_of(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def trained(request: Any, build_shared: Callable[[Any], Any]) -> tuple[str, Any, dict[str, Any]]:
+    """Name, algorithm and the result of its first iteration, 60 env steps with an evaluation."""
+    algorithm = build_shared(config_of(request.param))
+    return request.param, algorithm, algorithm.train()
+
+
+# --- refusals, before anything starts ----------------------------------------------------------
+
+
+@seven
+def test_what_nothing_reads_is_refused_by_name(name: str) -> None:
+    label = ALGORITHMS[name].label
+    option = next(iter(set(TINY[name]) - {"hidden"} - set(DIFFUSION) or {"batch_size"}))
+    misspelt = option[:-1] + "_"
+    with pytest.raises(ValueError, match=f"'{misspelt}'.*Did you mean"):
+        config_of(name).training(**{misspelt: 1})
+    with pytest.raises(ValueError, match=f"'{misspelt}'.*Did you mean"):
+        config_of(name).update_from_dict({misspelt: 1})
+    with pytest.raises(ValueError, match=f"{label} does not read 'model': use hidden instead"):
+        config_of(name).training(model={"fcnet_hiddens": [3]})
+    with pytest.raises(ValueError, match=f"{label} does not read 'model': use hidden instead"):
+        config_of(name).update_from_dict({"model": {"fcnet_hiddens": [3]}})
+    with pytest.raises(ValueError, match=f"{label} runs on RLlib's old API stack"):
+        config_of(name).update_from_dict({"enable_rl_module_and_learner": True})
+
+
+@seven
+def test_a_whole_configuration_is_taken_as_it_is(name: str) -> None:
+    """As Ray Tune hands it to a trial, validated or not."""
+    given = config_of(name)
+    for values in (given.to_dict(), given.validate() or given.to_dict()):
+        taken = ALGORITHMS[name].load().get_default_config().update_from_dict(values)
+        taken.validate()
+        assert taken.hyperparameters() == given.hyperparameters()
+
+
+@seven
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("resources", {"num_gpus": 2}, "num_gpus=2 is not allowed"),
+        ("env_runners", {"remote_worker_envs": True}, "remote_worker_envs=True is not supported"),
+        ("env_runners", {"observation_filter": "MeanStdFilter"}, "observation_filter="),
+        ("environment", {"normalize_actions": False}, "normalize_actions=False is not supported"),
+        ("learners", {"num_learners": 1}, "num_learners=1 is not supported"),
+        ("evaluation", {"evaluation_duration_unit": "timesteps"}, "whole episodes"),
+        ("environment", {"env": "InvertedPendulm-v5"}, "Did you mean 'InvertedPendulum-v5'"),
+        ("multi_agent", {"policies": {"a", "b"}}, "Several policies"),
+    ],
+)
+def test_settings_of_rllib_that_mean_nothing_here_are_refused(
+    name: str, method: str, settings: dict[str, Any], message: str
+) -> None:
+    config = config_of(name)
+    getattr(config, method)(**settings)
+    with pytest.raises(ValueError, match=message):
+        config.validate()
+
+
+@seven
+def test_spaces_are_refused_for_a_reason_that_is_true(name: str, capsys: Any) -> None:
+    assert cli.main(["train", "--algo", name, "--env", "CartPole-v1"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "Discrete(2)" in error
+    assert "continuous actions" in error
+    assert "QVPO" not in error.replace("qvpo", "") or name == "qvpo"
+
+
+@seven
+def test_a_gpu_that_is_not_there_is_refused(name: str, build: Callable[[Any], Any]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    config = config_of(name).resources(num_gpus=1)
+    with pytest.raises(ValueError, match="finds no CUDA device here"):
+        build(config)
+
+
+@pytest.fixture(scope="module")
+def locked_directory(tmp_path_factory: Any) -> Iterator[Path]:
+    """A directory that another process has locked."""
+    path = tmp_path_factory.mktemp("locked")
+    program = (
+        "import pathlib, sys; from qvpo_rllib.files import DirectoryLock\n"
+        "lock = DirectoryLock(pathlib.Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        yield path
+        other.communicate()
+
+
+@seven
+def test_a_directory_that_another_program_writes_is_refused(
+    name: str, locked_directory: Path, capsys: Any
+) -> None:
+    assert cli.main(["train", "--algo", name, "--run-dir", str(locked_directory)]) == 2
+    assert "Another program is writing to" in " ".join(capsys.readouterr().err.split())
+
+
+# --- a run -------------------------------------------------------------------------------------
+
+
+def test_a_result_has_the_same_names(trained: Any) -> None:
+    _, algorithm, result = trained
+    assert result["num_env_steps_sampled_lifetime"] == algorithm.env_steps == 60
+    assert result["ledger"]["ingested"] == 60
+    assert result["ledger"]["done"] == algorithm.updates > 0
+    assert result["faults"]["restarts"] == 0
+    stats = result["info"]["learner"]["default_policy"]["learner_stats"]
+    assert stats
+    assert all(np.isfinite(v) or v == float("inf") for v in stats.values())
+    for episodes in (result["env_runners"], result["evaluation"]["env_runners"]):
+        assert {"episode_return_mean", "episode_len_mean", "hist_stats"} <= set(episodes)
+    assert len(result["evaluation"]["env_runners"]["hist_stats"]["episode_reward"]) == 2
+
+
+def test_callbacks_are_called(trained: Any) -> None:
+    _, _, result = trained
+    assert result["seen_by_a_callback"]
+    assert result["env_runners"]["custom_metrics"]["seen_mean"] == 1.0
+
+
+def test_evaluating_again_gives_the_same_episodes_and_changes_nothing(trained: Any) -> None:
+    _, algorithm, _ = trained
+    before = weights_of(algorithm)
+    first, second = (
+        algorithm.evaluate()["env_runners"]["hist_stats"]["episode_reward"] for _ in range(2)
+    )
+    assert first == second
+    for name, value in weights_of(algorithm).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_stop_is_heard_in_training_and_in_evaluation(trained: Any) -> None:
+    _, algorithm, _ = trained
+    algorithm.stop_requested = True
+    with pytest.raises(KeyboardInterrupt):
+        algorithm.train()
+    with pytest.raises(KeyboardInterrupt):
+        algorithm.evaluate()
+    algorithm.stop_requested = False
+
+
+def test_a_run_goes_on_from_its_checkpoint(
+    trained: Any, tmp_path: Path, monkeypatch: Any, build: Callable[[Any], Any]
+) -> None:
+    name, algorithm, _ = trained
+    monkeypatch.chdir(tmp_path)
+    algorithm.save("saved")
+    again = build(config_of(name))
+    again.restore("saved")  # a relative path, which RLlib takes for an address
+    new = type(algorithm).from_checkpoint("saved")
+    for other in (again, new):
+        assert_same_weights(algorithm, other)
+        assert (other.env_steps, other.updates) == (algorithm.env_steps, algorithm.updates)
+        assert other.metadata().ledger == algorithm.metadata().ledger
+        returns = [a.evaluate()["env_runners"]["episode_return_mean"] for a in (algorithm, other)]
+        assert returns[0] == returns[1]
+    steps, updates = again.env_steps, again.updates
+    again.train()
+    assert again.env_steps == steps + 60
+    assert again.updates > updates
+    new.stop()
+
+
+def test_a_checkpoint_of_another_algorithm_changes_nothing(
+    trained: Any, tmp_path: Path, build: Callable[[Any], Any]
+) -> None:
+    name, algorithm, _ = trained
+    other = "td3" if name != "td3" else "ppo"
+    foreign = build(config_of(other))
+    foreign.save(str(tmp_path))
+    before = weights_of(algorithm)
+    with pytest.raises(ValueError, match=f"algorithm='{ALGORITHMS[other].label}'"):
+        algorithm.restore(str(tmp_path))
+    for key, value in weights_of(algorithm).items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+@seven
+def test_arguments_of_the_environment_that_json_cannot_hold_end_no_run(
+    name: str, build: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    config = config_of(name)
+    config.environment(env_config={"reset_noise_scale": np.float32(0.02)})
+    algorithm = build(config)
+    algorithm.save(str(tmp_path))
+    again = build(config.copy(copy_frozen=False))
+    again.restore(str(tmp_path))
+    assert_same_weights(algorithm, again)
+
+
+@seven
+def test_another_configuration_starts_afresh_in_the_same_process(
+    name: str, build: Callable[[Any], Any]
+) -> None:
+    algorithm = build(config_of(name))
+    algorithm.training_step()
+    assert algorithm.reset_config(config_of(name, gamma=0.5).to_dict())
+    assert (algorithm.env_steps, algorithm.updates) == (0, 0)
+    assert algorithm.config.hyperparameters().gamma == 0.5
+    assert algorithm.train()["num_env_steps_sampled_lifetime"] == 60
+
+
+@seven
+def test_evaluation_on_a_worker_is_the_same_as_here(name: str, build: Callable[[Any], Any]) -> None:
+    here = build(config_of(name))
+    there = build(config_of(name).evaluation(evaluation_num_env_runners=1))
+    assert_same_weights(here, there)
+    returns = [a.evaluate()["env_runners"]["hist_stats"]["episode_reward"] for a in (here, there)]
+    assert returns[0] == returns[1]
