@@ -22,6 +22,7 @@ from qvpo_rllib import cli
 from qvpo_rllib.checkpoints.metadata import Metadata
 from qvpo_rllib.checkpoints.replay_files import Segment, read_segments
 from qvpo_rllib.cli.train import _interrupts_are_kept
+from qvpo_rllib.play.trained_policy import action_time_ms
 from qvpo_rllib.training.run import RETURN
 
 TRAIN_OPTIONS = [
@@ -211,6 +212,35 @@ def test_evaluate_takes_k_and_a_checkpoint(capsys: Any, trained: Any) -> None:
     result = evaluate(capsys, str(last), "--episodes", "2", "--k", "1")
     assert (result["k"], result["episodes"]) == (1, 2)
     assert result["checkpoint"] == str(last.resolve())
+
+
+def test_evaluate_reads_the_metadata_once_and_encodes_no_weights(
+    trained: Any, capsys: Any, monkeypatch: Any
+) -> None:
+    opened: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: Any) -> None:  # a hook that cannot be taken away
+        if watching and event == "open":
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(watch)
+    monkeypatch.delattr("safetensors.torch.save")
+    try:
+        evaluate(capsys, str(trained[0]), "--episodes", "1")
+    finally:
+        watching = False
+    assert len([name for name in opened if name.endswith("qvpo.json")]) == 1
+    assert len([name for name in opened if name.endswith("policy_state.pkl")]) == 2  # and checked
+
+
+def test_the_time_of_an_action_is_measured_with_a_runs_checkpoint(
+    trained: Any, tmp_path: Path
+) -> None:
+    time_ms = action_time_ms(trained[0])
+    assert time_ms is not None
+    assert 0 < time_ms < 1000
+    assert action_time_ms(tmp_path) is None
 
 
 def test_evaluate_prints_a_table(capsys: Any, trained: Any) -> None:

@@ -22,6 +22,9 @@ from qvpo_rllib.training.plan import check_environment
 
 MAX_ENVS = 10
 
+# An environment that renders ("rgb_array") and its id → what watches it.
+Record = Callable[[gym.Env[Any, Any], str], Hooks]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -34,20 +37,25 @@ class Evaluation:
     episodes: list[Episode]
 
     @property
+    def returns(self) -> list[float]:
+        return [episode.episode_return for episode in self.episodes]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        """The returns' population standard deviation."""
+        return float(np.std(self.returns))
+
+    @property
     def how(self) -> str:
         """How it acted, in words."""
         return "one action" if self.k is None else f"best of K = {self.k} actions"
 
-    @property
-    def mean(self) -> float:
-        return float(np.mean([e.episode_return for e in self.episodes]))
-
-    @property
-    def std(self) -> float:
-        """Population standard deviation."""
-        return float(np.std([e.episode_return for e in self.episodes]))
-
     def to_dict(self) -> dict[str, Any]:
+        """Returns what `qvpo evaluate --json` prints."""
         return {
             "env": self.env,
             "checkpoint": self.checkpoint,
@@ -56,8 +64,8 @@ class Evaluation:
             "episodes": len(self.episodes),
             "return_mean": self.mean,
             "return_std": self.std,
-            "returns": [e.episode_return for e in self.episodes],
-            "lengths": [e.length for e in self.episodes],
+            "returns": self.returns,
+            "lengths": [episode.length for episode in self.episodes],
         }
 
 
@@ -67,7 +75,7 @@ def evaluate_checkpoint(
     episodes: int = 10,
     k: int | None = None,
     seed: int = 0,
-    record: Callable[[gym.Env[Any, Any], str], Hooks] | None = None,
+    record: Record | None = None,
 ) -> Evaluation:
     """Plays whole episodes with the best of k actions, scaled as in training.
 
@@ -78,22 +86,24 @@ def evaluate_checkpoint(
         k: actions drawn per state; the policy's `k_eval` if None. A policy that draws one takes
             none.
         seed: of environments and diffusion noise.
-        record: given the environment, which then renders ("rgb_array"), and its id, returns what
-            watches it. The episodes are then played one after the other.
+        record: what watches the episodes, which are then played one after the other.
 
     Raises:
         ValueError: nothing to evaluate there, of another format, or its environment is missing.
     """
     _check(episodes, k, seed)
     policy = TrainedPolicy.load(path)
-
-    def act(obs: NDArray[np.float32], step_seed: int) -> NDArray[np.floating]:
-        return policy.act(obs, k, torch.Generator().manual_seed(step_seed))
-
-    shapes = (policy.obs_dim, policy.scale.low.tolist(), policy.scale.high.tolist())
-    episodes_played = _play(policy.env, policy.env_config, shapes, act, episodes, seed, record)
+    played = _play(
+        policy.env,
+        policy.env_config,
+        (policy.obs_dim, policy.scale.low.tolist(), policy.scale.high.tolist()),
+        lambda obs, noise_seed: policy.act(obs, k, torch.Generator().manual_seed(noise_seed)),
+        episodes,
+        seed,
+        record,
+    )
     k = policy.k if k is None else k
-    return Evaluation(policy.env, k, seed, str(policy.source), episodes_played)
+    return Evaluation(policy.env, k, seed, str(policy.source), played)
 
 
 def evaluate_server(
@@ -105,7 +115,7 @@ def evaluate_server(
     k: int | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """As `evaluate_checkpoint`, with every action asked of a server (`qvpo serve`).
+    """Plays as `evaluate_checkpoint` does, with every action asked of a server (`qvpo serve`).
 
     The returns are those of a local evaluation with the same seed, to the last bit if both machines
     multiply matrices alike.
@@ -121,21 +131,20 @@ def evaluate_server(
     with Client(url) as client:
         try:
             models = {f"{m['name']}@{m['version']}": m for m in client.models()}
-            defaults = {m["name"]: m for m in models.values() if m["default"]}
-            found = (defaults | models).get(model)
+            models |= {m["name"]: m for m in models.values() if m["default"]}
+            found = models.get(model)
             if found is None:
                 raise ValueError(
-                    f"{url} serves no model {model!r}; it serves "
-                    f"{', '.join(sorted(defaults | models))}."
+                    f"{url} serves no model {model!r}; it serves {', '.join(sorted(models))}."
                 )
             # One version to the end, whatever is replaced meanwhile.
             pinned = f"{found['name']}@{found['version']}"
             env = env or found["env"]
-            episodes_played = _play(
+            played = _play(
                 env,
                 found["env_config"] if env == found["env"] else {},
                 (found["obs_dim"], found["act_low"], found["act_high"]),
-                lambda obs, step_seed: client.act(pinned, obs, k, step_seed),
+                lambda obs, noise_seed: client.act(pinned, obs, k, noise_seed),
                 episodes,
                 seed,
             )
@@ -143,20 +152,20 @@ def evaluate_server(
             raise ValueError(
                 f"The server {url} cannot be used: {error}. Is qvpo serve running there?"
             ) from error
-    source = f"{url}/v1/models/{pinned}"
-    return Evaluation(env, found["k_eval"] if k is None else k, seed, source, episodes_played)
-
-
-class _InBox(ActionScale):
-    """For actions that are in the environment's box already."""
-
-    def to_env(self, action: NDArray[np.floating]) -> NDArray[np.floating]:
-        return np.asarray(action, self.dtype)
+    k = found["k_eval"] if k is None else k
+    return Evaluation(env, k, seed, f"{url}/v1/models/{pinned}", played)
 
 
 def _check(episodes: int, k: int | None, seed: int) -> None:
     for name, value, least in (("episodes", episodes, 1), ("k", k, 1), ("seed", seed, 0)):
         require_at_least(f"--{name}", value, least)
+
+
+class _InBox(ActionScale):
+    """Leaves actions as they are, but for their dtype: they are in the environment's box."""
+
+    def to_env(self, action: NDArray[np.floating]) -> NDArray[np.floating]:
+        return np.asarray(action, self.dtype)
 
 
 def _play(
@@ -166,9 +175,15 @@ def _play(
     act: Callable[[NDArray[np.float32], int], NDArray[np.floating]],
     episodes: int,
     seed: int,
-    record: Callable[[gym.Env[Any, Any], str], Hooks] | None = None,
+    record: Record | None = None,
 ) -> list[Episode]:
-    """Episodes with `act(observations, seed of this step's noise)`, actions in the box."""
+    """Returns whole episodes, one for each of the seeds that `seed` stands for.
+
+    Args:
+        shapes: observation size and lower and upper action bounds that the policy needs.
+        act: called with observations [B, O] and the seed of this step's noise; gives actions
+            [B, A] in the box.
+    """
     check_environment(env_id, env_config)
     rendering = {} if record is None else {"render_mode": "rgb_array"}
     make = functools.partial(gym.make, env_id, **env_config | rendering)
@@ -182,12 +197,14 @@ def _play(
                 f"{env_id} has observation size and action bounds {found} here, but the policy was "
                 f"trained on {shapes}."
             )
+
+        def act_and_count(obs: NDArray[np.float32]) -> tuple[NDArray[np.floating], None]:
+            noise_seed = spawn_seed(seed, Stream.EVALUATION, 0, 1, next(step_number))
+            return act(obs, noise_seed), None
+
         return run_episodes(
             envs,
-            lambda obs: (
-                act(obs, spawn_seed(seed, Stream.EVALUATION, 0, 1, next(step_number))),
-                None,
-            ),
+            act_and_count,
             _InBox(space.low, space.high),
             episode_seeds(seed, 0, episodes),
             env_id,

@@ -70,36 +70,32 @@ def record_checkpoint(
     """
     check_output(out)
     temporary = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
-    recorder: Recorder | None = None
-
-    def record(env: gym.Env[Any, Any], env_id: str) -> Recorder:
-        nonlocal recorder
-        recorder = Recorder(env, env_id, temporary, episodes, report)
-        return recorder
-
+    recorder = Recorder(temporary, episodes, report)
     try:
-        result = evaluate_checkpoint(checkpoint, episodes=episodes, k=k, seed=seed, record=record)
-        assert recorder is not None
+        result = evaluate_checkpoint(
+            checkpoint, episodes=episodes, k=k, seed=seed, record=recorder.watch
+        )
         recorder.close()
         os.replace(temporary, out)
     finally:
-        if recorder is not None:
-            recorder.close()
+        recorder.close()
         temporary.unlink(missing_ok=True)
     return result, recorder.num_frames
 
 
 class Recorder:
-    """Watches one environment's episodes and writes a frame of every step: `rollout.Hooks`."""
+    """Writes a frame of every step of one environment's episodes: `rollout.Hooks`."""
 
     def __init__(
-        self,
-        env: gym.Env[Any, Any],
-        env_id: str,
-        path: Path,
-        num_episodes: int,
-        report: Callable[[int, float], None] | None,
+        self, path: Path, num_episodes: int, report: Callable[[int, float], None] | None
     ) -> None:
+        self._path, self._num_episodes, self._report = path, num_episodes, report
+        self._episode, self._step, self._return = -1, 0, 0.0
+        self._writer: Any = None
+        self.num_frames = 0
+
+    def watch(self, env: gym.Env[Any, Any], env_id: str) -> "Recorder":
+        """Begins the file. Raises `ValueError` if the environment renders no pictures."""
         if "rgb_array" not in env.metadata.get("render_modes", []):
             raise ValueError(
                 f"{env_id} cannot be recorded: it has no render mode 'rgb_array', only "
@@ -107,20 +103,18 @@ class Recorder:
             )
         import imageio.v2 as imageio
 
+        self._env, self._env_id = env, env_id
         fps = float(env.metadata.get("render_fps") or DEFAULT_FPS)
         self._stride = math.ceil(fps / MAX_FPS)
-        self._env, self._env_id, self._num_episodes = env, env_id, num_episodes
-        self._report = report
-        self._episode, self._step, self._return = -1, 0, 0.0
-        self.num_frames = 0
         shown_fps = fps / self._stride
-        if path.suffix == ".gif":
-            self._writer = imageio.get_writer(path, duration=1000 / shown_fps, loop=0)
+        if self._path.suffix == ".gif":
+            self._writer = imageio.get_writer(self._path, duration=1000 / shown_fps, loop=0)
         else:
             # One thread and no padding to blocks of 16: the same frames give the same file.
             self._writer = imageio.get_writer(
-                path, fps=shown_fps, macro_block_size=2, ffmpeg_params=["-threads", "1"]
+                self._path, fps=shown_fps, macro_block_size=2, ffmpeg_params=["-threads", "1"]
             )
+        return self
 
     def start(self, i: int, reset: Callable[[], Any]) -> Any:
         first = reset()
@@ -140,8 +134,9 @@ class Recorder:
         return {}
 
     def close(self) -> None:
-        """Finishes the file. May be called again."""
-        self._writer.close()
+        """Finishes the file, if one was begun. May be called again."""
+        if self._writer is not None:
+            self._writer.close()
 
     def _write_frame(self) -> None:
         frame = np.asarray(self._env.render(), dtype=np.uint8)
@@ -154,7 +149,7 @@ class Recorder:
 
 
 def with_text(frame: Frame, text: str) -> Frame:
-    """A copy of `frame` [height, width, 3] with `text` in its upper left corner."""
+    """Returns a copy of `frame` [height, width, 3] with `text` in its upper left corner."""
     from PIL import Image, ImageDraw, ImageFont
 
     picture = Image.fromarray(frame)

@@ -12,7 +12,6 @@ One row is a transition, oldest first; the columns have the names of RLlib's off
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +28,7 @@ from qvpo_rllib.files import OutputDirectory
 
 @dataclass(frozen=True)
 class Export:
-    """What was written."""
+    """The data set that was written, and what it was made of."""
 
     checkpoint: Path
     directory: Path
@@ -47,46 +46,35 @@ def export_replay(path: Path, out: Path) -> Export:
     Raises:
         ValueError: no checkpoint or a damaged one, one without a replay, or `out` holds something.
     """
-    directory = find_training_checkpoint(path)
-    metadata = Metadata.read(directory)
-    replay = metadata.replay
-    segments = _segments(directory, replay)
-    oldest = max(0, replay["num_added"] - replay["capacity"])
-    files = directory / REPLAY_DIRECTORY
-    check_segments(files, segments)
-    parts = read_segments(files, segments, oldest)
-    low, high = (np.array(bound, np.float32) for bound in metadata.action_box)
-    scale = ActionScale(low, high)
-    num_bytes = 0
-    with OutputDirectory(out) as output:
-        for i, part in enumerate(parts):
-            file = output.path / f"part-{i:05d}.parquet"
-            pq.write_table(_table(part, scale), file)
-            num_bytes += file.stat().st_size
-    held = sum(part.reward.shape[0] for part in parts)
-    return Export(directory, output.path, metadata.env, held, num_bytes)
-
-
-def find_training_checkpoint(path: Path) -> Path:
-    """The checkpoint meant by `path`: itself, or the last one of a run directory."""
     path = path.expanduser().resolve()
     last = path / "checkpoints" / "last"
-    return committed(last.resolve() if last.is_dir() else path)
-
-
-def _segments(directory: Path, replay: dict[str, Any]) -> list[Segment]:
-    segments = replay["segments"]
-    if not segments:
-        what = "no replay" if segments is None else "an empty replay"
+    directory = committed(last.resolve() if last.is_dir() else path)
+    metadata = Metadata.read(directory)
+    replay = metadata.replay
+    if not replay["segments"]:
+        what = "no replay" if replay["segments"] is None else "an empty replay"
         raise ValueError(
             f"The checkpoint {str(directory)!r} has {what}: there is nothing to export. A run's "
             "checkpoints/last has one, unless it was trained with replay_in_checkpoints=False; "
             "checkpoints/best has none."
         )
-    return [Segment(**segment) for segment in segments]
+    segments = [Segment(**segment) for segment in replay["segments"]]
+    files = directory / REPLAY_DIRECTORY
+    check_segments(files, segments)
+    parts = read_segments(files, segments, max(0, replay["num_added"] - replay["capacity"]))
+    scale = ActionScale(*(np.array(bound, np.float32) for bound in metadata.action_box))
+    held = num_bytes = 0
+    with OutputDirectory(out) as output:
+        for i, part in enumerate(parts):
+            file = output.path / f"part-{i:05d}.parquet"
+            pq.write_table(_table(part, scale), file)
+            held += part.reward.shape[0]
+            num_bytes += file.stat().st_size
+    return Export(directory, output.path, metadata.env, held, num_bytes)
 
 
 def _table(part: Transitions, scale: ActionScale) -> pa.Table:
+    """Returns transitions as the rows of a table."""
     columns = {name: column.numpy() for name, column in part._asdict().items()}
     terminateds = columns["terminal"] != 0
     return pa.table(
@@ -102,5 +90,5 @@ def _table(part: Transitions, scale: ActionScale) -> pa.Table:
 
 
 def _vectors(rows: NDArray[np.floating]) -> pa.Array:
-    """Arrow's tensor type: Ray Data gives batches [B, O], other readers see lists."""
+    """Returns Arrow's tensor type: Ray Data gives batches [B, O], other readers see lists."""
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(rows, np.float32))

@@ -12,7 +12,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -32,7 +33,7 @@ MAX_HEADER_BYTES = 2**20
 
 
 def encode_parameters(tensors: Mapping[str, Tensor]) -> bytes:
-    """Actor and critics as the bytes of `policy.safetensors`; targets and the like are left out."""
+    """Returns actor and critics as the bytes of `policy.safetensors`; the rest is left out."""
     kept = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in tensors.items()
@@ -42,7 +43,7 @@ def encode_parameters(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def digest(content: bytes) -> str:
-    """SHA-256 in hexadecimal."""
+    """Returns the SHA-256 in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -52,7 +53,7 @@ def write_bundle(
     parameters: bytes,
     onnx: bytes | None = None,
 ) -> Path:
-    """Writes a bundle whole or not at all.
+    """Writes a bundle whole or not at all, and returns its directory.
 
     Args:
         directory: must not exist yet; nothing is ever overwritten.
@@ -100,7 +101,7 @@ def check_absent(directory: Path) -> None:
 
 
 def load(directory: Path | str) -> ServedPolicy:
-    """The policy of a bundle, ready to act.
+    """Returns the policy of a bundle, ready to act.
 
     Raises:
         ValueError: there is no bundle, or it is damaged, foreign, or of another format version.
@@ -113,26 +114,33 @@ def load(directory: Path | str) -> ServedPolicy:
             f"{str(directory)!r} is not a bundle: it has no {DESCRIPTION_FILE}. Make one with "
             "qvpo export CHECKPOINT OUT."
         )
-    try:
-        text = _read(directory / DESCRIPTION_FILE, description_json.MAX_BYTES)
-        description, digests = description_json.decode(text)
-    except ValueError as error:
-        raise _refusal(directory / DESCRIPTION_FILE, str(error)) from error
-    file = directory / PARAMETERS_FILE
-    try:
-        parameters = _read(file, _parameter_bytes(description) + MAX_HEADER_BYTES)
+    with _refusing(directory / DESCRIPTION_FILE) as file:
+        description, digests = description_json.decode(_read(file, description_json.MAX_BYTES))
+    with _refusing(directory / PARAMETERS_FILE) as file:
+        num_bytes = sum(p.numel() * 4 for p in _empty(description).parameters())
+        parameters = _read(file, num_bytes + MAX_HEADER_BYTES)
         if digest(parameters) != digests.get(PARAMETERS_FILE):
             raise ValueError(
                 "its SHA-256 is not the one in policy.json: it was changed or cut short"
             )
         networks = build_networks(description, parameters)
-    except ValueError as error:
-        raise _refusal(file, str(error)) from error
     return ServedPolicy(description, networks)
 
 
+@contextmanager
+def _refusing(file: Path) -> Iterator[Path]:
+    """Makes a `ValueError` of what is wrong with `file` one that names it and what to do."""
+    try:
+        yield file
+    except ValueError as error:
+        raise ValueError(
+            f"{str(file)!r} is refused: {str(error).removesuffix('.')}. Export the policy again "
+            "with qvpo export, or use another copy of the bundle."
+        ) from error
+
+
 def _read(file: Path, max_bytes: int) -> bytes:
-    """The file's bytes, read once, so that what is checked is what is used."""
+    """Returns the file's bytes, read once, so that what is checked is what is used."""
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -145,25 +153,14 @@ def _read(file: Path, max_bytes: int) -> bytes:
         raise ValueError(f"it cannot be read ({error})") from error
 
 
-def _refusal(file: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"{str(file)!r} is refused: {reason.removesuffix('.')}. Export the policy again with "
-        "qvpo export, or use another copy of the bundle."
-    )
-
-
 def _empty(description: Description) -> PolicyNetworks:
-    """The networks without memory for their parameters, which give names and shapes."""
+    """Returns the networks without memory for their parameters: names and shapes."""
     with torch.device("meta"):
         return PolicyNetworks(description)
 
 
-def _parameter_bytes(description: Description) -> int:
-    return sum(p.numel() * 4 for p in _empty(description).parameters())
-
-
 def build_networks(description: Description, parameters: bytes) -> PolicyNetworks:
-    """The networks with these parameters. Raises `ValueError` if they do not fit."""
+    """Returns the networks with these parameters. Raises `ValueError` if they do not fit."""
     try:
         tensors = safetensors.torch.load(parameters)
     except safetensors.SafetensorError as error:

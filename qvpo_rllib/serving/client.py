@@ -4,7 +4,6 @@ import http.client
 import json
 import time
 import urllib.parse
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -35,20 +34,19 @@ class Client:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is not a server's address, such as 'http://127.0.0.2:8000'.")
-        kind = (
-            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        )
+        secure = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         self._prefix = parts.path.rstrip("/")
         self._connection = kind(parts.hostname, parts.port, timeout=timeout_s)
 
     def act(
         self,
         model: str,
-        observations: NDArray[Any],
+        observations: NDArray[np.floating],
         k: int | None = None,
         seed: int | None = None,
     ) -> NDArray[np.float64]:
-        """The best of k actions in the environment's box: [B, O] → [B, A].
+        """Returns the best of k actions in the environment's box: [B, O] → [B, A] float64.
 
         Args:
             model: name or name@version.
@@ -57,16 +55,16 @@ class Client:
             ServerError: the server refused.
             OSError: it cannot be reached.
         """
-        body: dict[str, Any] = {"observations": np.asarray(observations).tolist()}
-        if k is not None:
-            body["k"] = k
-        if seed is not None:
-            body["seed"] = seed
+        body = {"observations": np.asarray(observations).tolist(), "k": k, "seed": seed}
         path = f"/v1/models/{urllib.parse.quote(model, safe='@')}/act"
         return np.array(self._call("POST", path, body)["actions"])
 
     def models(self) -> list[dict[str, Any]]:
-        """Every name and version served."""
+        """Returns every name and version served, each as `serving.schema.ModelInfo`.
+
+        Raises:
+            ServerError, OSError: as `act`.
+        """
         found: list[dict[str, Any]] = self._call("GET", "/v1/models")["models"]
         return found
 
@@ -76,12 +74,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
