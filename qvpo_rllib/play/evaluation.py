@@ -51,7 +51,7 @@ class Evaluation:
 
     @property
     def how(self) -> str:
-        """How it acted, in words."""
+        """How the policy acted, in words."""
         return "one action" if self.k is None else f"best of K = {self.k} actions"
 
     def to_dict(self) -> dict[str, Any]:

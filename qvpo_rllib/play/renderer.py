@@ -21,7 +21,7 @@ assert renderer.render().shape == (16, 16, 3)
 
 
 def choose_renderer() -> str:
-    """The first renderer that works, EGL (GPU or software) before OSMesa (software).
+    """Returns the first renderer that works, EGL (GPU or software) before OSMesa (software).
 
     If MUJOCO_GL is set, it is the only one tried.
 
@@ -46,7 +46,7 @@ def choose_renderer() -> str:
 
 
 def _failure(name: str) -> str | None:
-    """Why the renderer does not work, in a line; None if it does."""
+    """Returns why the renderer does not work, in a line; None if it does."""
     try:
         probe = subprocess.run(
             [sys.executable, "-c", PROBE],

@@ -119,7 +119,7 @@ class Checkpoint(NamedTuple):
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:
-    """Loads a checkpoint's policy, for acting alone and on the CPU. This runs code that is in it.
+    """Returns a checkpoint's policy, which only acts, and on the CPU. This runs code that is in it.
 
     Raises:
         ValueError: there is no checkpoint, or it is damaged, of another format, or contradictory.

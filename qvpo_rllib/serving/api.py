@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from torch import Tensor
 
 from qvpo_rllib.serving.batcher import Batcher, OverloadedError
 from qvpo_rllib.serving.models import Models, Snapshot
@@ -36,6 +37,7 @@ from qvpo_rllib.version import __version__
 
 REFRESH_INTERVAL_S = 2.0
 RETRY_AFTER_S = 1
+NOT_READY = "No model is loaded yet"
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorReply, "description": "There is no such model."},
@@ -64,19 +66,16 @@ class Engine:
         async with self._changing:
             await asyncio.to_thread(self.models.open, paths)
 
-    async def refresh(self) -> None:
-        async with self._changing:
-            await asyncio.to_thread(self.models.refresh)
-
     async def refresh_forever(self) -> None:
         """Takes up replaced bundles as long as the server runs."""
         while True:
             await asyncio.sleep(REFRESH_INTERVAL_S)
-            await self.refresh()
+            async with self._changing:
+                await asyncio.to_thread(self.models.refresh)
 
 
 def create_api() -> FastAPI:
-    """The application. `app.state.engine` is there once its lifespan has begun."""
+    """Returns the application, whose `app.state.engine` is there once its lifespan has begun."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -96,23 +95,29 @@ def create_api() -> FastAPI:
 
     @api.get("/healthz", response_model=None)
     async def healthz() -> dict[str, str]:
-        """The process lives."""
+        """Says that the process lives."""
         return {"status": "ok"}
 
     @api.get("/readyz", response_model=None, responses={503: _ERRORS[503]})
     async def readyz(request: Request) -> dict[str, str]:
-        """Models are loaded and warm."""
+        """Says whether models are loaded and warm."""
         if not _snapshot(request).policies:
-            raise _not_ready()
+            raise _try_again(NOT_READY)
         return {"status": "ready"}
 
     @api.get("/v1/models")
     async def models(request: Request) -> ModelList:
-        """Every name and version served."""
+        """Returns every name and version served."""
         snapshot = _snapshot(request)
+        limits = {"k_max": MAX_K, "rows_max": MAX_ROWS}
         return ModelList(
             models=[
-                _info(policy, snapshot.is_default(policy), problem)
+                # Of the description, `ModelInfo` takes what it has a field for.
+                ModelInfo(
+                    **asdict(policy.description) | limits,
+                    default=snapshot.is_default(policy),
+                    problem=problem,
+                )
                 for policy, problem in zip(snapshot.policies, snapshot.problems, strict=True)
             ]
         )
@@ -124,9 +129,12 @@ def create_api() -> FastAPI:
         openapi_extra=_ACT_BODY,
     )
     async def act(name: str, request: Request) -> Response:
-        """The best of k actions for each observation; `name` or `name@version`."""
+        """Returns the best of k actions for each observation; `name` or `name@version`."""
         policy = _find(_snapshot(request), name)
-        body = _parse(await _read_body(request))
+        try:
+            body = ActRequest.model_validate_json(await _read_body(request))
+        except ValidationError as error:
+            raise HTTPException(422, sentence_of(error)) from None
         k = policy.description.k_eval if body.k is None else body.k
         if len(body.observations) * k > MAX_SAMPLES:
             raise HTTPException(
@@ -140,11 +148,7 @@ def create_api() -> FastAPI:
         except NonFiniteActionError as error:
             raise HTTPException(422, str(error)) from None
         except OverloadedError:
-            raise HTTPException(
-                503,
-                "Too many requests are waiting: try again later.",
-                headers={"Retry-After": str(RETRY_AFTER_S)},
-            ) from None
+            raise _try_again("Too many requests are waiting") from None
         reply = {
             "model": policy.description.name,
             "version": policy.description.version,
@@ -166,26 +170,23 @@ def _snapshot(request: Request) -> Snapshot:
     return snapshot
 
 
-def _not_ready() -> HTTPException:
-    return HTTPException(
-        503,
-        "No model is loaded yet: try again later.",
-        headers={"Retry-After": str(RETRY_AFTER_S)},
-    )
+def _try_again(reason: str) -> HTTPException:
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    return HTTPException(503, f"{reason}: try again later.", headers=headers)
 
 
 def _find(snapshot: Snapshot, name: str) -> ServedPolicy:
     policy = snapshot.by_reference.get(name)
     if policy is None:
         if not snapshot.policies:
-            raise _not_ready()
+            raise _try_again(NOT_READY)
         served = ", ".join(sorted(snapshot.by_reference))
         raise HTTPException(404, f"There is no model {name[:200]!r}. Served are: {served}.")
     return policy
 
 
 async def _read_body(request: Request) -> bytes:
-    """The body, counted as it comes, whatever length it announced."""
+    """Returns the body, counted as it comes, whatever length it announced."""
     too_large = HTTPException(
         413, f"The body is larger than {MAX_BODY_BYTES:,} bytes: send fewer observations at a time."
     )
@@ -200,14 +201,8 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _parse(body: bytes) -> ActRequest:
-    try:
-        return ActRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise HTTPException(422, sentence_of(error)) from None
-
-
-def _check(policy: ServedPolicy, observations: list[list[float]]) -> Any:
+def _check(policy: ServedPolicy, observations: list[list[float]]) -> Tensor:
+    """Returns the observations as [B, O]; 422 for those that do not fit the policy."""
     dim = policy.description.obs_dim
     for row, numbers in enumerate(observations):
         if len(numbers) != dim:
@@ -220,11 +215,6 @@ def _check(policy: ServedPolicy, observations: list[list[float]]) -> Any:
         return policy.check(np.array(observations))
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
-
-
-def _info(policy: ServedPolicy, default: bool, problem: str | None) -> ModelInfo:
-    more = {"default": default, "k_max": MAX_K, "rows_max": MAX_ROWS, "problem": problem}
-    return ModelInfo(**asdict(policy.description) | more)  # which takes what it has a field for
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

@@ -21,7 +21,7 @@ from qvpo_rllib.serving.models import check_references
 
 
 class AppArguments(BaseModel):
-    """Arguments of the application."""
+    """The arguments of the application."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -32,7 +32,7 @@ class AppArguments(BaseModel):
     @field_validator("bundles", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        """`serve run` gives one text: paths apart by the system's path separator."""
+        """Splits the one text of `serve run` at the system's path separator."""
         return value.split(os.pathsep) if isinstance(value, str) else value
 
 
@@ -47,12 +47,12 @@ class PolicyServer:
     """One replica: all models and one computing thread."""
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called by Serve before the first request, and when the list of bundles changes."""
+        """Opens the bundles: Serve calls it before the first request and when they change."""
         await self.app.state.engine.open(user_config["bundles"])  # type: ignore[attr-defined]
 
 
 def build(arguments: AppArguments) -> serve.Application:
-    """The application for `serve run` and RayService.
+    """Returns the application for `serve run` and RayService.
 
     Raises:
         ValueError: a bundle is missing or refused, or two different ones have the same name and

@@ -61,7 +61,7 @@ class Batcher:
         self._task: asyncio.Task[None] | None = None
 
     async def act(self, policy: ServedPolicy, obs: Tensor, k: int, seed: int | None) -> Result:
-        """Actions for checked observations [B, O].
+        """Returns actions for checked observations [B, O].
 
         Raises:
             OverloadedError: too much is waiting already.
@@ -100,7 +100,7 @@ class Batcher:
             self._task = None
 
     def _take(self) -> list[_Job]:
-        """The oldest job and those that can be computed with it; the others keep their places."""
+        """Returns the oldest job and those that fit it; the others keep their places."""
         batch: list[_Job] = []
         left: deque[_Job] = deque()
         samples = 0
@@ -130,9 +130,17 @@ class Batcher:
 
 
 def _compute(batch: list[_Job]) -> list[Result | Exception]:
+    """Returns each job's result, or the error that its own observations caused."""
     started = time.perf_counter()
     policy, k = batch[0].policy, batch[0].k
-    noise = [policy.draw_noise(len(job.obs), k, _generator(job.seed)) for job in batch]
+    noise = []
+    for job in batch:
+        generator = Generator()
+        if job.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(job.seed)
+        noise.append(policy.draw_noise(len(job.obs), k, generator))
     actions, finite = policy.act_with_noise(
         torch.cat([job.obs for job in batch]), torch.cat(noise, dim=1)
     )
@@ -149,12 +157,3 @@ def _compute(batch: list[_Job]) -> list[Result | Exception]:
             row = int(np.flatnonzero(~finite[rows])[0])
             results.append(NonFiniteActionError(row))
     return results
-
-
-def _generator(seed: int | None) -> Generator:
-    generator = Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator

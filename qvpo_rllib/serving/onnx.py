@@ -66,7 +66,7 @@ def check_available() -> None:
 
 
 def to_onnx(description: Description, parameters: bytes) -> bytes:
-    """The bytes of `policy.onnx` for the parameters of a bundle.
+    """Returns the bytes of `policy.onnx` for the parameters of a bundle.
 
     Raises:
         ValueError: the extra's packages are missing, or the parameters do not fit.

@@ -79,7 +79,7 @@ class ErrorReply(BaseModel):
 
 
 def sentence_of(error: ValidationError) -> str:
-    """The first of pydantic's complaints as a sentence."""
+    """Returns the first of pydantic's complaints as a sentence."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = ""
     for part in first["loc"]:

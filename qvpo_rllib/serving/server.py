@@ -84,7 +84,7 @@ def serve_until_stopped(
 def serving(
     bundles: Sequence[Path], *, host: str = LOOPBACK, port: int, replicas: int = 1
 ) -> Iterator[tuple[str, int]]:
-    """Serves bundles as long as the block runs; yields host and port.
+    """Serves bundles as long as the block runs, and yields host and port.
 
     It uses the cluster of RAY_ADDRESS if that is set, else a Ray of its own.
 
