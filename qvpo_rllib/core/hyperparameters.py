@@ -102,7 +102,7 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     """QVPO's.
 
     Values follow the paper where it speaks and the authors' released program elsewhere; departures
-    are listed in the README.
+    are listed in qvpo_rllib/README.md.
     """
 
     # K_t of the paper's Table 3.
@@ -228,7 +228,7 @@ def option_names(kind: type[Options] = QVPOHyperparameters) -> tuple[str, ...]:
 
 
 def option_table(kind: type[Options] = QVPOHyperparameters) -> str:
-    """The options as a Markdown table, for the README."""
+    """The options as a Markdown table, for the READMEs."""
     return options.option_table(kind)
 
 

@@ -1,7 +1,7 @@
 """Options of an algorithm as fields of a frozen dataclass: their text, types and allowed values.
 
 A subclass of `Options` declares its fields with `option(...)`. Everything that reads options
-(RLlib's config, YAML, the command line, the README's table) asks here for names and values.
+(RLlib's config, YAML, the command line, the READMEs' tables) asks here for names and values.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def option(
     """A field of `Options`.
 
     Args:
-        meaning: its line in the README's table.
+        meaning: its line in the table of a README.
         symbol: the paper's, if it has one.
         range: of a number or a list.
         choices: the words that a text may be.
@@ -148,7 +148,7 @@ def parse_option(name: str, text: str, kind: type[Options]) -> Any:
 
 
 def option_table(kind: type[Options]) -> str:
-    """The options as a Markdown table, for the README."""
+    """The options as a Markdown table, for the READMEs."""
     rows = ["| option | symbol | default | meaning |", "|---|---|---|---|"]
     for name, declared in options_of(kind).items():
         default = declared.default
