@@ -8,15 +8,19 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from readmes import ROOT, all_readmes, all_text, fenced
 
 from qvpo_rllib.algorithms import dipo, qsm, td3
 from qvpo_rllib.cli import build_parser
 from qvpo_rllib.core.hyperparameters import (
+    DiffusionHyperparameters,
     OffPolicyHyperparameters,
     QVPOHyperparameters,
-    option_table,
 )
+from qvpo_rllib.core.options import option_table
+from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
+from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 
 README = (ROOT / "README.md").read_text()
 TEXT = all_text()
@@ -29,7 +33,7 @@ def test_the_root_is_read_in_one_sitting():
 
 
 def test_the_options_table_is_the_code():
-    assert option_table() in TEXT
+    assert option_table(QVPOHyperparameters) in TEXT
 
 
 def test_every_option_is_in_the_table():
@@ -45,6 +49,31 @@ def test_the_rivals_options_that_differ_are_listed(kind):
     rows = [row for row in option_table(kind).splitlines() if row not in shared]
     assert len(rows) >= 4
     assert "\n".join(rows) in TEXT
+
+
+LEARNERS = [
+    (QVPOLearner, QVPONetworks, QVPOHyperparameters, {"k_target": 1}),
+    (td3.TD3Learner, td3.TD3Networks, td3.TD3Hyperparameters, {}),
+    (dipo.DIPOLearner, QVPONetworks, dipo.DIPOHyperparameters, {}),
+    (qsm.QSMLearner, QVPONetworks, qsm.QSMHyperparameters, {}),
+]
+
+
+@pytest.mark.parametrize(("learner", "networks", "kind", "options"), LEARNERS)
+def test_every_metric_of_a_learner_is_in_a_table(learner, networks, kind, options):
+    values = {"hidden": (4,), "batch_size": 2, "engine": "eager", **options}
+    if issubclass(kind, DiffusionHyperparameters):
+        values["diffusion_steps"] = 2
+    hp = kind(**values).resolved_for("Hopper-v5")
+    trained = learner(networks(3, 1, hp), hp, seed=0, device="cpu")
+    replay = ReplayBuffer(4, 3, 1, seed=0, device="cpu", improves_actions=True)
+    column = torch.zeros(4)
+    replay.add(Transitions(torch.rand(4, 3), torch.rand(4, 1), column, torch.rand(4, 3), column))
+    trained.train(replay, 2)
+    metrics = trained.pop_metrics()
+    assert len(metrics) >= 4
+    for name in metrics:
+        assert re.search(rf"^\|[^|]*`learner/{name}`", TEXT, re.MULTILINE), name
 
 
 def test_ci_finds_the_test_command():
