@@ -228,7 +228,7 @@ def option_names(kind: type[Options] = QVPOHyperparameters) -> tuple[str, ...]:
 
 
 def option_table(kind: type[Options] = QVPOHyperparameters) -> str:
-    """The options as a Markdown table, for the READMEs."""
+    """The options as a Markdown table, for the README."""
     return options.option_table(kind)
 
 

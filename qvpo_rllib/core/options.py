@@ -1,7 +1,7 @@
 """Options of an algorithm as fields of a frozen dataclass: their text, types and allowed values.
 
 A subclass of `Options` declares its fields with `option(...)`. Everything that reads options
-(RLlib's config, YAML, the command line, the READMEs' tables) asks here for names and values.
+(RLlib's config, YAML, the command line, the README's table) asks here for names and values.
 """
 
 import dataclasses
@@ -148,7 +148,7 @@ def parse_option(name: str, text: str, kind: type[Options]) -> Any:
 
 
 def option_table(kind: type[Options]) -> str:
-    """The options as a Markdown table, for the READMEs."""
+    """The options as a Markdown table, for the README."""
     rows = ["| option | symbol | default | meaning |", "|---|---|---|---|"]
     for name, declared in options_of(kind).items():
         default = declared.default
