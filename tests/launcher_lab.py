@@ -168,7 +168,7 @@ class Lab:
         return self.start_ray("submit", str(self.config), "cluster/submit.py", "--", *arguments)
 
     def start_sweep(self, file: str = SWEEP_FILE) -> subprocess.Popen[str]:
-        """The README's command; the file is in the head's home, or among the package's there."""
+        """The command of cluster/README.md; the file is in the head's home or the package there."""
         return self.start_ray(
             "submit", str(self.config), "cluster/submit.py", "--",
             "tune", file, "--smoke", "--storage", str(self.share),

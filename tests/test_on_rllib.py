@@ -14,6 +14,7 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 from ray.rllib.models.torch.torch_action_dist import TorchSquashedGaussian
 from ray.rllib.policy.policy import Policy
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, MultiAgentBatch, SampleBatch
+from readmes import all_text
 
 from qvpo_rllib.algorithms import ALGORITHMS
 from qvpo_rllib.algorithms.columnar_buffer import ColumnarBuffer
@@ -288,10 +289,10 @@ def test_every_preset_is_valid_and_the_papers_values_are_the_default(name: str) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_readme_has_every_option(name: str) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_readmes_have_every_option(name: str) -> None:
+    text = all_text()
     for row in option_table(ALGORITHMS[name].hyperparameters).splitlines():
-        assert row in readme
+        assert row in text
 
 
 @pytest.mark.parametrize(("ratio", "envs", "workers"), [(1, 1, 0), (0.5, 1, 0), (1, 4, 0)])

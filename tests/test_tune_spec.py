@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from readmes import all_text, fenced
 
 from qvpo_rllib.algorithms import ALGORITHMS
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters, option_names
@@ -43,9 +44,9 @@ def test_figure_5_and_figure_4_are_the_papers() -> None:
 
 
 def test_the_readmes_experiment_file_is_valid(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
     file = tmp_path / "readme.yaml"
-    file.write_text(readme.split("```yaml\n")[1].split("```")[0])
+    (example,) = fenced(all_text(), "yaml")
+    file.write_text(example)
     trials = planned_trials(ExperimentSpec.load(file), "qvpo") or []
     assert len(trials) == 2 * 5 * 2 * 2
 

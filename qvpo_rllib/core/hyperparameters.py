@@ -102,7 +102,7 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     """QVPO's.
 
     Values follow the paper where it speaks and the authors' released program elsewhere; departures
-    are listed in the README.
+    are listed in qvpo_rllib/README.md.
     """
 
     # K_t of the paper's Table 3.

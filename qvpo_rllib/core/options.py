@@ -44,7 +44,7 @@ def option(
     """A field of `Options`.
 
     Args:
-        meaning: its line in the README's table.
+        meaning: its line in the table of a README.
         symbol: the paper's, if it has one.
         range: of a number or a list.
         choices: the words that a text may be.

@@ -143,7 +143,7 @@ class QVPOLearner(OffPolicyLearner):
             noise: drawn from the learner's generator if None.
 
         Returns:
-            Detached scalar tensors on the device; see the README's table of metrics.
+            Detached scalar tensors on the device; see the table of metrics in qvpo_rllib/README.md.
         """
         if policy_batch is None:
             policy_batch = critic_batch

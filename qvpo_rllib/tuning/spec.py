@@ -54,7 +54,7 @@ class Confirmation:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentSpec:
-    """A checked experiment; see `tune_configs/` for files and the README for the keys."""
+    """A checked experiment; see `tune_configs/` and its README for files and keys."""
 
     name: str
     algorithms: tuple[str, ...]
