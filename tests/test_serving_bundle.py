@@ -14,6 +14,7 @@ import torch
 from ray.rllib.policy.policy import Policy
 
 from qvpo_rllib import cli
+from qvpo_rllib.play.trained_policy import TrainedPolicy, load_checkpoint
 from qvpo_rllib.serving import ServedPolicy, load
 from qvpo_rllib.serving.bundle import digest
 from qvpo_rllib.serving.description import _digest
@@ -98,6 +99,26 @@ def test_acts_as_the_rllib_policy(policy: Any, rllib_policy: Any, k: int, num: i
     np.testing.assert_allclose(actions, expected, atol=1e-6 * (high - low).max())
     assert (actions >= low).all()
     assert (actions <= high).all()
+
+
+def test_a_checkpoint_plays_as_its_bundle_to_the_last_bit(checkpoint: Path, bundle: Path) -> None:
+    """The checkpoint was trained with engine="eager", whose batches have other last bits."""
+    trained, exported = TrainedPolicy.load(checkpoint), TrainedPolicy.load(bundle)
+    obs = observations(7)
+    for k in (None, 1, 32):
+        actions = trained.act(obs, k, seeded(3))
+        np.testing.assert_array_equal(actions, exported.act(obs, k, seeded(3)))
+        assert actions.dtype == np.float32
+    names = ("algorithm", "env", "env_config", "obs_dim", "k")
+    assert [getattr(trained, n) for n in names] == [getattr(exported, n) for n in names]
+    assert (trained.source, exported.source) == (checkpoint, bundle)
+
+
+def test_a_checkpoint_that_plays_has_no_learner_and_needs_no_gpu(checkpoint: Path) -> None:
+    policy = load_checkpoint(checkpoint).policy
+    assert policy.learner is None
+    assert policy.device.type == "cpu"
+    assert policy.config["num_gpus"] == 0
 
 
 def test_k_left_out_is_the_checkpoints_k_eval(policy: Any) -> None:

@@ -28,9 +28,8 @@ from qvpo_rllib.files import OutputDirectory
 
 @dataclass(frozen=True)
 class Export:
-    """The data set that was written, and what it was made of."""
+    """The data set that was written."""
 
-    checkpoint: Path
     directory: Path
     env: str
     transitions: int
@@ -70,7 +69,7 @@ def export_replay(path: Path, out: Path) -> Export:
             pq.write_table(_table(part, scale), file)
             held += part.reward.shape[0]
             num_bytes += file.stat().st_size
-    return Export(directory, output.path, metadata.env, held, num_bytes)
+    return Export(output.path, metadata.env, held, num_bytes)
 
 
 def _table(part: Transitions, scale: ActionScale) -> pa.Table:

@@ -42,7 +42,7 @@ class TrainedPolicy:
     obs_dim: int
     scale: ActionScale
     k: int | None
-    _policy: Any  # BestOfKPolicy, or one of RLlib's that draws one action
+    _policy: BestOfKPolicy | Policy  # RLlib's draws one action
 
     @classmethod
     def load(cls, path: Path) -> "TrainedPolicy":

@@ -59,13 +59,9 @@ class Models:
         held = {place.path: place for place in self._places}
         places = []
         for path in (Path(p).expanduser().absolute() for p in paths):
-            known = held.get(path)
-            if known is not None:
-                self._renew(known)
-                places.append(known)
-            else:
-                stamp = _stamp(path)
-                places.append(_Place(path, stamp, _load_warm(path)))
+            if path in held:
+                self._renew(held[path])
+            places.append(held.get(path) or _Place(path, _stamp(path), _load_warm(path)))
         snapshot = _snapshot(places)
         self._places, self.snapshot = places, snapshot
 
