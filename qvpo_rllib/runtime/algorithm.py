@@ -38,7 +38,7 @@ from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.replay import ReplayBuffer, UpdateLedger, replay_bytes
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.rollout.collectors import Collector, make_collector
-from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy, to_transitions
+from qvpo_rllib.rollout.policy import AnyPolicy, to_transitions
 from qvpo_rllib.runtime.base import Interruptible, available_bytes
 from qvpo_rllib.runtime.config import OffPolicyConfig
 from qvpo_rllib.runtime.evaluation import Share, Summary, evaluate_shares, summarize
@@ -59,7 +59,7 @@ class OffPolicyAlgorithm(Interruptible, Algorithm):  # type: ignore[misc]
     """
 
     config_class: ClassVar[type[OffPolicyConfig]]
-    policy_class: ClassVar[type[OffPolicyTorchPolicy]]
+    policy_class: ClassVar[type[AnyPolicy]]
     improves_actions: ClassVar[bool] = False
     config: Any
 
@@ -68,7 +68,7 @@ class OffPolicyAlgorithm(Interruptible, Algorithm):  # type: ignore[misc]
         return cls.config_class()
 
     @classmethod
-    def get_default_policy_class(cls, config: Any) -> type[OffPolicyTorchPolicy]:
+    def get_default_policy_class(cls, config: Any) -> type[AnyPolicy]:
         return cls.policy_class
 
     @classmethod
@@ -103,7 +103,8 @@ class OffPolicyAlgorithm(Interruptible, Algorithm):  # type: ignore[misc]
             torch.set_num_threads(max(1, int(self.config.num_cpus_for_main_process)))
         super().setup(config)
         self.hp = self.config.hyperparameters()
-        self.policy: OffPolicyTorchPolicy = self.get_policy()
+        self.policy: AnyPolicy = self.get_policy()
+        assert self.policy.learner is not None  # that of the local training worker
         self.learner = self.policy.learner
         self.ledger = UpdateLedger(self.hp.update_ratio, self.hp.warmup_steps)
         print(f"engine: {describe(self.learner.engine)}", file=sys.stderr)
@@ -304,16 +305,13 @@ class OffPolicyAlgorithm(Interruptible, Algorithm):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         # Smoothed results look back at the first of these; the others are in no result yet.
-        waiting = self.collector.pop_episodes()
-        self.collector.put_back_episodes(waiting)
-        state["episodes"] = (self._episode_history, waiting)
+        state["episodes"] = (self._episode_history, list(self.collector.episodes))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.collector.reset()
         super().__setstate__(state)
-        self._episode_history, waiting = state.get("episodes", ([], []))
-        self.collector.put_back_episodes(waiting)
+        self._episode_history, self.collector.episodes = state.get("episodes", ([], []))
         # The counters alone say how far the run is; `RunState` puts the rest in place.
         self.ledger.ingested = int(self._counters[NUM_ENV_STEPS_SAMPLED])
         self.ledger.done = self.learner.num_updates
