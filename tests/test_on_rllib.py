@@ -336,9 +336,9 @@ def test_the_best_action_of_a_bandit_is_found(
     config.reporting(min_sample_timesteps_per_iteration=env_steps)
     algorithm = build(config)
     state = np.ones((1, 1), np.float32)
-    before = algorithm.get_policy().choose(state, explore=False)[0]
+    before = algorithm.get_policy().act(state)[0]
     algorithm.train()
-    after = algorithm.get_policy().choose(state, explore=False)[0]
+    after = algorithm.get_policy().act(state)[0]
     assert np.linalg.norm(before - BEST) > 0.5
     assert np.linalg.norm(after - BEST) < 0.1
 
@@ -376,9 +376,7 @@ def test_a_run_trains_evaluates_and_goes_on_from_its_checkpoint(
 
     policy = Policy.from_checkpoint(str(tmp_path / "saved" / "policies" / DEFAULT_POLICY_ID))
     obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
-    np.testing.assert_array_equal(
-        policy.choose(obs, explore=False), first.get_policy().choose(obs, explore=False)
-    )
+    np.testing.assert_array_equal(policy.act(obs), first.get_policy().act(obs))
 
 
 def test_a_seed_decides_everything_and_another_one_changes_it(build: Callable[[Any], Any]) -> None:

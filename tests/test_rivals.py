@@ -65,6 +65,7 @@ def test_td3_updates_equal_the_reference(double, overrides):
     for i in range(UPDATES):
         noise = learner.draw_update_noise(BATCH)
         metrics = learner.update(batch(i), noise=noise)
+        learner.num_updates += 1
         for name, value in expected.update(batch(i), noise, i + 1).items():
             assert metrics[name].item() == pytest.approx(value, rel=1e-8), name
         assert_close(nets, expected)
@@ -122,6 +123,7 @@ def test_qsm_updates_equal_the_reference(double, overrides):
     for i in range(UPDATES):
         noise = learner.draw_update_noise(BATCH)
         metrics = learner.update(batch(i), noise=noise)
+        learner.num_updates += 1
         for name, value in expected.update(batch(i), noise).items():
             assert metrics[name].item() == pytest.approx(value, rel=1e-6), name
         assert_close(nets, expected)

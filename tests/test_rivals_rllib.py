@@ -124,7 +124,7 @@ def test_acting_explores_in_training_alone(build: Any, name: str) -> None:
 
     def act(explore: bool, seed: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)
-        return policy.choose(obs, explore=explore, generator=generator)
+        return policy.act(obs, explore=explore, generator=generator)
 
     explored, evaluated = act(True, 0), act(False, 0)
     assert explored.shape == (50, 1)

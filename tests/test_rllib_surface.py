@@ -208,7 +208,7 @@ def test_compute_single_action_scales_to_the_environments_box(trained: Any) -> N
     state = algorithm.policy.generator.get_state()
     action = algorithm.compute_single_action(OBS, explore=False)
     algorithm.policy.generator.set_state(state)
-    np.testing.assert_allclose(action, 3.0 * algorithm.policy.act(OBS[None], 5)[0], rtol=1e-6)
+    np.testing.assert_allclose(action, 3.0 * algorithm.policy.act(OBS[None], k=5)[0], rtol=1e-6)
 
 
 def test_compute_actions_of_many_observations(trained: Any, chosen_k: list[int]) -> None:
@@ -254,7 +254,7 @@ def assert_acts_alike(found: QVPOTorchPolicy, expected: QVPOTorchPolicy) -> None
     assert_same_weights(found.get_weights(), expected.get_weights())
     observations = np.random.default_rng(0).normal(size=(8, 4))
     actions = [
-        policy.act(observations, 3, torch.Generator().manual_seed(5))
+        policy.act(observations, k=3, generator=torch.Generator().manual_seed(5))
         for policy in (found, expected)
     ]
     np.testing.assert_array_equal(*actions)

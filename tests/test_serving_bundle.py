@@ -89,7 +89,7 @@ def change(bundle: Path, honest: bool = True, **changes: Any) -> None:
 @pytest.mark.parametrize("num", [1, 7])
 def test_acts_as_the_rllib_policy(policy: Any, rllib_policy: Any, k: int, num: int) -> None:
     obs = observations(num)
-    normalized = rllib_policy.act(obs, k, seeded(3))
+    normalized = rllib_policy.act(obs, k=k, generator=seeded(3))
     low, high = rllib_policy.action_space.low, rllib_policy.action_space.high
     expected = low + (normalized.astype(np.float64) + 1) / 2 * (high - low)  # RLlib's unsquash
     actions = policy.act(obs, k, seeded(3))

@@ -100,11 +100,8 @@ def score_matching_loss(predicted: Tensor, gradient: Tensor, scale: float) -> Te
     return (-scale * gradient - predicted).square().sum(dim=-1).mean()
 
 
-class QSMLearner(OffPolicyLearner):
-    """Critics, then actor, on one batch. There is no target actor in use."""
-
-    networks: QVPONetworks
-    hp: QSMHyperparameters
+class QSMLearner(OffPolicyLearner[QVPONetworks, QSMHyperparameters, UpdateNoise]):
+    """Fits critics, then the actor, to one batch; it does not use the target actor."""
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
         steps, shape = self.hp.diffusion_steps, (batch_size, self.networks.act_dim)
@@ -116,7 +113,11 @@ class QSMLearner(OffPolicyLearner):
             forward=torch.randn(shape, **drawn),
         )
 
-    def step(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
+    def update(
+        self, batch: Transitions, /, *, noise: UpdateNoise | None = None
+    ) -> dict[str, Tensor]:
+        if noise is None:
+            noise = self.draw_update_noise(batch.reward.shape[0])
         metrics = self._update_critic(batch, noise) | self._update_policy(batch, noise)
         self.move_target(self.networks.target_critic, self.networks.critic)
         return metrics
@@ -144,21 +145,21 @@ class QSMLearner(OffPolicyLearner):
         }
 
 
-class QSMTorchPolicy(OffPolicyTorchPolicy):
+class QSMTorchPolicy(OffPolicyTorchPolicy[QVPONetworks, QSMHyperparameters]):
     """Acts with one diffusion sample, plus Gaussian noise to explore."""
 
     hyperparameters_class = QSMHyperparameters
     networks_class = QVPONetworks
     learner_class = QSMLearner
 
-    def select(self, obs: Tensor, explore: bool, generator: Generator) -> Tensor:
+    def _act(self, obs: Tensor, explore: bool, k: int, generator: Generator) -> tuple[Tensor, None]:
         nets, shape = self.networks, (obs.shape[0], self.act_dim)
         drawn: dict[str, Any] = {"generator": generator, "device": self.device}
         noise = torch.randn(self.hp.diffusion_steps, *shape, **drawn)
         action = sample(nets.actor, nets.schedule, obs, noise)
         if not explore:
-            return action
-        return with_noise(action, torch.randn(shape, **drawn), self.hp.exploration_noise)
+            return action, None
+        return with_noise(action, torch.randn(shape, **drawn), self.hp.exploration_noise), None
 
 
 class QSMConfig(OffPolicyConfig):

@@ -88,7 +88,7 @@ def _of_one_action(directory: Path) -> Player:
                 f"--k {k} is not allowed: {metadata['algorithm']} takes one action in each state. "
                 "K is for QVPO."
             )
-        return scale.to_env(policy.choose(obs, explore=False, generator=generator))
+        return scale.to_env(policy.act(obs, generator=generator))
 
     env, env_config = str(metadata["env"]), metadata["env_config"] or {}
     return Player(env, env_config, metadata["shapes"][0], low, high, None, act)

@@ -1,12 +1,14 @@
-"""Environments as they come: whether they exist, their spaces, MuJoCo's warnings."""
+"""Checks of environments' spaces, and MuJoCo's warnings."""
 
-import sys
+import logging
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 
 from qvpo_rllib.core.action_scale import ActionScale
+
+logger = logging.getLogger(__name__)
 
 
 def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
@@ -42,19 +44,19 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
 
 
 def action_scale(action_space: gym.spaces.Box) -> ActionScale:
-    """The map between [-1, 1] and the environment's box."""
+    """Returns the map between [-1, 1] and the environment's box."""
     return ActionScale(action_space.low, action_space.high)
 
 
-# MuJoCo 4 says this for every HalfCheetah it makes, on stderr and in a file MUJOCO_LOG.TXT.
+# MuJoCo 4 warns so of every HalfCheetah that it makes, on stderr and in a file MUJOCO_LOG.TXT.
 MODEL_FILE_NOTICE = "is deprecated and will be removed"
 
 
 def filter_warnings() -> None:
-    """Prints MuJoCo's warnings on stderr, without those a user can do nothing about."""
-    mujoco.set_mju_user_warning(_show)
+    """Logs MuJoCo's warnings, except those about which a user can do nothing."""
+    mujoco.set_mju_user_warning(_log)
 
 
-def _show(message: str) -> None:
+def _log(message: str) -> None:
     if MODEL_FILE_NOTICE not in message:
-        print(f"MuJoCo: {message}", file=sys.stderr)
+        logger.warning("MuJoCo: %s", message)

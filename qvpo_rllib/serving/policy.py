@@ -185,8 +185,8 @@ class ServedPolicy:
         return actions, q
 
     def _block(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """`ActionSelector.select`, with a Q of 0 where K = 1 ranks nothing."""
-        actions, q = self._selector.select(obs, noise)
+        """`ActionSelector.act`, with a Q of 0 where K = 1 ranks nothing."""
+        actions, q = self._selector.act(obs, noise)
         return actions, torch.zeros(obs.shape[0]) if q is None else q
 
 
