@@ -24,7 +24,7 @@ from qvpo_rllib.checkpoints.staging import committed, staged
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.options import Options, check_name
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
-from qvpo_rllib.rollout.environments import action_scale, check_environment_id
+from qvpo_rllib.rollout.environments import action_scale, check_environment_id, check_spaces
 from qvpo_rllib.rollout.episodes import run_episodes
 from qvpo_rllib.runtime.base import Interruptible
 from qvpo_rllib.version import __version__
@@ -138,6 +138,11 @@ class RllibAlgorithm(Interruptible, Algorithm):  # type: ignore[misc]
     @classmethod
     def get_default_policy_class(cls, config: Any) -> type:
         return cls.policy_class
+
+    @staticmethod
+    def validate_env(env: Any, env_context: Any) -> None:
+        """Refuses spaces that RLlib would take, such as discrete actions; see `check_spaces`."""
+        check_spaces(env.observation_space, env.action_space)
 
     def setup(self, config: Any) -> None:
         if self.config.num_gpus and not torch.cuda.is_available():
