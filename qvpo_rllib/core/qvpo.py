@@ -69,9 +69,7 @@ class QVPOLearner(OffPolicyLearner):
         device: torch.device | str,
     ) -> None:
         if hp.k_target is None:
-            raise ValueError(
-                "k_target is not resolved: give a number (see presets.resolve_for_task)."
-            )
+            raise ValueError("k_target is not resolved: give a number (see Options.resolve).")
         device = torch.device(device)
         if hp.sampling_precision == "tf32" and device.type != "cuda":
             raise ValueError(

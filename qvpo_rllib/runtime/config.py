@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 
 from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters, resolved_hyperparameters
-from qvpo_rllib.core.options import check_name
+from qvpo_rllib.core.options import check_name, defaults_of
 from qvpo_rllib.rollout.environments import check_environment_id
 
 # Options of RLlib's `training()` that some other option replaces here. They are refused, not
@@ -52,7 +52,7 @@ class OffPolicyConfig(AlgorithmConfig):  # type: ignore[misc]
         from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 
         super().__init__(algo_class=algo_class)
-        self._set_options(self.hyperparameters_class().to_dict())
+        self._set_options(defaults_of(self.hyperparameters_class))
         # `TorchPolicy` lives on RLlib's old API stack. Set directly: `api_stack()` would warn about
         # an exploration config, which is not how these policies explore.
         self.enable_rl_module_and_learner = False
@@ -223,7 +223,7 @@ def _with_options(training: Any, kind: type[OffPolicyHyperparameters]) -> Any:
             inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
             *(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
-                for name, value in kind().to_dict().items()
+                for name, value in defaults_of(kind).items()
             ),
             inspect.Parameter(
                 "replay_in_checkpoints", inspect.Parameter.KEYWORD_ONLY, default=True

@@ -30,7 +30,7 @@ class TrainingRun:
     def __init__(self, plan: TrainingPlan, directory: RunDirectory, *, resume: bool) -> None:
         self.plan = plan
         self.directory = directory
-        self.algorithm: Any = plan.build_config().build_algo()
+        self.algorithm: Any = plan.config.build_algo()
         self.trainee: Trainee = plan.algorithm.trainee(self.algorithm)
         self.best = float("-inf")
         self.last: float | None = None
@@ -117,7 +117,7 @@ class TrainingRun:
         stats = self.trainee.learner_metrics(result)
         episode_return = result["env_runners"].get("episode_return_mean")
         episode_length = result["env_runners"].get("episode_len_mean")
-        losses = {n: stats[n] for n in self.plan.algorithm.losses if n in stats}
+        losses = {n: stats[n] for n in self.plan.algorithm.hyperparameters.losses if n in stats}
         self.status.update(self.env_steps, self.trainee.updates, episode_return, losses)
         return {
             "env_steps": self.env_steps,

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.algorithms import ALGORITHMS, RUN_DEFAULTS, AlgorithmEntry, entry_of
+from qvpo_rllib.algorithms import ALGORITHMS, entry_of
+from qvpo_rllib.core.options import RUN_DEFAULTS, Options, Setting
 from qvpo_rllib.training.plan import check_environment
 from qvpo_rllib.tuning.search_space import Distribution, parse_space
-from qvpo_rllib.tuning.spec_file import Section, SpecError, read_yaml
+from qvpo_rllib.tuning.spec_file import KeyPath, Section, SpecError, read_yaml
 
 METHODS = ("grid", "random", "asha", "pbt", "optuna")
-Setting = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +91,17 @@ class ExperimentSpec:
         return read_yaml(Path(path), cls.from_dict)
 
     def training_of(self, algorithm: str) -> Setting:
-        """The options of an algorithm's every trial, beside its preset."""
+        """Returns what the file gives for an algorithm's every trial, beside the preset."""
         return {**self.training, **self.per_algorithm.get(algorithm, {})}
 
-    def base_of(self, algorithm: str) -> Setting:
-        """The same with the preset. Raises `ValueError` if the algorithm has no such preset."""
-        return {**entry_of(algorithm).preset(self.preset), **self.training_of(algorithm)}
+    def options(self, algorithm: str, setting: Setting | None = None) -> Options:
+        """Returns an algorithm's options in the trials of a setting. Raises `ValueError`.
+
+        What they leave to the task stays none, since an experiment may have several tasks.
+        """
+        given = {**self.training_of(algorithm), **(setting or {})}
+        kind = entry_of(algorithm).hyperparameters
+        return kind.resolve(self.preset, given, env_steps=self.env_steps)
 
     @property
     def swept(self) -> tuple[str, ...]:
@@ -125,7 +130,7 @@ def _read(root: Section) -> ExperimentSpec:
         if algorithm not in ALGORITHMS:
             root.refuse("algorithm", algorithm, f"it must be one of {', '.join(ALGORITHMS)}")
     preset = root.text("preset", "default", allowed=RUN_DEFAULTS)
-    defaults = entry_of(algorithms[0]).runs[preset]
+    defaults = entry_of(algorithms[0]).hyperparameters.runs[preset]
     tasks = root.items("task", defaults.env)
     for task in tasks:
         try:
@@ -325,7 +330,7 @@ def _check_search(spec: ExperimentSpec) -> None:
         raise SpecError(("confirm",), "pbt finds a schedule, not a setting: it has none to rerun.")
     if method == "pbt":
         for name in spec.space:
-            if name in ALGORITHMS[spec.algorithms[0]].fixed_by_checkpoint:
+            if name in entry_of(spec.algorithms[0]).hyperparameters.fixed_by_checkpoint:
                 raise SpecError(
                     ("sweep", "space", name), "pbt cannot change it: a checkpoint fits one value."
                 )
@@ -337,24 +342,27 @@ def _check_options(spec: ExperimentSpec) -> None:
         for name in spec.training_of(algorithm):
             if name in spec.swept:
                 raise SpecError(("training", name), "it is in the sweep too; keep one of them.")
-        entry = entry_of(algorithm)
         try:
-            base = spec.base_of(algorithm)
+            entry_of(algorithm).hyperparameters.preset(spec.preset)
         except ValueError as error:
             raise SpecError(("preset",), str(error)) from error
-        own = spec.per_algorithm.get(algorithm, {})
-        _check(entry, {n: v for n, v in base.items() if n not in own}, ("training",))
-        _check(entry, base, ("per_algorithm", algorithm))
+        _check(spec, algorithm, {}, ("training",))
         for setting in spec.settings:
-            _check(entry, {**base, **setting}, ("sweep", "grid"))
+            _check(spec, algorithm, setting, ("sweep", "grid"))
         for name, distribution in spec.space.items():
             for value in distribution.values:
-                _check(entry, {**base, name: value}, ("sweep", "space"))
+                _check(spec, algorithm, {name: value}, ("sweep", "space"))
 
 
-def _check(entry: AlgorithmEntry, values: Setting, key: tuple[str, ...]) -> None:
+def _check(spec: ExperimentSpec, algorithm: str, setting: Setting, key: KeyPath) -> None:
+    """Raises `SpecError` at the option that is wrong in the trials of a setting."""
     try:
-        entry.options(values)
+        spec.options(algorithm, setting)
     except ValueError as error:
-        named = [n for n in values if str(error).startswith((f"{n}=", f"There is no option {n!r}"))]
+        own = spec.per_algorithm.get(algorithm, {})
+        given = {**spec.training, **own, **setting}
+        wrong = (n for n in given if str(error).startswith((f"{n}=", f"There is no option {n!r}")))
+        named = tuple(wrong)
+        if own and not setting and not (named and named[0] not in own):
+            key = ("per_algorithm", algorithm)
         raise SpecError((*key, *named), str(error)) from error

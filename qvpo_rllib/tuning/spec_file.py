@@ -1,12 +1,13 @@
 """An experiment file: YAML as checked values, with errors that name file, line and key."""
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+
+from qvpo_rllib.core.options import nearest
 
 KeyPath = tuple[str | int, ...]
 MISSING: Any = object()
@@ -112,11 +113,6 @@ class Section:
                 f"there is no such key.{nearest(name, self._known)} "
                 f"Allowed here: {', '.join(self._known)}.",
             )
-
-
-def nearest(name: Any, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(names), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def dotted(key: KeyPath) -> str:

@@ -13,9 +13,10 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from qvpo_rllib.algorithms import entry_of
+from qvpo_rllib.core.options import Setting
 from qvpo_rllib.runtime.base import SCORE
 from qvpo_rllib.tuning.interruption import PausingASHA, PausingFIFO, PausingPBT
-from qvpo_rllib.tuning.spec import ExperimentSpec, Setting
+from qvpo_rllib.tuning.spec import ExperimentSpec
 
 STEPS = "num_env_steps_sampled_lifetime"
 EVALUATION = "evaluation/env_runners/episode_return_mean"
@@ -75,11 +76,8 @@ def build_tuner(
 
 def fixed_config(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
     """What all trials share, by RLlib's names."""
-    entry = entry_of(algorithm)
-    options = entry.options(spec.base_of(algorithm))
-    options = entry.for_run(options, spec.env_steps, spec.training_of(algorithm))
     return {
-        **options,
+        **spec.options(algorithm).to_json(),
         "env": spec.tasks[0],
         "seed": spec.seeds[0],
         "num_env_runners": spec.num_env_runners,
@@ -114,13 +112,12 @@ def planned_trials(spec: ExperimentSpec, algorithm: str) -> list[Setting] | None
             {"env": spec.tasks[0], "seed": seed, **setting}
             for seed, setting in zip(spec.seeds, settings, strict=True)
         ]
-    entry = entry_of(algorithm)
-    base = spec.base_of(algorithm)
+    typed = [(spec.options(algorithm, setting).to_json(), setting) for setting in settings]
     return [
-        {"env": task, "seed": seed, **_typed(entry.options({**base, **setting}), setting)}
+        {"env": task, "seed": seed, **{name: options[name] for name in setting}}
         for seed in spec.seeds
         for task in spec.tasks
-        for setting in settings
+        for options, setting in typed
     ]
 
 
@@ -241,11 +238,6 @@ def setting_texts(setting: Mapping[str, Any]) -> list[str]:
     """["k_behavior=4", "entropy_weight=0.01"]; numbers with four digits."""
     texts = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in setting.items()}
     return [f"{name}={text}" for name, text in texts.items()]
-
-
-def _typed(options: Mapping[str, Any], setting: Setting) -> Setting:
-    """A setting's values as the algorithm's option types have them: 1 → 1.0 for a weight."""
-    return {name: options[name] for name in setting}
 
 
 class ScoreCallback(RLlibCallback):  # type: ignore[misc]
