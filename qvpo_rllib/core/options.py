@@ -108,13 +108,10 @@ class Options:
     smoke: ClassVar[Setting] = {}
 
     def __post_init__(self) -> None:
-        options, types = options_of(type(self)), _types(type(self))
-        for name in options:
-            value = getattr(self, name)
-            value = tuple(value) if isinstance(value, list) else value
-            object.__setattr__(self, name, _checked_type(name, value, types[name]))
-        for name, declared in options.items():
-            _check_value(name, getattr(self, name), declared, types[name])
+        types = _types(type(self))
+        for name, declared in options_of(type(self)).items():
+            value = _checked(name, getattr(self, name), types[name], declared.metadata)
+            object.__setattr__(self, name, value)
         self.check()
 
     def check(self) -> None:
@@ -216,25 +213,22 @@ def parse_option(name: str, text: str, kind: type[Options]) -> OptionValue:
     check_name(name, kind)
     declared = _types(kind)[name]
     text = text.strip()
-    if _optional(declared) and text.lower() in ("none", "null"):
+    if declared.optional and text.lower() in ("none", "null"):
         return None
-    base = _base(declared)
     try:
-        if base is bool:
+        if declared.base is bool:
             return {"true": True, "false": False}[text.lower()]
-        if base is int:
+        if declared.base is int:
             number = float(text)  # so that 1e6 and 1_000_000 are both understood
             if not number.is_integer():
                 raise ValueError
             return int(number)
-        if base is float:
+        if declared.base is float:
             return float(text)
-        if base is tuple:
+        if declared.base is tuple:
             return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
     except (ValueError, KeyError, OverflowError):
-        raise ValueError(
-            f"{name}={text!r} is not valid: it must be {_describe(declared)}."
-        ) from None
+        raise ValueError(f"{name}={text!r} is not valid: it must be {declared}.") from None
     return text
 
 
@@ -270,67 +264,72 @@ def nearest(name: object, names: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _check_value(name: str, value: Any, declared: dataclasses.Field[Any], kind: Any) -> None:
-    if value is None:
-        return
-    allowed: Range | None = declared.metadata["range"]
+class _Type(NamedTuple):
+    """The declared type of an option."""
+
+    base: type
+    optional: bool
+
+    def __str__(self) -> str:
+        words = {
+            int: "an integer",
+            float: "a finite number",
+            bool: "true or false",
+            str: "a word",
+            tuple: "a list of integers, such as [256, 256]",
+        }
+        return words[self.base] + (" or none" if self.optional else "")
+
+
+def _types(kind: type[Options]) -> dict[str, _Type]:
+    found = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        members = typing.get_args(hint)
+        optional = type(None) in members
+        base = members[0] if optional else hint
+        found[name] = _Type(typing.get_origin(base) or base, optional)
+    return found
+
+
+def _checked(name: str, value: Any, declared: _Type, metadata: Mapping[str, Any]) -> Any:
+    """Returns an allowed value as the declared type; a float may be given as an integer.
+
+    Raises:
+        ValueError: the value is of another type, or not one that the option may take.
+    """
+    if value is None and declared.optional:
+        return None
+    value = _converted(value, declared.base)
+    valid = isinstance(value, declared.base) and (declared.base is bool or type(value) is not bool)
+    if declared.base is float:
+        valid = valid and math.isfinite(value)
+    if declared.base is tuple:
+        valid = valid and all(type(part) is int for part in value)
+    if not valid:
+        raise ValueError(f"{name}={value!r} is not valid: it must be {declared}.")
+    allowed: Range | None = metadata["range"]
     if allowed is not None:
-        text = allowed.text + (", or none" if _optional(kind) else "")
+        text = allowed.text + (", or none" if declared.optional else "")
         require(name, value, allowed.holds(value), text)
-    choices = declared.metadata["choices"]
+    choices = metadata["choices"]
     if choices and value not in choices:
         raise ValueError(
             f"{name}={value!r} does not exist: it must be one of {', '.join(choices)}."
             + nearest(value, choices)
         )
-
-
-def _types(kind: type[Options]) -> Mapping[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _optional(kind: Any) -> bool:
-    return type(None) in typing.get_args(kind)
-
-
-def _base(kind: Any) -> Any:
-    if _optional(kind):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    return typing.get_origin(kind) or kind
-
-
-def _describe(kind: Any) -> str:
-    words = {
-        int: "an integer",
-        float: "a finite number",
-        bool: "true or false",
-        str: "a word",
-        tuple: "a list of integers, such as [256, 256]",
-    }[_base(kind)]
-    return words + (" or none" if _optional(kind) else "")
-
-
-def _checked_type(name: str, value: Any, kind: Any) -> Any:
-    """Returns `value` as the declared type (a float may be given as an integer), or raises."""
-    base = _base(kind)
-    if value is None and _optional(kind):
-        return None
-    if not isinstance(value, bool):  # NumPy's numbers are as good as Python's
-        if base is float and isinstance(value, numbers.Real):
-            try:
-                value = float(value)
-            except OverflowError:
-                value = math.inf
-        if base is int and (
-            isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer())
-        ):
-            value = int(value)
-    valid = isinstance(value, base) and (base is bool or not isinstance(value, bool))
-    if valid and base is float:
-        valid = math.isfinite(value)
-    if valid and base is tuple:
-        valid = all(isinstance(p, numbers.Integral) and not isinstance(p, bool) for p in value)
-        value = tuple(int(part) for part in value) if valid else value
-    if not valid:
-        raise ValueError(f"{name}={value!r} is not valid: it must be {_describe(kind)}.")
     return value
+
+
+def _converted(value: Any, base: type) -> Any:
+    """Returns a number as `base` where nothing is lost, NumPy's included; else the value itself."""
+    if base is tuple and isinstance(value, list | tuple):
+        return tuple(_converted(part, int) if type(part) is not float else part for part in value)
+    if base not in (int, float) or isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.inf if base is float else value
+    if base is float:
+        return number
+    return math.trunc(value) if number.is_integer() else value
