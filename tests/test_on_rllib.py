@@ -272,11 +272,10 @@ def test_wrong_options_are_refused(name: str, wrong: dict[str, Any], message: st
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_is_valid_and_the_papers_values_are_the_default(name: str) -> None:
-    entry = ALGORITHMS[name]
-    for preset, values in entry.presets.items():
-        options = entry.options(values)
-        assert options["gamma"] == 0.99
-        assert preset in entry.runs
+    kind = ALGORITHMS[name].hyperparameters
+    for preset in kind.presets:
+        assert kind.resolve(preset).gamma == 0.99
+        assert preset in kind.runs
     paper = {
         "ppo": {"hidden": [256, 256], "activation": "tanh", "lr": 7e-4, "entropy_coeff": 0.01,
                 "vf_loss_coeff": 0.5, "grad_clip": 0.5, "minibatch_size": 256},
@@ -285,7 +284,7 @@ def test_every_preset_is_valid_and_the_papers_values_are_the_default(name: str) 
         "sac": {"hidden": [256, 256], "activation": "relu", "actor_lr": 3e-4, "critic_lr": 3e-4,
                 "alpha": 0.2, "auto_alpha": False, "tau": 0.005, "batch_size": 256},
     }[name]  # fmt: skip
-    assert paper.items() <= entry.options({}).items()
+    assert paper.items() <= kind.resolve().to_json().items()
 
 
 @pytest.mark.parametrize("name", NAMES)

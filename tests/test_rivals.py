@@ -78,7 +78,7 @@ def test_td3_updates_equal_the_reference(double, overrides):
 )
 def test_dipo_updates_equal_the_reference_and_are_written_back(double, overrides):
     values = {"diffusion_steps": 3, "action_steps": 4, **SMALL, **overrides}
-    hp = dipo.DIPOHyperparameters(**values).resolved_for("Hopper-v5")
+    hp = dipo.DIPOHyperparameters.for_task(values, "Hopper-v5")
     nets = randomised(QVPONetworks(OBS, ACT, hp).double())
     expected = rival_reference.DIPOUpdate(nets, hp)
     learner = dipo.DIPOLearner(nets, hp, seed=0, device="cpu")
@@ -166,7 +166,7 @@ def test_td3_finds_the_best_action_of_a_bandit():
 
 def test_dipo_finds_the_best_action_of_a_bandit():
     torch.manual_seed(0)
-    hp = dipo.DIPOHyperparameters(**TOY, diffusion_steps=5).resolved_for("Bandit-v0")
+    hp = dipo.DIPOHyperparameters.for_task({**TOY, "diffusion_steps": 5}, "Bandit-v0")
     learner = dipo.DIPOLearner(QVPONetworks(1, 2, hp), hp, seed=0, device="cpu")
     replay = bandit(improves_actions=True)
 

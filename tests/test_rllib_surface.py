@@ -14,7 +14,8 @@ from ray.rllib.policy.policy import Policy
 from ray.tune.registry import get_trainable_cls
 
 from qvpo_rllib import QVPO, QVPOConfig, QVPOTorchPolicy
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters, option_names
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options import options_of
 from qvpo_rllib.training.plan import parse_settings
 from qvpo_rllib.training.rows import evaluation_columns
 
@@ -90,7 +91,7 @@ def as_text(value: Any) -> str:
 # --- one home of the defaults ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", option_names())
+@pytest.mark.parametrize("name", options_of(QVPOHyperparameters))
 def test_every_option_is_known_to_dataclass_config_and_command_line(name: str) -> None:
     default = getattr(QVPOHyperparameters(), name)
     marker = object()
@@ -103,7 +104,7 @@ def test_every_option_is_known_to_dataclass_config_and_command_line(name: str) -
 
 def test_training_shows_no_option_that_does_not_exist() -> None:
     shown = set(inspect.signature(QVPOConfig.training).parameters)
-    assert shown == {"self", "replay_in_checkpoints", *option_names()}
+    assert shown == {"self", "replay_in_checkpoints", *options_of(QVPOHyperparameters)}
 
 
 def test_misspelt_option_is_refused_with_the_nearest_name() -> None:

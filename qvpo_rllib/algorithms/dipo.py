@@ -15,7 +15,7 @@ from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK, DiffusionRivalHyp
 from qvpo_rllib.core.learner import OffPolicyLearner
 from qvpo_rllib.core.losses import denoising_objective
 from qvpo_rllib.core.networks import TwinQ
-from qvpo_rllib.core.options import COUNT, POSITIVE, option, with_default
+from qvpo_rllib.core.options import COUNT, POSITIVE, Setting, option, with_default
 from qvpo_rllib.core.qvpo import QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
@@ -38,12 +38,17 @@ TASK_VALUES = {
 class DIPOHyperparameters(DiffusionRivalHyperparameters):
     """The values of DIPO's authors, which differ from task to task."""
 
-    task_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar[Mapping[str, Setting]] = {
+        "default": {},
+        "light": LIGHT
+        | {"diffusion_steps": 20, "action_steps": 5, "hidden": (256, 256), "tau": 0.01},
+        "quick": QUICK | {"diffusion_steps": 20, "action_steps": 5, "tau": 0.02},
+    }
+    smoke: ClassVar[Setting] = {**DiffusionRivalHyperparameters.smoke, "action_steps": 2}
+    task_values: ClassVar[Mapping[str, Setting]] = {
         task: dict(zip(TASK_OPTIONS, values, strict=True)) for task, values in TASK_VALUES.items()
     }
-    other_task_values: ClassVar[Mapping[str, Any]] = dict(
-        zip(TASK_OPTIONS, (2.0, 0.1, 20, 1), strict=True)
-    )
+    other_task_values: ClassVar[Setting] = dict(zip(TASK_OPTIONS, (2.0, 0.1, 20, 1), strict=True))
 
     grad_clip: float | None = option(
         None,
@@ -68,13 +73,6 @@ class DIPOHyperparameters(DiffusionRivalHyperparameters):
         "updates for one of the target actor; none: 2 for HalfCheetah, 1 for other tasks",
         range=COUNT,
     )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "light": LIGHT | {"diffusion_steps": 20, "action_steps": 5, "hidden": (256, 256), "tau": 0.01},
-    "quick": QUICK | {"diffusion_steps": 20, "action_steps": 5, "tau": 0.02},
-}
 
 
 class UpdateNoise(NamedTuple):

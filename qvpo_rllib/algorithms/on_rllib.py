@@ -14,7 +14,7 @@ from torch import Generator
 
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.seeding import Stream, spawn_seed
-from qvpo_rllib.rollout.environments import action_scale
+from qvpo_rllib.rollout.environments import action_scale, check_spaces
 from qvpo_rllib.rollout.episodes import run_episodes
 from qvpo_rllib.rollout.policy import refuse_k
 from qvpo_rllib.runtime.base import BaseAlgorithm
@@ -125,6 +125,11 @@ class OnRLlibConfig(BaseConfig):
 
 class OnRLlibAlgorithm(BaseAlgorithm):
     """A subclass puts it before RLlib's own algorithm in its bases."""
+
+    @staticmethod
+    def validate_env(env: Any, env_context: Any) -> None:
+        """Refuses spaces that RLlib would take, such as discrete actions; see `check_spaces`."""
+        check_spaces(env.observation_space, env.action_space)
 
     def setup(self, config: Any) -> None:
         self._updates_before = 0  # those of the policy that a checkpoint was made of

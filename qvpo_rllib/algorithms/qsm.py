@@ -1,7 +1,8 @@
 """QSM (Psenka et al., ICML 2024): a diffusion policy whose score matches the critics' gradient."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from ray.tune.registry import register_trainable
@@ -11,7 +12,7 @@ from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK, DiffusionRivalHyp
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.learner import OffPolicyLearner
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
-from qvpo_rllib.core.options import NON_NEGATIVE, POSITIVE, option, with_default
+from qvpo_rllib.core.options import NON_NEGATIVE, POSITIVE, Setting, option, with_default
 from qvpo_rllib.core.qvpo import QVPONetworks
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.core.sampler import Trunk, min_q, run_trunk
@@ -23,6 +24,14 @@ from qvpo_rllib.runtime.config import OffPolicyConfig
 @dataclass(frozen=True, kw_only=True)
 class QSMHyperparameters(DiffusionRivalHyperparameters):
     """The values of QVPO's comparison (T = 20) and of QSM's authors."""
+
+    presets: ClassVar[Mapping[str, Setting]] = {
+        "default": {},
+        # M_q · √β_1 times the curvature of Q has to stay below 2, or the last step overshoots.
+        "light": LIGHT
+        | {"diffusion_steps": 10, "q_gradient_scale": 1.0, "hidden": (256, 256), "tau": 0.01},
+        "quick": QUICK | {"q_gradient_scale": 1.0, "tau": 0.01},
+    }
 
     hidden: tuple[int, ...] = with_default(DiffusionRivalHyperparameters, "hidden", (512, 512))
     adam_eps: float = with_default(DiffusionRivalHyperparameters, "adam_eps", 1e-8)
@@ -36,15 +45,6 @@ class QSMHyperparameters(DiffusionRivalHyperparameters):
         "standard deviation of what is added to act with, and to the target's action",
         range=NON_NEGATIVE,
     )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    # M_q · √β_1 times the curvature of Q has to stay below 2, or the last step overshoots.
-    "light": LIGHT
-    | {"diffusion_steps": 10, "q_gradient_scale": 1.0, "hidden": (256, 256), "tau": 0.01},
-    "quick": QUICK | {"q_gradient_scale": 1.0, "tau": 0.01},
-}
 
 
 class UpdateNoise(NamedTuple):

@@ -1,9 +1,9 @@
 """TD3 (Fujimoto et al., ICML 2018): deterministic policy, twin critics, delayed policy updates."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from ray.tune.registry import register_trainable
@@ -13,7 +13,7 @@ from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK
 from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.kernels import linear
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
-from qvpo_rllib.core.options import COUNT, NON_NEGATIVE, option, with_default
+from qvpo_rllib.core.options import COUNT, NON_NEGATIVE, Setting, option, with_default
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy
 from qvpo_rllib.runtime.algorithm import OffPolicyAlgorithm
@@ -23,6 +23,12 @@ from qvpo_rllib.runtime.config import OffPolicyConfig
 @dataclass(frozen=True, kw_only=True)
 class TD3Hyperparameters(OffPolicyHyperparameters):
     """The values of TD3's authors. Noise is in units of the action's half range, 1 here."""
+
+    presets: ClassVar[Mapping[str, Setting]] = {
+        "default": {},
+        "light": LIGHT | {"actor_lr": 1e-3, "warmup_steps": 10_000},
+        "quick": QUICK | {"tau": 0.01},
+    }
 
     hidden: tuple[int, ...] = with_default(OffPolicyHyperparameters, "hidden", (256, 256))
     actor_lr: float = with_default(OffPolicyHyperparameters, "actor_lr", 3e-4)
@@ -42,13 +48,6 @@ class TD3Hyperparameters(OffPolicyHyperparameters):
     target_noise_clip: float = option(
         0.5, "largest size of what is added to the target's action", "c", range=NON_NEGATIVE
     )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "light": LIGHT | {"actor_lr": 1e-3, "warmup_steps": 10_000},
-    "quick": QUICK | {"tau": 0.01},
-}
 
 
 class ReluMLP(nn.Module):

@@ -64,8 +64,8 @@ def _rows(task: Task, task_name: str, setting: str, repeats: int) -> Iterator[di
 
 def _config(name: str, task: Task, setting: str) -> Any:
     entry = ALGORITHMS[name]
-    options = dict(entry.presets[SETTINGS[setting]])
-    if "diffusion_steps" in entry.options({}):
+    options = dict(entry.hyperparameters.presets[SETTINGS[setting]])
+    if hasattr(entry.hyperparameters, "diffusion_steps"):
         options |= SAME_CHAIN[setting]
     if name == "qvpo":
         options["engine"] = "native"

@@ -126,7 +126,8 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = torch.tensor(lr, device=self.device) if on_gpu else lr
-        if self.graph_constants(hp) != self.graph_constants(self.hp):
+        captured = self._graphs is not None
+        if captured and self.graph_constants(hp) != self.graph_constants(self.hp):
             self._graphs = None
         self.hp = hp
         self.set_env_steps(self.env_steps)

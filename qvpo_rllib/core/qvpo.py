@@ -67,9 +67,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         device: torch.device | str,
     ) -> None:
         if hp.k_target is None:
-            raise ValueError(
-                "k_target is not resolved: give a number, or resolve the options for a task."
-            )
+            raise ValueError("k_target is not resolved: give a number (see Options.resolve).")
         device = torch.device(device)
         if hp.sampling_precision == "tf32" and device.type != "cuda":
             raise ValueError(
