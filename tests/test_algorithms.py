@@ -13,9 +13,11 @@ import pytest
 from qvpo_rllib import cli
 from qvpo_rllib.algorithms import ALGORITHMS
 from qvpo_rllib.bench import rivals
-from qvpo_rllib.core.options import options_of
+from qvpo_rllib.core.options import Options, options_of
 from qvpo_rllib.report.runs import load_runs
 from qvpo_rllib.training.plan import make_plan
+from qvpo_rllib.training.run import TrainingRun
+from qvpo_rllib.training.run_directory import RunDirectory
 from qvpo_rllib.tuning.results import read_rows, read_trials
 from qvpo_rllib.tuning.smoke import shrink
 from qvpo_rllib.tuning.spec import ExperimentSpec
@@ -73,16 +75,36 @@ def plan_of(algo: str, **values: Any) -> Any:
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_preset_becomes_a_plan_with_nothing_left_open(name: str) -> None:
-    entry = ALGORITHMS[name]
-    assert {"default", "light", "quick"} <= set(entry.presets)
-    for preset in entry.presets:
+    kind = ALGORITHMS[name].hyperparameters
+    assert {"default", "light", "quick"} <= set(kind.presets) <= set(kind.runs)
+    for preset in kind.presets:
         plan = plan_of(name, preset=preset, env_steps=12_345)
-        assert set(plan.hyperparameters) == set(options_of(entry.hyperparameters))
+        assert set(plan.hyperparameters) == set(options_of(kind))
         json.dumps(plan.to_dict())
-        for end, steps in entry.decays:
+        for end, steps in kind.decays:
             if plan.hyperparameters[end] is not None:
                 assert plan.hyperparameters[steps] == 12_345
-    assert set(entry.smoke) <= set(options_of(entry.hyperparameters))
+    assert set(kind.smoke) <= set(options_of(kind))
+    assert ALGORITHMS[name].load().config_class.algorithm_name == ALGORITHMS[name].label
+
+
+@pytest.mark.parametrize("name", ["qvpo", "td3", "ppo", "sac"])
+def test_options_are_made_at_most_eight_times_before_the_first_step(
+    name: str, monkeypatch: Any, tmp_path: Path, ray_session: None
+) -> None:
+    made: list[Options] = []
+    check = Options.__post_init__
+
+    def counting(options: Options) -> None:
+        made.append(options)
+        check(options)
+
+    monkeypatch.setattr(Options, "__post_init__", counting)
+    plan = plan_of(name, preset="quick", env_steps=400)
+    with RunDirectory.create(tmp_path / "run", plan.to_dict(), []) as directory:
+        TrainingRun(plan, directory, resume=False).close()
+    assert 1 < len(made) <= 8
+    assert len({repr(options) for options in made}) == 1
 
 
 def test_the_paper_s_seven_are_there() -> None:
@@ -158,7 +180,7 @@ def test_a_run_directory_has_what_qvpos_has(trained: tuple[str, Path]) -> None:
     assert [row["env_steps"] for row in evaluated] == [80, 160, 240]
     assert all(row["evaluation/episodes"] == 10 for row in evaluated)
     assert rows[-1]["updates"] == {"spo": 6, "sac": 140}[algo]
-    for loss in ALGORITHMS[algo].losses:
+    for loss in ALGORITHMS[algo].hyperparameters.losses:
         assert isinstance(rows[-1][f"learner/{loss}"], float)
 
 

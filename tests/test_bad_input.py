@@ -13,6 +13,7 @@ import reference
 import torch
 
 from qvpo_rllib import QVPO, QVPOConfig, cli
+from qvpo_rllib.algorithms import ALGORITHMS, entry_of
 from qvpo_rllib.checkpoints.metadata import Metadata
 from qvpo_rllib.core.errors import NonFiniteError
 
@@ -65,8 +66,11 @@ def run(*arguments: str) -> int:
         return int(exit_.code or 0)
 
 
-def assert_refused(capsys: Any, arguments: list[str], words: list[str]) -> None:
-    """`qvpo` exits with code 2, starts nothing, and one paragraph on stderr has the words."""
+def assert_refused(capsys: Any, arguments: list[str], words: list[str]) -> str:
+    """`qvpo` exits with code 2, starts nothing, and one paragraph on stderr has the words.
+
+    Returns the paragraph.
+    """
     running = ray.is_initialized()
     assert run(*arguments) == cli.EXIT_BAD_INPUT
     assert ray.is_initialized() == running
@@ -78,6 +82,7 @@ def assert_refused(capsys: Any, arguments: list[str], words: list[str]) -> None:
     paragraph = " ".join(error.split())
     for word in words:
         assert word in paragraph
+    return paragraph
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -86,10 +91,18 @@ def assert_refused(capsys: Any, arguments: list[str], words: list[str]) -> None:
 @pytest.mark.parametrize("name", UNSUITED)
 def test_unsuited_spaces_are_refused(capsys: Any, tmp_path: Path, name: str) -> None:
     env, directory = f"environments:{name}-v0", tmp_path / "run"
-    assert_refused(
-        capsys, ["train", "--env", env, "--run-dir", str(directory)], [env, *UNSUITED[name]]
-    )
+    arguments = ["train", "--env", env, "--run-dir", str(directory)]
+    assert "QVPO" not in assert_refused(capsys, arguments, [env, *UNSUITED[name]])
     assert not directory.exists()
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_discrete_actions_are_refused_for_a_reason_true_of_the_algorithm(
+    capsys: Any, tmp_path: Path, algo: str
+) -> None:
+    arguments = ["train", "--algo", algo, "--env", "CartPole-v1", "--run-dir", str(tmp_path / "r")]
+    words = ["CartPole-v1: The action space Discrete(2) is not supported", "continuous"]
+    assert "QVPO" not in assert_refused(capsys, arguments, words)
 
 
 @pytest.mark.parametrize("setting", OPTIONS)
@@ -160,6 +173,15 @@ def test_unsuited_spaces_are_refused_by_the_algorithm(
 ) -> None:
     with pytest.raises(ValueError, match=r"is not supported|is unbounded|has shape"):
         tiny_config(f"environments:{name}-v0").build_algo()
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_discrete_actions_are_refused_by_every_algorithm(ray_session: None, algo: str) -> None:
+    config = entry_of(algo).load().get_default_config().environment("CartPole-v1")
+    with pytest.raises(ValueError, match="is not supported") as error:
+        config.build_algo()
+    assert "continuous" in str(error.value)
+    assert "QVPO" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from qvpo_rllib.bench import rollout, runtime, sizes
 from qvpo_rllib.bench.timing import measure, ratio
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import Transitions
-from qvpo_rllib.core.sampler import draw_noise, select_actions
+from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 
 CPU = torch.device("cpu")
 # A finder that refuses everything but what the benchmarks may use.
@@ -67,9 +67,9 @@ def test_flops_of_acting_are_those_of_its_products(double, k):
     nets = QVPONetworks(task.obs_dim, task.act_dim, hp).double()
     obs = torch.zeros(50, task.obs_dim)
     noise = draw_noise(hp.diffusion_steps, 50, k, task.act_dim, torch.Generator(), CPU)
-    args = (nets.actor, nets.critic, nets.schedule, obs, noise)
+    selector = ActionSelector(nets.actor, nets.critic, nets.schedule)
     expected = sizes.acting_flops(task, hp, 50, k)
-    assert counted(lambda: select_actions(*args)) == pytest.approx(expected, rel=0.03)
+    assert counted(lambda: selector.act(obs, noise)) == pytest.approx(expected, rel=0.03)
 
 
 def test_the_papers_update_is_about_90_gflop_nine_tenths_of_it_sampling():

@@ -6,7 +6,7 @@ import torch
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
-from qvpo_rllib.core.sampler import draw_noise, sample_actions, select_actions
+from qvpo_rllib.core.sampler import ActionSelector, draw_noise, sample_actions
 
 BEST = torch.tensor([0.4, -0.6])
 UPDATES = 400
@@ -49,7 +49,8 @@ def distances(subject, num_samples):
     """Distance to the best action of 200 actions, each the best of `num_samples`: [200]."""
     nets, generator = subject.networks, torch.Generator().manual_seed(7)
     noise = draw_noise(HP.diffusion_steps, 200, num_samples, 2, generator, torch.device("cpu"))
-    action, _ = select_actions(nets.actor, nets.critic, nets.schedule, torch.ones(200, 1), noise)
+    selector = ActionSelector(nets.actor, nets.critic, nets.schedule)
+    action, _ = selector.act(torch.ones(200, 1), noise)
     return (action - BEST).norm(dim=1)
 
 

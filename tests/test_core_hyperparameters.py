@@ -6,14 +6,25 @@ import re
 
 import pytest
 
-from qvpo_rllib.core import hyperparameters as presets
-from qvpo_rllib.core.hyperparameters import (
-    CHOICES,
-    QVPOHyperparameters,
-    check_name,
-    option_names,
-    parse_option,
-)
+from qvpo_rllib.core import options
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+
+NAMES = tuple(options.options_of(QVPOHyperparameters))
+CHOICES = {
+    f.name: f.metadata["choices"]
+    for f in dataclasses.fields(QVPOHyperparameters)
+    if f.metadata["choices"]
+}
+PRESETS = QVPOHyperparameters.presets
+
+
+def check_name(name):
+    options.check_name(name, QVPOHyperparameters)
+
+
+def parse_option(name, text):
+    return options.parse_option(name, text, QVPOHyperparameters)
+
 
 INTEGER = "an integer"
 NUMBER = "a finite number"
@@ -35,7 +46,7 @@ FLAGS = ("vlo_coefficient", "target_actor", "truncation_as_terminal")
 INTEGERS = POSITIVE_INTEGERS + COUNTS
 NUMBERS = (*POSITIVE_NUMBERS, *WEIGHTS, "gamma", "tau")
 NOT_OPTIONAL = sorted(
-    set(option_names()) - {"k_target", "grad_clip", "entropy_weight_end", "max_staleness"}
+    set(NAMES) - {"k_target", "grad_clip", "entropy_weight_end", "max_staleness"}
 )  # None is a value of these alone
 
 BAD = [
@@ -118,7 +129,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all_names(refuse, name,
         refuse(name)
     message = str(error.value)
     assert repr(name) in message
-    assert all(option in message for option in option_names())
+    assert all(option in message for option in NAMES)
     found = re.search(r"Did you mean '(\w+)'", message)
     assert (found and found[1]) == suggestion
 
@@ -161,7 +172,7 @@ def test_immutable_and_checked_again_when_replaced():
 def test_a_dictionary_goes_round():
     made = QVPOHyperparameters(k_target=3, hidden=(7,), grad_clip=None, q_weights="qcut")
     assert QVPOHyperparameters(**made.to_dict()) == made
-    assert set(made.to_dict()) == set(option_names())
+    assert set(made.to_dict()) == set(NAMES)
 
 
 def test_defaults_are_the_documented_ones():
@@ -254,7 +265,7 @@ def test_the_entropy_weight_is_constant_by_default():
      (950_000, 0.002), (1_000_000, 0.002), (5_000_000, 0.002)],
 )  # fmt: skip
 def test_the_authors_entropy_weight_falls_linearly_to_its_floor(env_steps, weight):
-    authors = QVPOHyperparameters(**presets.PRESETS["authors"])
+    authors = QVPOHyperparameters(**PRESETS["authors"])
     assert authors.entropy_weight_at(env_steps) == pytest.approx(weight, rel=1e-12)
 
 
@@ -274,22 +285,22 @@ K_TARGET = {"Hopper": 1, "Walker2d": 2, "Ant": 2, "HalfCheetah": 4, "Humanoid": 
 
 @pytest.mark.parametrize("version", ["-v4", "-v5"])
 @pytest.mark.parametrize("task", K_TARGET)
-@pytest.mark.parametrize("preset", presets.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_builds_for_every_task(preset, task, version):
-    made = QVPOHyperparameters(**presets.PRESETS[preset])
-    values = presets.resolve_for_task(made, task + version)
-    resolved = dataclasses.replace(made, **values)
-    assert resolved.k_target == presets.PRESETS[preset].get("k_target", K_TARGET[task])
-    unchanged = set(option_names()) - {"k_target"}
+    made = QVPOHyperparameters(**PRESETS[preset])
+    resolved = QVPOHyperparameters.resolve(preset, env=task + version)
+    assert resolved.k_target == PRESETS[preset].get("k_target", K_TARGET[task])
+    unchanged = set(NAMES) - {"k_target"}
     assert all(getattr(resolved, name) == getattr(made, name) for name in unchanged)
 
 
 def test_a_given_k_target_is_kept():
-    assert presets.resolve_for_task(QVPOHyperparameters(k_target=7), "Hopper-v5") == {}
+    resolved = QVPOHyperparameters.resolve(given={"k_target": 7}, env="Hopper-v5")
+    assert resolved == QVPOHyperparameters(k_target=7)
 
 
 def test_the_paper_preset_follows_its_table_2():
-    paper = QVPOHyperparameters(**presets.PRESETS["paper"])
+    paper = QVPOHyperparameters(**PRESETS["paper"])
     assert (paper.actor_lr, paper.critic_lr, paper.hidden) == (3e-4, 3e-4, (256, 256))
     assert (paper.grad_clip, paper.entropy_reduction) == (None, "mean")
     assert paper.update_order == "policy_then_critic"

@@ -1,4 +1,4 @@
-"""The mathematics needs torch and numpy alone."""
+"""The mathematics needs torch and numpy alone, the command line's help neither."""
 
 import json
 import subprocess
@@ -23,3 +23,17 @@ def test_core_imports_neither_ray_nor_gymnasium():
     assert {"diffusion", "learner", "losses", "networks", "replay", "sampler"} <= modules
     assert "torch" in report["loaded"]  # the report does list what was loaded
     assert not {"ray", "gymnasium", "gym", "mujoco"} & set(report["loaded"])
+
+
+def test_the_help_of_every_command_needs_neither_ray_nor_torch():
+    program = """
+import sys
+from qvpo_rllib import cli
+cli.build_parser().format_help()
+print(*sorted({m.split(".")[0] for m in sys.modules}))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "qvpo_rllib" in run.stdout.split()
+    assert not {"ray", "torch", "gymnasium", "mujoco"} & set(run.stdout.split())

@@ -18,7 +18,6 @@ from qvpo_rllib.core.sampler import (
     draw_noise,
     min_q,
     sample_actions,
-    select_actions,
 )
 
 NATIVE = sampler.EAGER._replace(native=True)
@@ -144,8 +143,8 @@ def selector(nets):
 def test_the_selected_action_is_the_eager_one(num_states, num_samples):
     nets = networks()
     obs, noise = inputs(nets, num_states, num_samples)
-    action, q = selector(nets).select(obs, noise)
-    expected, expected_q = select_actions(nets.actor, nets.critic, nets.schedule, obs, noise)
+    action, q = selector(nets).act(obs, noise)
+    expected, expected_q = ActionSelector(nets.actor, nets.critic, nets.schedule).act(obs, noise)
     torch.testing.assert_close(action, expected, atol=2e-5, rtol=0)
     if num_samples == 1:
         assert q is None
@@ -158,11 +157,11 @@ def test_weights_that_are_loaded_are_noticed(part):
     nets, other = networks(), networks(seed=1)
     obs, noise = inputs(nets, 6, 8)
     mine = selector(nets)
-    before, _ = mine.select(obs, noise)
+    before, _ = mine.act(obs, noise)
     getattr(nets, part).load_state_dict(getattr(other, part).state_dict())
-    after, _ = mine.select(obs, noise)
+    after, _ = mine.act(obs, noise)
     assert not torch.equal(before, after)
-    assert torch.equal(after, selector(nets).select(obs, noise)[0])
+    assert torch.equal(after, selector(nets).act(obs, noise)[0])
 
 
 def test_weights_an_optimiser_moved_are_taken_when_told():
@@ -173,13 +172,13 @@ def test_weights_an_optimiser_moved_are_taken_when_told():
     mine = QVPOLearner(QVPONetworks(OBS, ACT, hp), hp, seed=0, device="cpu")
     nets = mine.networks
     obs, noise = inputs(nets, 6, 8)
-    select = selector(nets)
-    before, _ = select.select(obs, noise)
+    acting = selector(nets)
+    before, _ = acting.act(obs, noise)
     mine.update(transitions(64, seed=0))
-    select.weights_changed()
-    after, _ = select.select(obs, noise)
+    acting.weights_changed()
+    after, _ = acting.act(obs, noise)
     assert not torch.equal(before, after)
-    assert torch.equal(after, selector(nets).select(obs, noise)[0])
+    assert torch.equal(after, selector(nets).act(obs, noise)[0])
 
 
 # --- Building ----------------------------------------------------------------------------------

@@ -124,9 +124,9 @@ def test_min_q_and_its_twins():
 
 
 @pytest.mark.parametrize("num_samples", [2, 8])
-def test_select_actions_takes_the_best_by_the_lower_twin(num_samples):
+def test_acting_takes_the_best_by_the_lower_twin(num_samples):
     (actor, critic, schedule, obs, noise), actions = sampled(5, 10, num_samples)
-    action, q = sampler.select_actions(actor, critic, schedule, obs, noise)
+    action, q = sampler.ActionSelector(actor, critic, schedule).act(obs, noise)
     all_q = reference.min_q(reference.weights_of(critic), obs.numpy(), actions.numpy())
     expected_q, expected = reference.best_of(all_q, actions.numpy())
     np.testing.assert_allclose(action, expected[:, 0], atol=1e-10)
@@ -137,7 +137,7 @@ def test_select_actions_takes_the_best_by_the_lower_twin(num_samples):
 @pytest.mark.parametrize("steps", [1, 20])
 def test_the_best_of_one_is_plain_sampling(steps):
     (actor, critic, schedule, obs, noise), actions = sampled(steps, 6, 1)
-    action, q = sampler.select_actions(actor, critic, schedule, obs, noise)
+    action, q = sampler.ActionSelector(actor, critic, schedule).act(obs, noise)
     assert torch.equal(action, actions[:, 0])
     assert q is None
 
@@ -156,7 +156,7 @@ def test_arguments_are_left_as_they_were():
     actor, critic, schedule = build(5)
     obs, noise = draw(4, OBS), draw(5, 4, 3, ACT, seed=1)
     before = copy.deepcopy((obs, noise, actor.state_dict(), critic.state_dict()))
-    action, _ = sampler.select_actions(actor, critic, schedule, obs, noise)
+    action, _ = sampler.ActionSelector(actor, critic, schedule).act(obs, noise)
     assert torch.equal(obs, before[0])
     assert torch.equal(noise, before[1])
     for module, state in ((actor, before[2]), (critic, before[3])):

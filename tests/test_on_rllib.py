@@ -272,11 +272,10 @@ def test_wrong_options_are_refused(name: str, wrong: dict[str, Any], message: st
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_is_valid_and_the_papers_values_are_the_default(name: str) -> None:
-    entry = ALGORITHMS[name]
-    for preset, values in entry.presets.items():
-        options = entry.options(values)
-        assert options["gamma"] == 0.99
-        assert preset in entry.runs
+    kind = ALGORITHMS[name].hyperparameters
+    for preset in kind.presets:
+        assert kind.resolve(preset).gamma == 0.99
+        assert preset in kind.runs
     paper = {
         "ppo": {"hidden": [256, 256], "activation": "tanh", "lr": 7e-4, "entropy_coeff": 0.01,
                 "vf_loss_coeff": 0.5, "grad_clip": 0.5, "minibatch_size": 256},
@@ -285,7 +284,7 @@ def test_every_preset_is_valid_and_the_papers_values_are_the_default(name: str) 
         "sac": {"hidden": [256, 256], "activation": "relu", "actor_lr": 3e-4, "critic_lr": 3e-4,
                 "alpha": 0.2, "auto_alpha": False, "tau": 0.005, "batch_size": 256},
     }[name]  # fmt: skip
-    assert paper.items() <= entry.options({}).items()
+    assert paper.items() <= kind.resolve().to_json().items()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -336,9 +335,9 @@ def test_the_best_action_of_a_bandit_is_found(
     config.reporting(min_sample_timesteps_per_iteration=env_steps)
     algorithm = build(config)
     state = np.ones((1, 1), np.float32)
-    before = algorithm.get_policy().choose(state, explore=False)[0]
+    before = algorithm.get_policy().act(state)[0]
     algorithm.train()
-    after = algorithm.get_policy().choose(state, explore=False)[0]
+    after = algorithm.get_policy().act(state)[0]
     assert np.linalg.norm(before - BEST) > 0.5
     assert np.linalg.norm(after - BEST) < 0.1
 
@@ -376,9 +375,7 @@ def test_a_run_trains_evaluates_and_goes_on_from_its_checkpoint(
 
     policy = Policy.from_checkpoint(str(tmp_path / "saved" / "policies" / DEFAULT_POLICY_ID))
     obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
-    np.testing.assert_array_equal(
-        policy.choose(obs, explore=False), first.get_policy().choose(obs, explore=False)
-    )
+    np.testing.assert_array_equal(policy.act(obs), first.get_policy().act(obs))
 
 
 def test_a_seed_decides_everything_and_another_one_changes_it(build: Callable[[Any], Any]) -> None:

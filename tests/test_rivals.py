@@ -65,6 +65,7 @@ def test_td3_updates_equal_the_reference(double, overrides):
     for i in range(UPDATES):
         noise = learner.draw_update_noise(BATCH)
         metrics = learner.update(batch(i), noise=noise)
+        learner.num_updates += 1
         for name, value in expected.update(batch(i), noise, i + 1).items():
             assert metrics[name].item() == pytest.approx(value, rel=1e-8), name
         assert_close(nets, expected)
@@ -77,7 +78,7 @@ def test_td3_updates_equal_the_reference(double, overrides):
 )
 def test_dipo_updates_equal_the_reference_and_are_written_back(double, overrides):
     values = {"diffusion_steps": 3, "action_steps": 4, **SMALL, **overrides}
-    hp = dipo.DIPOHyperparameters(**values).resolved_for("Hopper-v5")
+    hp = dipo.DIPOHyperparameters.for_task(values, "Hopper-v5")
     nets = randomised(QVPONetworks(OBS, ACT, hp).double())
     expected = rival_reference.DIPOUpdate(nets, hp)
     learner = dipo.DIPOLearner(nets, hp, seed=0, device="cpu")
@@ -122,6 +123,7 @@ def test_qsm_updates_equal_the_reference(double, overrides):
     for i in range(UPDATES):
         noise = learner.draw_update_noise(BATCH)
         metrics = learner.update(batch(i), noise=noise)
+        learner.num_updates += 1
         for name, value in expected.update(batch(i), noise).items():
             assert metrics[name].item() == pytest.approx(value, rel=1e-6), name
         assert_close(nets, expected)
@@ -164,7 +166,7 @@ def test_td3_finds_the_best_action_of_a_bandit():
 
 def test_dipo_finds_the_best_action_of_a_bandit():
     torch.manual_seed(0)
-    hp = dipo.DIPOHyperparameters(**TOY, diffusion_steps=5).resolved_for("Bandit-v0")
+    hp = dipo.DIPOHyperparameters.for_task({**TOY, "diffusion_steps": 5}, "Bandit-v0")
     learner = dipo.DIPOLearner(QVPONetworks(1, 2, hp), hp, seed=0, device="cpu")
     replay = bandit(improves_actions=True)
 

@@ -13,15 +13,15 @@ from test_exact_resume import assert_identical, identity_of
 
 from qvpo_rllib.algorithms import dipo, qsm, td3
 from qvpo_rllib.checkpoints import metadata as checkpoint
-from qvpo_rllib.core.hyperparameters import option_names, parse_option
+from qvpo_rllib.core.options import options_of, parse_option
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 
 ENV = "InvertedPendulum-v5"
 TASKS = ["Hopper-v5", "Walker2d-v4", "Ant-v5", "HalfCheetah-v5", "Humanoid-v5", "Pendulum-v1"]
 RIVALS = {
-    "TD3": (td3.TD3Config, td3.TD3, td3.PRESETS, {}),
-    "DIPO": (dipo.DIPOConfig, dipo.DIPO, dipo.PRESETS, {"diffusion_steps": 3, "action_steps": 2}),
-    "QSM": (qsm.QSMConfig, qsm.QSM, qsm.PRESETS, {"diffusion_steps": 3}),
+    "TD3": (td3.TD3Config, td3.TD3, {}),
+    "DIPO": (dipo.DIPOConfig, dipo.DIPO, {"diffusion_steps": 3, "action_steps": 2}),
+    "QSM": (qsm.QSMConfig, qsm.QSM, {"diffusion_steps": 3}),
 }
 TINY = {"hidden": (16,), "batch_size": 16, "warmup_steps": 40, "replay_capacity": 150,
         "engine": "eager"}  # fmt: skip
@@ -29,7 +29,7 @@ rivals = pytest.mark.parametrize("name", RIVALS)
 
 
 def config_of(name: str, num_workers: int = 0, **options: Any) -> Any:
-    config_class, _, _, own = RIVALS[name]
+    config_class, _, own = RIVALS[name]
     config = config_class().environment(ENV).training(**{**TINY, **own, **options})
     config.env_runners(num_env_runners=num_workers, num_envs_per_env_runner=2)
     config.reporting(min_sample_timesteps_per_iteration=60)
@@ -42,10 +42,10 @@ def config_of(name: str, num_workers: int = 0, **options: Any) -> Any:
 
 @rivals
 def test_defaults_live_in_the_dataclass_alone(name: str) -> None:
-    config_class, algorithm_class, _, _ = RIVALS[name]
+    config_class, algorithm_class, _ = RIVALS[name]
     kind = config_class.hyperparameters_class
     shown = inspect.signature(config_class.training).parameters
-    assert set(shown) == {"self", "replay_in_checkpoints", *option_names(kind)}
+    assert set(shown) == {"self", "replay_in_checkpoints", *options_of(kind)}
     for option, default in kind().to_dict().items():
         assert shown[option].default == default
         assert getattr(config_class(), option) == default
@@ -69,7 +69,8 @@ def test_misspelt_and_replaced_options_are_refused(name: str) -> None:
 @rivals
 @pytest.mark.parametrize("task", TASKS)
 def test_every_preset_builds_for_every_task(name: str, task: str) -> None:
-    config_class, _, presets, _ = RIVALS[name]
+    config_class = RIVALS[name][0]
+    presets = config_class.hyperparameters_class.presets
     assert {"default", "light", "quick"} <= set(presets)
     for values in presets.values():
         hp = config_class().environment(task).training(**values).hyperparameters()
@@ -124,7 +125,7 @@ def test_acting_explores_in_training_alone(build: Any, name: str) -> None:
 
     def act(explore: bool, seed: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)
-        return policy.choose(obs, explore=explore, generator=generator)
+        return policy.act(obs, explore=explore, generator=generator)
 
     explored, evaluated = act(True, 0), act(False, 0)
     assert explored.shape == (50, 1)

@@ -14,7 +14,8 @@ from ray.rllib.policy.policy import Policy
 from ray.tune.registry import get_trainable_cls
 
 from qvpo_rllib import QVPO, QVPOConfig, QVPOTorchPolicy
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters, option_names
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options import options_of
 from qvpo_rllib.training.plan import parse_settings
 from qvpo_rllib.training.rows import evaluation_columns
 
@@ -90,7 +91,7 @@ def as_text(value: Any) -> str:
 # --- one home of the defaults ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", option_names())
+@pytest.mark.parametrize("name", options_of(QVPOHyperparameters))
 def test_every_option_is_known_to_dataclass_config_and_command_line(name: str) -> None:
     default = getattr(QVPOHyperparameters(), name)
     marker = object()
@@ -103,7 +104,7 @@ def test_every_option_is_known_to_dataclass_config_and_command_line(name: str) -
 
 def test_training_shows_no_option_that_does_not_exist() -> None:
     shown = set(inspect.signature(QVPOConfig.training).parameters)
-    assert shown == {"self", "replay_in_checkpoints", *option_names()}
+    assert shown == {"self", "replay_in_checkpoints", *options_of(QVPOHyperparameters)}
 
 
 def test_misspelt_option_is_refused_with_the_nearest_name() -> None:
@@ -208,7 +209,7 @@ def test_compute_single_action_scales_to_the_environments_box(trained: Any) -> N
     state = algorithm.policy.generator.get_state()
     action = algorithm.compute_single_action(OBS, explore=False)
     algorithm.policy.generator.set_state(state)
-    np.testing.assert_allclose(action, 3.0 * algorithm.policy.act(OBS[None], 5)[0], rtol=1e-6)
+    np.testing.assert_allclose(action, 3.0 * algorithm.policy.act(OBS[None], k=5)[0], rtol=1e-6)
 
 
 def test_compute_actions_of_many_observations(trained: Any, chosen_k: list[int]) -> None:
@@ -254,7 +255,7 @@ def assert_acts_alike(found: QVPOTorchPolicy, expected: QVPOTorchPolicy) -> None
     assert_same_weights(found.get_weights(), expected.get_weights())
     observations = np.random.default_rng(0).normal(size=(8, 4))
     actions = [
-        policy.act(observations, 3, torch.Generator().manual_seed(5))
+        policy.act(observations, k=3, generator=torch.Generator().manual_seed(5))
         for policy in (found, expected)
     ]
     np.testing.assert_array_equal(*actions)

@@ -90,7 +90,7 @@ def change(bundle: Path, honest: bool = True, **changes: Any) -> None:
 @pytest.mark.parametrize("num", [1, 7])
 def test_acts_as_the_rllib_policy(policy: Any, rllib_policy: Any, k: int, num: int) -> None:
     obs = observations(num)
-    normalized = rllib_policy.act(obs, k, seeded(3))
+    normalized = rllib_policy.act(obs, k=k, generator=seeded(3))
     low, high = rllib_policy.action_space.low, rllib_policy.action_space.high
     expected = low + (normalized.astype(np.float64) + 1) / 2 * (high - low)  # RLlib's unsquash
     actions = policy.act(obs, k, seeded(3))
@@ -109,7 +109,7 @@ def test_a_checkpoint_plays_as_its_bundle_to_the_last_bit(checkpoint: Path, bund
         actions = trained.act(obs, k, seeded(3))
         np.testing.assert_array_equal(actions, exported.act(obs, k, seeded(3)))
         assert actions.dtype == np.float32
-    names = ("algorithm", "env", "env_config", "obs_dim", "k")
+    names = ("env", "env_config", "obs_dim", "k")
     assert [getattr(trained, n) for n in names] == [getattr(exported, n) for n in names]
     assert (trained.source, exported.source) == (checkpoint, bundle)
 
@@ -150,13 +150,13 @@ def test_where_products_depend_on_the_place_rows_go_one_by_one(
     obs = torch.as_tensor(observations(8))
     noise = policy.draw_noise(8, 2, seeded(9))
     expected, _ = policy.act_with_noise(obs, noise)
-    act = policy._selector.select
+    act = policy._selector.act
 
     def with_places(obs: Any, noise: Any) -> Any:
         actions, q = act(obs, noise)
         return actions + torch.arange(len(actions))[:, None] * 1e-3, q
 
-    monkeypatch.setattr(policy._selector, "select", with_places)
+    monkeypatch.setattr(policy._selector, "act", with_places)
     np.testing.assert_array_equal(policy.act_with_noise(obs, noise)[0], expected)
 
 

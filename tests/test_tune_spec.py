@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from readmes import all_text, fenced
 
-from qvpo_rllib.algorithms import ALGORITHMS
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters, option_names
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options import options_of
 from qvpo_rllib.tuning.smoke import MAX_SEEDS, shrink
 from qvpo_rllib.tuning.spec import ExperimentSpec
 from qvpo_rllib.tuning.tuner import confirmation_spec, fixed_config, planned_trials
@@ -54,7 +54,7 @@ def test_the_readmes_experiment_file_is_valid(tmp_path: Path) -> None:
 def test_training_takes_every_hyperparameter() -> None:
     values = {**QVPOHyperparameters().to_dict(), "hidden": [8], "k_target": 3}
     config = fixed_config(spec_of(training=values), "qvpo")
-    assert {name: config[name] for name in option_names()} == values
+    assert {name: config[name] for name in options_of(QVPOHyperparameters)} == values
 
 
 # --- what a file becomes -----------------------------------------------------------------------
@@ -91,9 +91,8 @@ def test_drawn_settings_follow_from_the_search_seed_and_each_gets_every_seed() -
 
 def test_defaults_are_the_presets_and_the_hyperparameters() -> None:
     config = fixed_config(spec_of(training={"actor_lr": "3e-4", "grad_clip": "none"}), "qvpo")
-    expected = ALGORITHMS["qvpo"].options(
-        {**ALGORITHMS["qvpo"].presets["quick"], "actor_lr": 3e-4, "grad_clip": None}
-    )
+    values = {**QVPOHyperparameters.presets["quick"], "actor_lr": 3e-4, "grad_clip": None}
+    expected = QVPOHyperparameters(**values).to_json()
     assert {name: config[name] for name in expected} == expected
 
 

@@ -15,7 +15,7 @@ from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK, DiffusionRivalHyp
 from qvpo_rllib.core.learner import OffPolicyLearner
 from qvpo_rllib.core.losses import denoising_objective
 from qvpo_rllib.core.networks import TwinQ
-from qvpo_rllib.core.options import COUNT, POSITIVE, option, with_default
+from qvpo_rllib.core.options import COUNT, POSITIVE, Setting, option, with_default
 from qvpo_rllib.core.qvpo import QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
@@ -38,12 +38,17 @@ TASK_VALUES = {
 class DIPOHyperparameters(DiffusionRivalHyperparameters):
     """The values of DIPO's authors, which differ from task to task."""
 
-    task_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar[Mapping[str, Setting]] = {
+        "default": {},
+        "light": LIGHT
+        | {"diffusion_steps": 20, "action_steps": 5, "hidden": (256, 256), "tau": 0.01},
+        "quick": QUICK | {"diffusion_steps": 20, "action_steps": 5, "tau": 0.02},
+    }
+    smoke: ClassVar[Setting] = {**DiffusionRivalHyperparameters.smoke, "action_steps": 2}
+    task_values: ClassVar[Mapping[str, Setting]] = {
         task: dict(zip(TASK_OPTIONS, values, strict=True)) for task, values in TASK_VALUES.items()
     }
-    other_task_values: ClassVar[Mapping[str, Any]] = dict(
-        zip(TASK_OPTIONS, (2.0, 0.1, 20, 1), strict=True)
-    )
+    other_task_values: ClassVar[Setting] = dict(zip(TASK_OPTIONS, (2.0, 0.1, 20, 1), strict=True))
 
     grad_clip: float | None = option(
         None,
@@ -68,13 +73,6 @@ class DIPOHyperparameters(DiffusionRivalHyperparameters):
         "updates for one of the target actor; none: 2 for HalfCheetah, 1 for other tasks",
         range=COUNT,
     )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "light": LIGHT | {"diffusion_steps": 20, "action_steps": 5, "hidden": (256, 256), "tau": 0.01},
-    "quick": QUICK | {"diffusion_steps": 20, "action_steps": 5, "tau": 0.02},
-}
 
 
 class UpdateNoise(NamedTuple):
@@ -105,10 +103,9 @@ def improved_actions(
     return action.detach()
 
 
-class DIPOLearner(OffPolicyLearner):
-    """Critics on one batch; actor on the improved actions of another, which are written back."""
-
-    networks: QVPONetworks
+class DIPOLearner(OffPolicyLearner[QVPONetworks, DIPOHyperparameters, UpdateNoise]):
+    """Fits critics to one batch, the actor to the improved actions of another, and writes these
+    back to the replay."""
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
         steps, act_dim = self.hp.diffusion_steps, self.networks.act_dim
@@ -130,8 +127,12 @@ class DIPOLearner(OffPolicyLearner):
         replay.improved_action[index] = improved
         return metrics | policy_metrics
 
-    def step(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
-        """Of a batch without a replay, the very actions are improved, and forgotten."""
+    def update(
+        self, batch: Transitions, /, *, noise: UpdateNoise | None = None
+    ) -> dict[str, Tensor]:
+        """Does one update on one batch; without a replay its improved actions are dropped."""
+        if noise is None:
+            noise = self.draw_update_noise(batch.reward.shape[0])
         metrics = self.fit_critics(batch, self._next_q(batch.next_obs, noise))
         return metrics | self._update_policy(batch.obs, batch.action, noise)[1]
 
@@ -143,8 +144,15 @@ class DIPOLearner(OffPolicyLearner):
     def _update_policy(
         self, obs: Tensor, action: Tensor, noise: UpdateNoise
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Improves the actions, fits the actor to them, moves the targets."""
+        """Improves the actions, fits the actor to them, moves the targets.
+
+        Returns:
+            The improved actions [B, A], and metrics.
+        """
         nets, hp = self.networks, self.hp
+        assert hp.action_clip_ratio is not None
+        assert hp.action_steps is not None
+        assert hp.target_actor_interval is not None
         limit = hp.action_clip_ratio * nets.act_dim
         improved = improved_actions(nets.critic, obs, action, hp.action_steps, hp.action_lr, limit)
         loss = denoising_objective(
@@ -161,19 +169,20 @@ class DIPOLearner(OffPolicyLearner):
         }
 
 
-class DIPOTorchPolicy(OffPolicyTorchPolicy):
-    """Acts with one diffusion sample; evaluated, the reverse steps add no noise."""
+class DIPOTorchPolicy(OffPolicyTorchPolicy[QVPONetworks, DIPOHyperparameters]):
+    """Acts with one diffusion sample; in evaluation the reverse steps add no noise."""
 
     hyperparameters_class = DIPOHyperparameters
     networks_class = QVPONetworks
     learner_class = DIPOLearner
 
-    def select(self, obs: Tensor, explore: bool, generator: Generator) -> Tensor:
+    def _act(self, obs: Tensor, explore: bool, k: int, generator: Generator) -> tuple[Tensor, None]:
         nets, steps = self.networks, self.hp.diffusion_steps
-        noise = draw_noise(steps, obs.shape[0], 1, self.act_dim, generator, self.device)
+        noise = draw_noise(steps, obs.shape[0], k, self.act_dim, generator, self.device)
         if not explore:
             noise[1:] = 0
-        return sample_actions(nets.actor, nets.schedule, obs, noise, self.kernels.sampler)[:, 0]
+        actions = sample_actions(nets.actor, nets.schedule, obs, noise, self.kernels.sampler)
+        return actions[:, 0], None
 
 
 class DIPOConfig(OffPolicyConfig):

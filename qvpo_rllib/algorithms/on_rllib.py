@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from ray.rllib.evaluation.metrics import RolloutMetrics
 from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.utils.metrics.learner_info import LEARNER_STATS_KEY
+from torch import Generator
 
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.seeding import Stream, spawn_seed
-from qvpo_rllib.rollout.environments import action_scale
+from qvpo_rllib.rollout.environments import action_scale, check_spaces
 from qvpo_rllib.rollout.episodes import run_episodes
+from qvpo_rllib.rollout.policy import refuse_k
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.runtime.config import REPLACED_OPTIONS, BaseConfig
 from qvpo_rllib.runtime.ray_private import is_frozen
@@ -23,17 +25,24 @@ UPDATES = "num_updates"
 
 
 class ChoosingPolicy:
-    """To be put before RLlib's own policy class: it acts as this package's policies do."""
+    """Lets RLlib's own policy class, before which it stands, act as this package's policies do."""
 
-    def choose(
-        self: Any, obs: NDArray[Any], *, explore: bool, generator: Any = None
+    def act(
+        self: Any,
+        obs: NDArray[np.floating],
+        *,
+        explore: bool = False,
+        k: int | None = None,
+        generator: Generator | None = None,
     ) -> NDArray[np.float32]:
-        """Actions [B, A] in [-1, 1] for observations [B, O].
+        """Returns an action for each observation: [B, O] → [B, A] in [-1, 1].
 
         Args:
-            explore: draw them; else they are the distribution's mode, and nothing is drawn.
-            generator: unused: RLlib draws from PyTorch's own stream.
+            explore: whether to draw them; else they are the distribution's mode.
+            k: must be None, since the policy takes one action in each state.
+            generator: has no effect, since RLlib draws from PyTorch's own stream.
         """
+        refuse_k(k, self)
         actions = self.compute_actions(np.asarray(obs, np.float32), explore=explore)[0]
         return np.asarray(np.clip(actions, -1.0, 1.0), np.float32)
 
@@ -81,7 +90,7 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
 
         def act(obs: NDArray[np.float32]) -> tuple[NDArray[np.float32], None]:
             before_step()
-            return policy.choose(obs, explore=False), None
+            return policy.act(obs), None
 
         scale, name = action_scale(envs[0].action_space), f"{self.config.env} (evaluation)"
         try:
@@ -116,6 +125,11 @@ class OnRLlibConfig(BaseConfig):
 
 class OnRLlibAlgorithm(BaseAlgorithm):
     """A subclass puts it before RLlib's own algorithm in its bases."""
+
+    @staticmethod
+    def validate_env(env: Any, env_context: Any) -> None:
+        """Refuses spaces that RLlib would take, such as discrete actions; see `check_spaces`."""
+        check_spaces(env.observation_space, env.action_space)
 
     def setup(self, config: Any) -> None:
         self._updates_before = 0  # those of the policy that a checkpoint was made of

@@ -4,6 +4,7 @@ Ours: running normalisation of observations and rewards, and the comparison swit
 `truncation_as_terminal`. RLlib's policy bootstraps the value at a time limit by itself.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,9 +28,12 @@ from qvpo_rllib.core.options import (
     COUNT,
     NON_NEGATIVE,
     POSITIVE,
+    RUN_DEFAULTS,
     SHARE,
     WIDTHS,
     Options,
+    RunDefaults,
+    Setting,
     option,
     require,
 )
@@ -39,6 +43,31 @@ from qvpo_rllib.core.options import (
 class PPOHyperparameters(Options):
     """Table 2's values for PPO; what it leaves open is as in the program that the paper names."""
 
+    presets: ClassVar[Mapping[str, Setting]] = {
+        "default": {},
+        "light": {"hidden": (64, 64), "lr": 3e-4, "lr_end": 0.0, "entropy_coeff": 0.0},
+        "quick": {
+            "hidden": (64, 64),
+            "lr": 1e-3,
+            "entropy_coeff": 0.0,
+            "train_batch_size": 500,
+            "minibatch_size": 100,
+        },
+    }
+    # An on-policy batch comes from several environments, and takes more env steps to learn from.
+    runs: ClassVar[Mapping[str, RunDefaults]] = {
+        **RUN_DEFAULTS,
+        "light": RunDefaults("Hopper-v5", 200_000, 10_000, 8),
+        "default": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 8),
+    }
+    decays: ClassVar[tuple[tuple[str, str], ...]] = (("lr_end", "lr_decay_steps"),)
+    losses: ClassVar[tuple[str, ...]] = ("policy_loss", "vf_loss")
+    smoke: ClassVar[Setting] = {
+        "hidden": [32, 32],
+        "train_batch_size": 80,
+        "minibatch_size": 40,
+        "num_epochs": 2,
+    }
     fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "activation")
 
     hidden: tuple[int, ...] = option((256, 256), "hidden layers of actor and critic", range=WIDTHS)
@@ -78,19 +107,6 @@ class PPOHyperparameters(Options):
             self.minibatch_size <= self.train_batch_size,
             f"at most train_batch_size={self.train_batch_size}",
         )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "light": {"hidden": (64, 64), "lr": 3e-4, "lr_end": 0.0, "entropy_coeff": 0.0},
-    "quick": {
-        "hidden": (64, 64),
-        "lr": 1e-3,
-        "entropy_coeff": 0.0,
-        "train_batch_size": 500,
-        "minibatch_size": 100,
-    },
-}
 
 
 class PPOPolicy(ChoosingPolicy, PPOTorchPolicy):  # type: ignore[misc]

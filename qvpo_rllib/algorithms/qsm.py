@@ -1,7 +1,8 @@
 """QSM (Psenka et al., ICML 2024): a diffusion policy whose score matches the critics' gradient."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from ray.tune.registry import register_trainable
@@ -11,7 +12,7 @@ from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK, DiffusionRivalHyp
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.learner import OffPolicyLearner
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
-from qvpo_rllib.core.options import NON_NEGATIVE, POSITIVE, option, with_default
+from qvpo_rllib.core.options import NON_NEGATIVE, POSITIVE, Setting, option, with_default
 from qvpo_rllib.core.qvpo import QVPONetworks
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.core.sampler import Trunk, min_q, run_trunk
@@ -23,6 +24,14 @@ from qvpo_rllib.runtime.config import OffPolicyConfig
 @dataclass(frozen=True, kw_only=True)
 class QSMHyperparameters(DiffusionRivalHyperparameters):
     """The values of QVPO's comparison (T = 20) and of QSM's authors."""
+
+    presets: ClassVar[Mapping[str, Setting]] = {
+        "default": {},
+        # M_q · √β_1 times the curvature of Q has to stay below 2, or the last step overshoots.
+        "light": LIGHT
+        | {"diffusion_steps": 10, "q_gradient_scale": 1.0, "hidden": (256, 256), "tau": 0.01},
+        "quick": QUICK | {"q_gradient_scale": 1.0, "tau": 0.01},
+    }
 
     hidden: tuple[int, ...] = with_default(DiffusionRivalHyperparameters, "hidden", (512, 512))
     adam_eps: float = with_default(DiffusionRivalHyperparameters, "adam_eps", 1e-8)
@@ -36,15 +45,6 @@ class QSMHyperparameters(DiffusionRivalHyperparameters):
         "standard deviation of what is added to act with, and to the target's action",
         range=NON_NEGATIVE,
     )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    # M_q · √β_1 times the curvature of Q has to stay below 2, or the last step overshoots.
-    "light": LIGHT
-    | {"diffusion_steps": 10, "q_gradient_scale": 1.0, "hidden": (256, 256), "tau": 0.01},
-    "quick": QUICK | {"q_gradient_scale": 1.0, "tau": 0.01},
-}
 
 
 class UpdateNoise(NamedTuple):
@@ -100,11 +100,8 @@ def score_matching_loss(predicted: Tensor, gradient: Tensor, scale: float) -> Te
     return (-scale * gradient - predicted).square().sum(dim=-1).mean()
 
 
-class QSMLearner(OffPolicyLearner):
-    """Critics, then actor, on one batch. There is no target actor in use."""
-
-    networks: QVPONetworks
-    hp: QSMHyperparameters
+class QSMLearner(OffPolicyLearner[QVPONetworks, QSMHyperparameters, UpdateNoise]):
+    """Fits critics, then the actor, to one batch; it does not use the target actor."""
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
         steps, shape = self.hp.diffusion_steps, (batch_size, self.networks.act_dim)
@@ -116,7 +113,11 @@ class QSMLearner(OffPolicyLearner):
             forward=torch.randn(shape, **drawn),
         )
 
-    def step(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
+    def update(
+        self, batch: Transitions, /, *, noise: UpdateNoise | None = None
+    ) -> dict[str, Tensor]:
+        if noise is None:
+            noise = self.draw_update_noise(batch.reward.shape[0])
         metrics = self._update_critic(batch, noise) | self._update_policy(batch, noise)
         self.move_target(self.networks.target_critic, self.networks.critic)
         return metrics
@@ -144,21 +145,21 @@ class QSMLearner(OffPolicyLearner):
         }
 
 
-class QSMTorchPolicy(OffPolicyTorchPolicy):
+class QSMTorchPolicy(OffPolicyTorchPolicy[QVPONetworks, QSMHyperparameters]):
     """Acts with one diffusion sample, plus Gaussian noise to explore."""
 
     hyperparameters_class = QSMHyperparameters
     networks_class = QVPONetworks
     learner_class = QSMLearner
 
-    def select(self, obs: Tensor, explore: bool, generator: Generator) -> Tensor:
+    def _act(self, obs: Tensor, explore: bool, k: int, generator: Generator) -> tuple[Tensor, None]:
         nets, shape = self.networks, (obs.shape[0], self.act_dim)
         drawn: dict[str, Any] = {"generator": generator, "device": self.device}
         noise = torch.randn(self.hp.diffusion_steps, *shape, **drawn)
         action = sample(nets.actor, nets.schedule, obs, noise)
         if not explore:
-            return action
-        return with_noise(action, torch.randn(shape, **drawn), self.hp.exploration_noise)
+            return action, None
+        return with_noise(action, torch.randn(shape, **drawn), self.hp.exploration_noise), None
 
 
 class QSMConfig(OffPolicyConfig):

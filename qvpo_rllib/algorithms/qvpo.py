@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.sampler import ActionSelector, draw_noise
-from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy
+from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy, to_numpy
 from qvpo_rllib.runtime.algorithm import OffPolicyAlgorithm
 from qvpo_rllib.runtime.config import OffPolicyConfig
 
@@ -37,12 +37,8 @@ class QVPOConfig(OffPolicyConfig):
         super().__init__(algo_class or QVPO)
 
 
-class QVPOTorchPolicy(OffPolicyTorchPolicy):
-    """Acts with the best of K diffusion samples; on the local training worker it also learns.
-
-    Actions are in [-1, 1]; RLlib's `normalize_actions` (on by default) maps them to the box.
-    With `explore=True` K is `k_behavior`, with `explore=False` it is `k_eval`.
-    """
+class QVPOTorchPolicy(OffPolicyTorchPolicy[QVPONetworks, QVPOHyperparameters]):
+    """Acts with the best of K diffusion samples by the critics; see `OffPolicyTorchPolicy`."""
 
     hyperparameters_class = QVPOHyperparameters
     networks_class = QVPONetworks
@@ -57,47 +53,36 @@ class QVPOTorchPolicy(OffPolicyTorchPolicy):
         )
         self._updates_seen = 0
 
-    def choose(
-        self, obs: NDArray[Any], *, explore: bool, generator: Generator | None = None
-    ) -> NDArray[np.float32]:
-        return self.act(obs, self.hp.k_behavior if explore else self.hp.k_eval, generator)
-
-    def act(
-        self, obs: NDArray[Any], k: int, generator: Generator | None = None
-    ) -> NDArray[np.float32]:
-        """The best of k actions for each observation: [B, O] → [B, A] float32 in [-1, 1]."""
-        actions, _ = self._best_of(self.to_tensor(obs), k, generator)
-        return _to_numpy(actions)
-
-    def choose_and_predict(
-        self, obs: NDArray[Any], generator: Generator | None = None
+    def act_with_q(
+        self,
+        obs: NDArray[np.floating],
+        *,
+        explore: bool = False,
+        k: int | None = None,
+        generator: Generator | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        rows = self.to_tensor(obs)
-        actions, q = self._best_of(rows, self.hp.k_eval, generator)
+        rows, k = self.to_tensor(obs), self._num_samples(k, explore)
+        actions, q = self._act(rows, explore, k, generator or self.generator)
         if q is None:
             q = self._selector.q_of(rows, actions)
-        return _to_numpy(actions), _to_numpy(q)
+        return to_numpy(actions), to_numpy(q)
 
-    def _best_of(
-        self, obs: Tensor, k: int, generator: Generator | None
+    def _num_samples(self, k: int | None, explore: bool) -> int:
+        if k is None:
+            return self.hp.k_behavior if explore else self.hp.k_eval
+        if k < 1:
+            raise ValueError(f"k={k} is not allowed: it must be 1 or more.")
+        return k
+
+    def _act(
+        self, obs: Tensor, explore: bool, k: int, generator: Generator
     ) -> tuple[Tensor, Tensor | None]:
-        noise = draw_noise(
-            self.hp.diffusion_steps,
-            obs.shape[0],
-            k,
-            self.act_dim,
-            generator or self.generator,
-            self.device,
-        )
+        steps, num_states = self.hp.diffusion_steps, obs.shape[0]
+        noise = draw_noise(steps, num_states, k, self.act_dim, generator, self.device)
         if self.learner is not None and self.learner.num_updates != self._updates_seen:
             self._updates_seen = self.learner.num_updates
             self._selector.weights_changed()
-        return self._selector.select(obs, noise)
-
-
-def _to_numpy(tensor: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = tensor.cpu().numpy()
-    return array
+        return self._selector.act(obs, noise)
 
 
 class QVPO(OffPolicyAlgorithm):

@@ -8,6 +8,7 @@ Deviation: RLlib's critic loss is Huber's with a threshold of 1, not the squared
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, OnRLlibAlgorithm, OnRLlibConfig
 from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK
+from qvpo_rllib.core.hyperparameters import TINY_REPLAY
 from qvpo_rllib.core.options import (
     BELOW_ONE,
     COUNT,
@@ -28,6 +30,7 @@ from qvpo_rllib.core.options import (
     SHARE,
     WIDTHS,
     Options,
+    Setting,
     option,
     require,
 )
@@ -42,6 +45,12 @@ EXPLORATION = "qvpo_rllib.algorithms.sac.UniformWarmup"
 class SACHyperparameters(Options):
     """Table 2's values for SAC."""
 
+    presets: ClassVar[Mapping[str, Setting]] = {
+        "default": {},
+        "light": LIGHT | {"auto_alpha": True},
+        "quick": QUICK | {"tau": 0.02, "auto_alpha": True},
+    }
+    smoke: ClassVar[Setting] = TINY_REPLAY
     fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "activation")
 
     hidden: tuple[int, ...] = option((256, 256), "hidden layers of actor and critics", range=WIDTHS)
@@ -77,13 +86,6 @@ class SACHyperparameters(Options):
             self.replay_capacity >= max(self.batch_size, self.warmup_steps),
             f"at least batch_size={self.batch_size} and warmup_steps={self.warmup_steps}",
         )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "light": LIGHT | {"auto_alpha": True},
-    "quick": QUICK | {"tau": 0.02, "auto_alpha": True},
-}
 
 
 class UniformWarmup(StochasticSampling):  # type: ignore[misc]

@@ -1,15 +1,14 @@
 """Options and presets that several rivals have in common."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters
-from qvpo_rllib.core.options import option, with_default
+from qvpo_rllib.core.options import OptionValue, option, with_default
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionRivalHyperparameters(DiffusionHyperparameters):
-    """Of the rivals whose policy is a diffusion chain."""
+    """Options of the rivals whose policy is a diffusion chain."""
 
     actor_lr: float = with_default(DiffusionHyperparameters, "actor_lr", 3e-4)
     # Compiling their losses gained nothing on a CPU: gradients of Q take most of the time.
@@ -22,13 +21,13 @@ class DiffusionRivalHyperparameters(DiffusionHyperparameters):
 
 
 # Parts of the presets `light` and `quick` of the rivals that have a replay.
-LIGHT: dict[str, Any] = {
+LIGHT: dict[str, OptionValue] = {
     "critic_lr": 1e-3,
     "batch_size": 128,
     "replay_capacity": 200_000,
     "warmup_steps": 5_000,
 }
-QUICK: dict[str, Any] = {
+QUICK: dict[str, OptionValue] = {
     "hidden": (64, 64),
     "actor_lr": 1e-3,
     "critic_lr": 1e-3,

@@ -3,6 +3,7 @@
 Everything else (advantages, normalisation, minibatches, value loss) is PPO's, see `ppo`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from ray.rllib.utils.torch_utils import explained_variance
 from torch import Tensor
 
 from qvpo_rllib.algorithms.ppo import PPOHyperparameters, PPOPolicy, RivalPPO, RivalPPOConfig
-from qvpo_rllib.core.options import Options, with_default
+from qvpo_rllib.core.options import Options, Setting, with_default
 
 
 def spo_loss(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
@@ -35,18 +36,17 @@ def spo_loss(ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:
 class SPOHyperparameters(PPOHyperparameters):
     """Table 2's values for SPO."""
 
+    presets: ClassVar[Mapping[str, Setting]] = {
+        "default": {},
+        # Its updates end within a ratio of 1 ± ε: what it learns depends on the number of batches.
+        "light": {"lr_end": None, "train_batch_size": 1024, "minibatch_size": 64},
+        "quick": {"lr": 1e-3, "lr_end": None, "train_batch_size": 500, "minibatch_size": 100},
+    }
+
     hidden: tuple[int, ...] = with_default(PPOHyperparameters, "hidden", (64, 64))
     lr: float = with_default(PPOHyperparameters, "lr", 3e-4)
     lr_end: float | None = with_default(PPOHyperparameters, "lr_end", 0.0)
     entropy_coeff: float = with_default(PPOHyperparameters, "entropy_coeff", 0.0)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    # Its updates end within a ratio of 1 ± ε: what it learns depends on how many batches there are.
-    "light": {"lr_end": None, "train_batch_size": 1024, "minibatch_size": 64},
-    "quick": {"lr": 1e-3, "lr_end": None, "train_batch_size": 500, "minibatch_size": 100},
-}
 
 
 class SPOPolicy(PPOPolicy):

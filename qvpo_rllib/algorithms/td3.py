@@ -1,9 +1,9 @@
 """TD3 (Fujimoto et al., ICML 2018): deterministic policy, twin critics, delayed policy updates."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from ray.tune.registry import register_trainable
@@ -13,7 +13,7 @@ from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK
 from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.kernels import linear
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
-from qvpo_rllib.core.options import COUNT, NON_NEGATIVE, option, with_default
+from qvpo_rllib.core.options import COUNT, NON_NEGATIVE, Setting, option, with_default
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy
 from qvpo_rllib.runtime.algorithm import OffPolicyAlgorithm
@@ -23,6 +23,12 @@ from qvpo_rllib.runtime.config import OffPolicyConfig
 @dataclass(frozen=True, kw_only=True)
 class TD3Hyperparameters(OffPolicyHyperparameters):
     """The values of TD3's authors. Noise is in units of the action's half range, 1 here."""
+
+    presets: ClassVar[Mapping[str, Setting]] = {
+        "default": {},
+        "light": LIGHT | {"actor_lr": 1e-3, "warmup_steps": 10_000},
+        "quick": QUICK | {"tau": 0.01},
+    }
 
     hidden: tuple[int, ...] = with_default(OffPolicyHyperparameters, "hidden", (256, 256))
     actor_lr: float = with_default(OffPolicyHyperparameters, "actor_lr", 3e-4)
@@ -42,13 +48,6 @@ class TD3Hyperparameters(OffPolicyHyperparameters):
     target_noise_clip: float = option(
         0.5, "largest size of what is added to the target's action", "c", range=NON_NEGATIVE
     )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "light": LIGHT | {"actor_lr": 1e-3, "warmup_steps": 10_000},
-    "quick": QUICK | {"tau": 0.01},
-}
 
 
 class ReluMLP(nn.Module):
@@ -89,9 +88,14 @@ class TwinReluQ(nn.Module):
 class TD3Networks(ActorCritic):
     """Actor, twin critics and their targets."""
 
+    actor: Actor
+    critic: TwinReluQ
+    target_actor: Actor
+    target_critic: TwinReluQ
+
     def __init__(self, obs_dim: int, act_dim: int, hp: TD3Hyperparameters) -> None:
-        super().__init__(Actor(obs_dim, hp.hidden, act_dim), TwinReluQ(obs_dim, act_dim, hp.hidden))
-        self.act_dim = act_dim
+        actor = Actor(obs_dim, hp.hidden, act_dim)
+        super().__init__(actor, TwinReluQ(obs_dim, act_dim, hp.hidden), act_dim)
 
 
 def smoothed_action(action: Tensor, noise: Tensor, std: float, clip: float) -> Tensor:
@@ -105,19 +109,24 @@ def policy_loss(actor: nn.Module, critic: TwinReluQ, obs: Tensor) -> Tensor:
     return -q.mean()
 
 
-class TD3Learner(OffPolicyLearner):
-    """The noise of an update: [B, A] standard normal, for the target's action."""
+class TD3Learner(OffPolicyLearner[TD3Networks, TD3Hyperparameters, Tensor]):
+    """Fits the critics in every update and the actor in some.
+
+    An update's noise is [B, A] standard normal, for the target's action.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Of the last update that had a policy update: loss and gradient norm.
+        # Loss and gradient norm of the last update of the actor.
         self.actor_metrics = torch.zeros(2, device=self.device)
 
     def draw_update_noise(self, batch_size: int) -> Tensor:
         shape = (batch_size, self.networks.act_dim)
         return torch.randn(shape, generator=self.generator, device=self.device)
 
-    def step(self, batch: Transitions, noise: Tensor) -> dict[str, Tensor]:
+    def update(self, batch: Transitions, /, *, noise: Tensor | None = None) -> dict[str, Tensor]:
+        if noise is None:
+            noise = self.draw_update_noise(batch.reward.shape[0])
         nets, hp = self.networks, self.hp
         with torch.no_grad():
             next_action = smoothed_action(
@@ -146,20 +155,19 @@ class TD3Learner(OffPolicyLearner):
         super().load_state_dict(state)
 
 
-class TD3TorchPolicy(OffPolicyTorchPolicy):
+class TD3TorchPolicy(OffPolicyTorchPolicy[TD3Networks, TD3Hyperparameters]):
     """Acts with π(s), plus Gaussian noise to explore."""
 
     hyperparameters_class = TD3Hyperparameters
     networks_class = TD3Networks
     learner_class = TD3Learner
 
-    def select(self, obs: Tensor, explore: bool, generator: Generator) -> Tensor:
+    def _act(self, obs: Tensor, explore: bool, k: int, generator: Generator) -> tuple[Tensor, None]:
         action: Tensor = self.networks.actor(obs)
         if not explore:
-            return action
+            return action, None
         noise = torch.randn(action.shape, generator=generator, device=self.device)
-        noisy: Tensor = action + self.hp.exploration_noise * noise
-        return noisy.clamp_(-1, 1)
+        return (action + self.hp.exploration_noise * noise).clamp_(-1, 1), None
 
 
 class TD3Config(OffPolicyConfig):

@@ -61,7 +61,7 @@ def _row(
     product, product_flops = matrix_product(device)
     times = measure(
         {
-            "act": lambda: selector.select(obs, noise()),
+            "act": lambda: selector.act(obs, noise()),
             "straightforward": lambda: straightforward.select(
                 straightforward.actor, straightforward.critic, obs, noise()
             ),

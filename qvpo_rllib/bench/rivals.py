@@ -41,8 +41,8 @@ def _rows(task: Task, task_name: str, setting: str, repeats: int) -> Iterator[di
         policy = _policy(name, task, config)
         obs = np.zeros((1, task.obs_dim), np.float32)
         calls[f"{name} update"] = _update(name, policy, task, config)
-        calls[f"{name} explore"] = functools.partial(policy.choose, obs, explore=True)
-        calls[f"{name} evaluate"] = functools.partial(policy.choose, obs, explore=False)
+        calls[f"{name} explore"] = functools.partial(policy.act, obs, explore=True)
+        calls[f"{name} evaluate"] = functools.partial(policy.act, obs)
         updates_per_step[name] = _updates_per_step(config)
     times = measure(calls, repeats=repeats, device=torch.device("cpu"))
     for name in ALGORITHMS:
@@ -64,8 +64,8 @@ def _rows(task: Task, task_name: str, setting: str, repeats: int) -> Iterator[di
 
 def _config(name: str, task: Task, setting: str) -> Any:
     entry = ALGORITHMS[name]
-    options = dict(entry.presets[SETTINGS[setting]])
-    if "diffusion_steps" in entry.options({}):
+    options = dict(entry.hyperparameters.presets[SETTINGS[setting]])
+    if hasattr(entry.hyperparameters, "diffusion_steps"):
         options |= SAME_CHAIN[setting]
     if name == "qvpo":
         options["engine"] = "native"

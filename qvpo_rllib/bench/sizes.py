@@ -7,7 +7,8 @@ needed: what the observation and the diffusion step share is multiplied once.
 import itertools
 from typing import NamedTuple
 
-from qvpo_rllib.core.hyperparameters import PRESETS, QVPOHyperparameters, resolve_for_task
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options import OptionValue
 
 
 class Task(NamedTuple):
@@ -25,11 +26,9 @@ TASKS = {
 SETTINGS = {"paper": "default", "light": "light"}
 
 
-def hyperparameters(setting: str, task: Task, **options: object) -> QVPOHyperparameters:
+def hyperparameters(setting: str, task: Task, **options: OptionValue) -> QVPOHyperparameters:
     """The hyperparameters of a setting for a task, with some options changed."""
-    values = PRESETS[SETTINGS[setting]] | options
-    hp = QVPOHyperparameters(**values)
-    return QVPOHyperparameters(**values | resolve_for_task(hp, task.env))
+    return QVPOHyperparameters.resolve(SETTINGS[setting], options, task.env)
 
 
 def hidden_flops(hidden: tuple[int, ...], out: int) -> int:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.bench import serve
-from qvpo_rllib.core.hyperparameters import CHOICES
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options import options_of
 
+ENGINES: tuple[str, ...] = options_of(QVPOHyperparameters)["engine"].metadata["choices"]
 LEARNER_COLUMNS = {
     "setting": "setting",
     "task": "task",
@@ -147,7 +149,7 @@ def _add_runtime(parts: Any) -> None:
     runtime.add_argument(
         "--engine",
         default="auto",
-        choices=CHOICES["engine"],
+        choices=ENGINES,
         help="of the learner in one process (default auto)",
     )
     runtime.add_argument("--seconds", type=float, default=10.0, help="of each row (default 10)")
@@ -209,7 +211,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--engine",
         nargs="+",
         default=["auto"],
-        choices=CHOICES["engine"],
+        choices=ENGINES,
         help="default auto",
     )
 

@@ -9,18 +9,27 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qvpo_rllib.algorithms import ALGORITHMS, RUN_DEFAULTS, entry_of
+from qvpo_rllib.algorithms import ALGORITHMS, entry_of
 from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.core.options import RUN_DEFAULTS
+
+if TYPE_CHECKING:
+    from qvpo_rllib.training.plan import TrainingPlan
+    from qvpo_rllib.training.run import TrainingRun
+    from qvpo_rllib.training.run_directory import RunDirectory
 
 # Numbers in a hidden layer for all the samples of an update from which a second thread is worth its
 # synchronisation: beside other programs an update of `quick` takes 15 ms on two threads and 6 ms on
 # one.
 NUMBERS_FOR_THREADS = 200_000
+# The other options of the command are the arguments of `make_plan`.
+NOT_OF_THE_PLAN = ("command", "run", "run_dir", "resume", "or_resume", "address")
 
 
 def add(commands: Any) -> None:
+    """Adds the command to the parser."""
     train = commands.add_parser(
         "train",
         help="train a policy; without options, a quick start of a few minutes",
@@ -123,31 +132,10 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume is not None:
         _check_resume(options)
         directory = RunDirectory.open(options.resume, command, check=_check_checkpoint)
-        values = dict(directory.config)
-        if options.env_steps is not None:
-            values["env_steps"] = options.env_steps
-        try:
-            plan = TrainingPlan(**values)
-        except TypeError as error:
-            raise ValueError(
-                f"{directory.path}/config.json was written by another version of qvpo_rllib "
-                f"({error}). Resume with that version; run.json names it."
-            ) from error
+        anew = {} if options.env_steps is None else {"env_steps": options.env_steps}
+        plan = TrainingPlan(**{**directory.config, **anew})
     else:
-        plan = make_plan(
-            algo=options.algo,
-            env=options.env,
-            preset=options.preset,
-            seed=options.seed,
-            env_steps=options.env_steps,
-            eval_interval=options.eval_interval,
-            num_env_runners=options.num_env_runners,
-            num_envs_per_env_runner=options.num_envs_per_env_runner,
-            num_gpus=options.num_gpus,
-            settings=options.settings,
-            checkpoint_interval=options.checkpoint_interval,
-            keep_checkpoints=options.keep_checkpoints,
-        )
+        plan = make_plan(**{n: v for n, v in vars(options).items() if n not in NOT_OF_THE_PLAN})
         name = f"{plan.env}-{plan.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = options.run_dir or Path("runs") / name
         if options.or_resume and can_resume(path, plan.to_dict()):
@@ -156,14 +144,12 @@ def _train(options: argparse.Namespace) -> int:
         else:
             directory = RunDirectory.create(path, plan.to_dict(), command)
     with directory:
-        return _run_plan(
-            plan, directory, resume=options.resume is not None, address=options.address
-        )
+        return _run_plan(plan, directory, options.resume is not None, options.address)
 
 
 def _check_checkpoint(config: Mapping[str, Any], directory: Path) -> None:
-    """Every file is whole, before Ray and the algorithm are started."""
-    entry_of(config.get("algo", "qvpo")).check_checkpoint(directory)
+    """Raises `ValueError` unless every file is whole, before Ray and the algorithm are started."""
+    entry_of(config["algo"]).check_checkpoint(directory)
 
 
 def _check_resume(options: argparse.Namespace) -> None:
@@ -179,7 +165,9 @@ def _check_resume(options: argparse.Namespace) -> None:
             )
 
 
-def _run_plan(plan: Any, directory: Any, *, resume: bool, address: str | None) -> int:
+def _run_plan(
+    plan: "TrainingPlan", directory: "RunDirectory", resume: bool, address: str | None
+) -> int:
     training = None
     try:
         with _interrupts_are_kept():
@@ -189,7 +177,7 @@ def _run_plan(plan: Any, directory: Any, *, resume: bool, address: str | None) -
             print(f"Run directory: {directory.path}")
             training = TrainingRun(plan, directory, resume=resume)
             _record_placement(training)
-        return _run_training(training, directory.path)
+        return _run_training(training)
     except KeyboardInterrupt:
         if directory.discard_if_empty():
             print("Interrupted before training began: nothing was saved.")
@@ -200,13 +188,19 @@ def _run_plan(plan: Any, directory: Any, *, resume: bool, address: str | None) -
         directory.discard_if_empty()
         raise
     finally:
-        _stop(training)
+        import ray
+
+        if training is not None:
+            training.close()
+        ray.shutdown()
 
 
 @contextmanager
 def _interrupts_are_kept() -> Iterator[None]:
-    """Ctrl-C in the middle of an import or of Ray's start may be swallowed there: then it counts at
-    the end of the block."""
+    """Raises `KeyboardInterrupt` at the end of a block in which Ctrl-C was swallowed.
+
+    An import or Ray's start may do that.
+    """
     interrupted = False
 
     def handle(number: int, frame: Any) -> None:
@@ -223,7 +217,8 @@ def _interrupts_are_kept() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _run_training(training: Any, path: Path) -> int:
+def _run_training(training: "TrainingRun") -> int:
+    path = training.directory.path
     try:
         training.run()
     except ValueError:  # not the user's input any more
@@ -239,8 +234,8 @@ def _run_training(training: Any, path: Path) -> int:
     return 0
 
 
-def _record_placement(training: Any) -> None:
-    """At the start and at the end: a worker whose node was lost may have come back elsewhere."""
+def _record_placement(training: "TrainingRun") -> None:
+    """Records and prints where the workers are; one whose node was lost may have moved since."""
     from qvpo_rllib.training.records import PlacementRecord, describe
 
     if training.plan.num_env_runners > 0:
@@ -249,7 +244,7 @@ def _record_placement(training: Any) -> None:
         print(describe(snapshot), flush=True)
 
 
-def _start_ray(plan: Any, address: str | None) -> None:
+def _start_ray(plan: "TrainingPlan", address: str | None) -> None:
     import torch
 
     from qvpo_rllib.ray_session import num_cores, start_ray
@@ -262,14 +257,6 @@ def _start_ray(plan: Any, address: str | None) -> None:
         torch.set_num_threads(max(1, threads))
 
 
-def _numbers_in_a_layer(hp: dict[str, Any]) -> int:
+def _numbers_in_a_layer(hp: Mapping[str, Any]) -> int:
     batch_size = hp["batch_size"] if "batch_size" in hp else hp["minibatch_size"]
     return int(batch_size * hp.get("num_policy_samples", 1) * max(hp["hidden"]))
-
-
-def _stop(training: Any) -> None:
-    import ray
-
-    if training is not None:
-        training.close()
-    ray.shutdown()

@@ -6,16 +6,22 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.options import require_at_least
 from qvpo_rllib.ray_session import start_ray
 
+if TYPE_CHECKING:
+    from ray.tune import Callback
+
+    from qvpo_rllib.tuning.spec import ExperimentSpec
+
 LOGGERS = ("wandb", "mlflow")
 
 
 def add(commands: Any) -> None:
+    """Adds the command to the parser."""
     tune = commands.add_parser(
         "tune",
         help="run an experiment file: seeds, sweeps, searches",
@@ -73,7 +79,9 @@ def _tune(options: argparse.Namespace) -> int:
             print(f"Experiment: {experiment.directory}", flush=True)
             complete = experiment.run(callbacks, command)
         finally:
-            _stop_ray()
+            import ray
+
+            ray.shutdown()
     if complete:
         print(f"Done.\n{_report_hint(experiment.directory)}")
         return 0
@@ -91,8 +99,8 @@ def _tune(options: argparse.Namespace) -> int:
     return EXIT_INTERRUPTED
 
 
-def _spec(options: argparse.Namespace) -> Any:
-    """The file's experiment with what the command line changes, checked."""
+def _spec(options: argparse.Namespace) -> "ExperimentSpec":
+    """Returns the file's experiment with what the command line changes, checked."""
     from qvpo_rllib.tuning.smoke import shrink
     from qvpo_rllib.tuning.spec import ExperimentSpec
     from qvpo_rllib.tuning.tuner import require
@@ -110,10 +118,11 @@ def _spec(options: argparse.Namespace) -> Any:
         spec = dataclasses.replace(spec, search=search)
     if options.smoke:
         spec = shrink(spec)
-    if options.storage is not None:
-        spec = dataclasses.replace(spec, storage=str(options.storage))
-    if options.max_concurrent is not None:
-        spec = dataclasses.replace(spec, max_concurrent=options.max_concurrent)
+    spec = dataclasses.replace(
+        spec,
+        storage=str(options.storage or spec.storage),
+        max_concurrent=options.max_concurrent or spec.max_concurrent,
+    )
     if not options.address and not os.environ.get("RAY_ADDRESS"):
         _check_gpu(spec, options.file)
     if spec.search.method == "optuna":
@@ -121,8 +130,8 @@ def _spec(options: argparse.Namespace) -> Any:
     return spec
 
 
-def _check_gpu(spec: Any, file: Path) -> None:
-    """Ray would wait for ever for a GPU that this machine does not have."""
+def _check_gpu(spec: "ExperimentSpec", file: Path) -> None:
+    """Raises `ValueError` for a GPU that this machine lacks: Ray would wait for it for ever."""
     import torch
 
     if spec.num_gpus > 0 and not torch.cuda.is_available():
@@ -133,7 +142,7 @@ def _check_gpu(spec: Any, file: Path) -> None:
         )
 
 
-def _logger(name: str, spec: Any) -> Any:
+def _logger(name: str, spec: "ExperimentSpec") -> "Callback":
     from qvpo_rllib.tuning.tuner import require
 
     require(name, f"--log {name}")
@@ -146,22 +155,16 @@ def _logger(name: str, spec: Any) -> Any:
     return MLflowLoggerCallback(experiment_name=spec.name, save_artifact=False)
 
 
-def _start_ray(address: str | None, spec: Any) -> None:
+def _start_ray(address: str | None, spec: "ExperimentSpec") -> None:
     # The new output would print a banner beside the table of trials.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # The metric of a search is in every result; RLlib's have more columns than Tune expects.
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     # Tune warns when its state is saved often; every checkpoint saves it.
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    # Ctrl-C is ours (`experiments.interruption`); Tune then ends at SIGUSR1 alone.
+    # Ctrl-C is ours (`tuning.interruption`); Tune then ends at SIGUSR1 alone.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     start_ray(spec.num_cpus + spec.num_env_runners, address)
-
-
-def _stop_ray() -> None:
-    import ray
-
-    ray.shutdown()
 
 
 def _report_hint(directory: Path) -> str:

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 
 class ActionScale:
-    """Per-dimension map of [-1, 1] onto [low, high], asymmetric boxes included.
+    """Maps [-1, 1] onto [low, high] in each dimension; the box may be asymmetric.
 
     Args:
         low, high: [A], finite, low < high.
@@ -18,6 +18,6 @@ class ActionScale:
         self._middle = (high.astype(np.float64) + low) / 2
 
     def to_env(self, action: NDArray[np.floating]) -> NDArray[np.floating]:
-        """[..., A] in [-1, 1] → [..., A] in [low, high], in the box's dtype."""
+        """Maps [..., A] in [-1, 1] to [..., A] in [low, high], in the box's dtype."""
         scaled = self._middle + self._half * action
         return np.clip(scaled, self.low, self.high).astype(self.dtype)

@@ -10,24 +10,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-# β's upper bound keeps the cosine schedule's last step away from a division by zero.
+# This bound on β keeps the cosine schedule's last step from dividing by zero.
 MAX_BETA = 0.999
 
 
 def cosine_betas(diffusion_steps: int, s: float = 0.008) -> Tensor:
-    """Squared-cosine ᾱ (Nichol & Dhariwal 2021, Eq. 17). Returns [T] float64."""
+    """Returns β [T] float64 of a squared-cosine ᾱ (Nichol & Dhariwal 2021, Eq. 17)."""
     k = torch.linspace(0, 1, diffusion_steps + 1, dtype=torch.float64)
     alphas_cumprod = torch.cos((k + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(0, MAX_BETA)
 
 
 def linear_betas(diffusion_steps: int, first: float = 1e-4, last: float = 2e-2) -> Tensor:
-    """β rising linearly (Ho et al. 2020). Returns [T] float64."""
+    """Returns β [T] float64 that rises linearly (Ho et al. 2020)."""
     return torch.linspace(first, last, diffusion_steps, dtype=torch.float64)
 
 
 def vp_betas(diffusion_steps: int, beta_min: float = 0.1, beta_max: float = 10.0) -> Tensor:
-    """Variance-preserving SDE in T steps (Xiao et al. 2022). Returns [T] float64."""
+    """Returns β [T] float64 of a variance-preserving SDE in T steps (Xiao et al. 2022)."""
     t = torch.arange(1, diffusion_steps + 1, dtype=torch.float64)
     slope = 0.5 * (beta_max - beta_min) * (2 * t - 1) / diffusion_steps**2
     return 1 - torch.exp(-beta_min / diffusion_steps - slope)
@@ -44,6 +44,9 @@ class NoiseSchedule(nn.Module):
     """The constants of a diffusion chain of T steps, each a buffer [T] float32.
 
     They are computed in float64 and rounded once.
+
+    Raises:
+        ValueError: there is no schedule of the name `kind`.
     """
 
     betas: Tensor
@@ -86,7 +89,7 @@ class NoiseSchedule(nn.Module):
         }
         for name, value in constants.items():
             self.register_buffer(name, value.float(), persistent=False)
-        # The same constants, a row per step, for the sampling loop: no gather.
+        # The sampling loop reads the same constants as one row per step, without a gather.
         steps = torch.stack(
             [
                 constants["sqrt_recip_alphas_cumprod"],
@@ -100,7 +103,7 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("reverse_steps", steps, persistent=False)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Forward process, Eq. 2: x_t ~ q(x_t | x_0) for x0, noise [R, A], t [R] int64."""
+        """Returns x_t ~ q(x_t | x_0), the forward process, Eq. 2: x0, noise [R, A], t [R] int64."""
         return (
             self.sqrt_alphas_cumprod[t, None] * x0
             + self.sqrt_one_minus_alphas_cumprod[t, None] * noise
@@ -109,19 +112,19 @@ class NoiseSchedule(nn.Module):
     def p_sample(
         self, x_t: Tensor, t: int, predicted_noise: Tensor, noise: Tensor | None
     ) -> Tensor:
-        """One reverse step x_t → x_{t-1}; the last one (t = 0) takes no noise."""
+        """Returns x_{t-1}, one reverse step from x_t; the last one (t = 0) takes no noise."""
         constants = self.reverse_steps[t].to(x_t.dtype).unbind()
         return reverse_step(x_t, predicted_noise, noise, constants)
 
 
 def predict_x0(x_t: Tensor, predicted_noise: Tensor, constants: Sequence[Tensor]) -> Tensor:
-    """x̂_0 from the predicted noise, clipped to [-1, 1]; any shape."""
+    """Returns x̂_0 of the predicted noise, clipped to [-1, 1]; any shape."""
     recip, recipm1, *_ = constants
     return (recip * x_t - recipm1 * predicted_noise).clamp(-1, 1)
 
 
 def q_posterior(x0: Tensor, x_t: Tensor, constants: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of q(x_{t-1} | x_t, x_0); any shape."""
+    """Returns mean and standard deviation of q(x_{t-1} | x_t, x_0); any shape."""
     _, _, coef1, coef2, sigma = constants
     return coef1 * x0 + coef2 * x_t, sigma
 
@@ -129,6 +132,6 @@ def q_posterior(x0: Tensor, x_t: Tensor, constants: Sequence[Tensor]) -> tuple[T
 def reverse_step(
     x_t: Tensor, predicted_noise: Tensor, noise: Tensor | None, constants: Sequence[Tensor]
 ) -> Tensor:
-    """x_t → x_{t-1} with the constants of one row of `NoiseSchedule.reverse_steps`; any shape."""
+    """Returns x_{t-1}, any shape, by the constants of a row of `NoiseSchedule.reverse_steps`."""
     mean, sigma = q_posterior(predict_x0(x_t, predicted_noise, constants), x_t, constants)
     return mean if noise is None else mean + sigma * noise

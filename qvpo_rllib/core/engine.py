@@ -8,44 +8,49 @@ cuda_graph   whole updates captured and replayed (GPU)
 """
 
 import functools
-import sys
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from qvpo_rllib.core import losses, sampler
 from qvpo_rllib.core.kernels import mish
 from qvpo_rllib.core.native import load_library
 
-# Batch sizes of one function that `torch.compile` may meet in a process: the chunks of an update,
-# acting and evaluation with any number of environments, a test session with many learners.
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# `torch.compile` may meet this many batch sizes of one function in a process: the chunks of an
+# update, acting and evaluating in any number of environments, a test session of many learners.
 RECOMPILE_LIMIT = 64
-# Updates run eagerly before the first capture: they create the optimisers' state and let the
-# compiled kernels and cuBLAS allocate what they need.
+# Updates done eagerly before the first capture: they create the optimisers' state, and the compiled
+# kernels and cuBLAS allocate what they need.
 UPDATES_BEFORE_CAPTURE = 3
 # Updates in the larger of the two graphs.
 UPDATES_PER_GRAPH = 8
 
 
 class Kernels(NamedTuple):
-    """The functions that make up an update, as an engine executes them."""
+    """The functions that take an update's time, as an engine executes them."""
 
     sampler: sampler.SamplerKernels
-    critic_objective: Callable[..., Any]
-    actor_objective: Callable[..., Any]
+    critic_objective: Callable[[losses.TwinCritic, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    actor_objective: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 EAGER = Kernels(sampler.EAGER, losses.critic_objective, losses.actor_objective)
 
 
 def resolve_engine(engine: str, device: torch.device) -> str:
-    """The engine that `engine` comes to on this machine.
+    """Returns the engine that `engine` comes to on this machine.
 
-    `auto` is `cuda_graph` on a GPU and `compiled` on a CPU. What needs a compiler that does not
-    work here falls back, with a line that says so: `compiled` to `native`, that to `eager`.
+    `auto` is `cuda_graph` on a GPU and `compiled` on a CPU. An engine whose compiler does not work
+    here falls back and logs it: `compiled` to `native`, and `native` to `eager`.
 
     Raises:
         ValueError: `cuda_graph` without a CUDA device.
@@ -70,7 +75,7 @@ def resolve_engine(engine: str, device: torch.device) -> str:
 
 
 def kernels_of(engine: str, device: torch.device) -> Kernels:
-    """The functions of a resolved engine; a CUDA graph captures the compiled ones if it can."""
+    """Returns a resolved engine's functions; a CUDA graph captures the compiled ones if it can."""
     if engine == "native":
         return EAGER._replace(sampler=EAGER.sampler._replace(native=True))
     if engine == "compiled" or (engine == "cuda_graph" and _compiling_works(device.type, "eager")):
@@ -80,10 +85,9 @@ def kernels_of(engine: str, device: torch.device) -> Kernels:
 
 
 def acting_engine(engine: str, device: torch.device) -> str:
-    """The resolved engine of action selection.
+    """Returns the resolved engine of acting.
 
-    On a CPU there is nothing in it to compile beyond the native library; on a GPU a graph would
-    need a fixed batch, which acting has not.
+    On a CPU the native library does all of it, and on a GPU a graph would need a fixed batch size.
     """
     if engine != "eager":
         engine = "native" if device.type == "cpu" else "compiled"
@@ -91,7 +95,7 @@ def acting_engine(engine: str, device: torch.device) -> str:
 
 
 def describe(engine: str) -> str:
-    """A resolved engine in a line, with what to expect of it."""
+    """Returns a line on a resolved engine, with what to expect of it."""
     if engine in ("eager", "native"):
         return engine
     return (
@@ -101,7 +105,7 @@ def describe(engine: str) -> str:
 
 
 def compile_cache_dir() -> str:
-    """Where compiled kernels stay for the next process: $TORCHINDUCTOR_CACHE_DIR, if set."""
+    """Returns where compiled kernels are kept: $TORCHINDUCTOR_CACHE_DIR, if set."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return cache_dir()
@@ -109,7 +113,7 @@ def compile_cache_dir() -> str:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Within it float32 products on a GPU use TF32 if `precision` is "tf32"."""
+    """Lets float32 products on a GPU use TF32 within it if `precision` is "tf32"."""
     if precision != "tf32":
         yield
         return
@@ -127,7 +131,7 @@ class CudaGraphs:
     Args:
         step: does one update and leaves nothing on the host; all that it reads and writes must stay
             where it is in memory for as long as this object is used.
-        generators: every generator that the step draws from; each replay goes on in their streams.
+        generators: every generator that the step draws from; replays advance their streams.
     """
 
     def __init__(self, step: Callable[[], None], generators: list[Generator]) -> None:
@@ -137,6 +141,7 @@ class CudaGraphs:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def run(self, num_steps: int) -> None:
+        """Does `num_steps` steps."""
         while num_steps > 0 and self.done_eagerly < UPDATES_BEFORE_CAPTURE:
             self._run_on_side_stream()
             num_steps -= 1
@@ -167,13 +172,13 @@ class CudaGraphs:
 
 @functools.cache
 def _compiled() -> Kernels:
-    # Imported here: the compiler doubles the time that importing torch takes.
+    # The compiler is imported here since it doubles the time that importing torch takes.
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
-    # Else the backward pass is compiled, and may fail, in the middle of an update. Older versions
-    # have no such switch.
+    # Without this the backward pass is compiled, and may fail, in the middle of an update. Older
+    # versions of PyTorch have no such switch.
     if hasattr(functorch, "force_non_lazy_backward_lowering"):
         functorch.force_non_lazy_backward_lowering = True
     return Kernels(
@@ -183,10 +188,10 @@ def _compiled() -> Kernels:
     )
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled for every shape it meets, or as it is once that has failed.
+def _compile(function: Callable[P, R]) -> Callable[P, R]:
+    """Returns `function` compiled for every shape that it meets, or as it is once that has failed.
 
-    Compiling comes before running, so nothing has been done yet when it fails.
+    A failure does no harm: compiling comes before running.
     """
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import InductorError
@@ -194,34 +199,35 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled = torch.compile(function, fullgraph=True)
     failed = False
 
-    def call(*args: Any) -> Any:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal failed
         if not failed:
             try:
-                return compiled(*args)
+                return compiled(*args, **kwargs)
             except (InductorError, BackendCompilerFailed) as error:
                 failed = True
-                print(
-                    f"engine: {function.__name__} runs eagerly, since compiling it failed: "
-                    f"{_first_line(error)} Deleting {compile_cache_dir()} may help: a compiler "
-                    "that was interrupted leaves broken files there.",
-                    file=sys.stderr,
+                logger.warning(
+                    "engine: %s runs eagerly, since compiling it failed: %s Deleting %s may help: "
+                    "a compiler that was interrupted leaves broken files there.",
+                    function.__name__,
+                    _first_line(error),
+                    compile_cache_dir(),
                 )
-        return function(*args)
+        return function(*args, **kwargs)
 
     return call
 
 
 @functools.cache
 def _native_works() -> bool:
-    """Builds the native library, if that was not done before; where it fails, says so once."""
+    """Returns whether the native library can be loaded or built; if not, logs that once."""
     try:
         load_library()
     except OSError as error:
-        print(
-            f"engine: eager, since the native library cannot be built here ({_first_line(error)}). "
-            "A C++ compiler (Debian: apt-get install g++) makes updates and acting faster.",
-            file=sys.stderr,
+        logger.warning(
+            "engine: eager, since the native library cannot be built here (%s). A C++ compiler "
+            "(Debian: apt-get install g++) makes updates and acting faster.",
+            _first_line(error),
         )
         return False
     return True
@@ -229,16 +235,16 @@ def _native_works() -> bool:
 
 @functools.cache
 def _compiling_works(device_type: str, instead: str) -> bool:
-    """Compiles a small function; where that fails, says so once in one line."""
+    """Returns whether a small function compiles; if not, logs that once."""
     try:
         x = torch.zeros(64, device=device_type)
         torch.compile(mish)(x)
     except Exception as error:  # whatever is missing: compiler, headers, a writable cache
-        print(
-            f"engine: {instead}, since torch.compile does not work here ({_first_line(error)}). A "
-            "C++ compiler and Python's headers (Debian: apt-get install g++ python3-dev) make "
-            "updates faster.",
-            file=sys.stderr,
+        logger.warning(
+            "engine: %s, since torch.compile does not work here (%s). A C++ compiler and Python's "
+            "headers (Debian: apt-get install g++ python3-dev) make updates faster.",
+            instead,
+            _first_line(error),
         )
         return False
     return True

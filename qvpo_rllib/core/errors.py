@@ -1,8 +1,8 @@
-"""Errors that training raises about its own numbers."""
+"""Errors of training itself, which callers tell apart from others."""
 
 
 class NonFiniteError(ArithmeticError):
-    """A NaN or an infinity where none may be; the message names where it appeared."""
+    """A number became NaN or infinite; the message says which one and where."""
 
 
 class EnvironmentFailure(RuntimeError):

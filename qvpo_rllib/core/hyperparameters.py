@@ -1,11 +1,9 @@
-"""Every hyperparameter once: default, allowed values, meaning; and named sets of them."""
+"""Every hyperparameter once: default, allowed values, meaning; and the presets, sets of them."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from qvpo_rllib.core import options
 from qvpo_rllib.core.options import (
     BELOW_ONE,
     COUNT,
@@ -15,18 +13,27 @@ from qvpo_rllib.core.options import (
     SHARE,
     WIDTHS,
     Options,
+    Setting,
     option,
     options_of,
     require,
 )
+
+TINY_REPLAY: Setting = {
+    "hidden": [32, 32],
+    "batch_size": 16,
+    "warmup_steps": 160,
+    "replay_capacity": 2000,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class OffPolicyHyperparameters(Options):
     """What every algorithm has that learns from a replay on this package's runtime."""
 
-    # Options that a checkpoint's networks depend on: another value cannot go on from it.
     fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden",)
+    # Compiling would take longer than all the rest.
+    smoke: ClassVar[Setting] = {**TINY_REPLAY, "engine": "eager"}
 
     hidden: tuple[int, ...] = option(
         (256, 256, 256), "hidden layers of actor and critics", range=WIDTHS
@@ -87,6 +94,7 @@ class DiffusionHyperparameters(OffPolicyHyperparameters):
     """What every algorithm has whose policy is a diffusion chain."""
 
     fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "diffusion_steps", "noise_schedule")
+    smoke: ClassVar[Setting] = {**OffPolicyHyperparameters.smoke, "diffusion_steps": 3}
 
     diffusion_steps: int = option(20, "steps of the diffusion chain", "T", range=COUNT)
     noise_schedule: str = option(
@@ -99,21 +107,89 @@ class DiffusionHyperparameters(OffPolicyHyperparameters):
 
 @dataclass(frozen=True, kw_only=True)
 class QVPOHyperparameters(DiffusionHyperparameters):
-    """QVPO's.
+    """QVPO's options.
 
     Values follow the paper where it speaks and the authors' released program elsewhere; departures
     are listed in qvpo_rllib/README.md.
     """
 
+    presets: ClassVar[Mapping[str, Setting]] = {
+        # The paper's settings, with the authors' program where the paper is silent and time limits
+        # bootstrapped.
+        "default": {},
+        # The letter of the paper: Table 2, Algorithm 1's order, the sum of Eq. 6 and Eq. 10.
+        "paper": {
+            "actor_lr": 3e-4,
+            "hidden": (256, 256),
+            "grad_clip": None,
+            "entropy_reduction": "mean",
+            "update_order": "policy_then_critic",
+            "target_actor": False,
+        },
+        # The values of the authors' released program, its treatment of time limits included.
+        "authors": {
+            "k_target": 4,
+            "entropy_weight": 0.02,
+            "entropy_weight_end": 0.0,
+            "entropy_weight_floor": 0.002,
+            "truncation_as_terminal": True,
+            "q_cut": 1.0,
+        },
+        # Locomotion on a laptop's CPU: about a hundredth of the default's sampling per update. So
+        # short a run is limited by its critics and by what it has tried: critics and targets move
+        # faster, with two updates per env step, and a behaviour of single samples explores more.
+        "light": {
+            "k_behavior": 1,
+            "k_target": 2,
+            "num_policy_samples": 8,
+            "num_uniform_samples": 2,
+            "entropy_weight": 0.1,
+            "diffusion_steps": 5,
+            "hidden": (256, 256),
+            "actor_lr": 3e-4,
+            "critic_lr": 1e-3,
+            "adam_eps": 1e-8,
+            "tau": 0.01,
+            "batch_size": 128,
+            "replay_capacity": 200_000,
+            "warmup_steps": 5_000,
+            "update_ratio": 2.0,
+        },
+        # The quick start: a small task in a few minutes on two cores.
+        "quick": {
+            "k_behavior": 1,
+            "k_target": 1,
+            "num_policy_samples": 16,
+            "num_uniform_samples": 2,
+            "entropy_weight": 0.05,
+            "diffusion_steps": 5,
+            "hidden": (64, 64),
+            "actor_lr": 1e-3,
+            "critic_lr": 1e-3,
+            "tau": 0.02,
+            "batch_size": 128,
+            "replay_capacity": 50_000,
+            "warmup_steps": 1_000,
+            # Losses this small gain less by compiling than it takes.
+            "engine": "native",
+        },
+    }
     # K_t of the paper's Table 3.
-    task_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    task_values: ClassVar[Mapping[str, Setting]] = {
         "Hopper": {"k_target": 1},
         "Walker2d": {"k_target": 2},
         "Ant": {"k_target": 2},
         "HalfCheetah": {"k_target": 4},
         "Humanoid": {"k_target": 2},
     }
-    other_task_values: ClassVar[Mapping[str, Any]] = {"k_target": 2}
+    other_task_values: ClassVar[Setting] = {"k_target": 2}
+    decays: ClassVar[tuple[tuple[str, str], ...]] = (("entropy_weight_end", "entropy_decay_steps"),)
+    smoke: ClassVar[Setting] = {
+        **DiffusionHyperparameters.smoke,
+        "num_policy_samples": 4,
+        "num_uniform_samples": 2,
+        "k_eval": 4,
+    }
 
     k_behavior: int = option(
         4, "actions drawn per state to act with; the best is taken", "K_b", range=COUNT
@@ -215,107 +291,12 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         return max(self.entropy_weight_floor, moving)
 
 
-# The words that QVPO's options of text may be.
-CHOICES: dict[str, tuple[str, ...]] = {
-    f.name: f.metadata["choices"]
-    for f in dataclasses.fields(QVPOHyperparameters)
-    if f.metadata["choices"]
-}
-
-
-def option_names(kind: type[Options] = QVPOHyperparameters) -> tuple[str, ...]:
-    return tuple(options.options_of(kind))
-
-
-def option_table(kind: type[Options] = QVPOHyperparameters) -> str:
-    """The options as a Markdown table, for the README."""
-    return options.option_table(kind)
-
-
-def check_name(name: str, kind: type[Options] = QVPOHyperparameters) -> None:
-    """Raises `ValueError` that suggests the nearest name if no option is called `name`."""
-    options.check_name(name, kind)
-
-
-def parse_option(name: str, text: str, kind: type[Options] = QVPOHyperparameters) -> Any:
-    """The value of option `name` as written on a command line ("1e-4", "none", "256,256")."""
-    return options.parse_option(name, text, kind)
-
-
 H = TypeVar("H", bound=Options)
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # The defaults of `QVPOHyperparameters`: the paper's settings, with the authors' program where
-    # the paper is silent and time limits bootstrapped.
-    "default": {},
-    # The letter of the paper: Table 2, Algorithm 1's order, the sum of Eq. 6 and Eq. 10.
-    "paper": {
-        "actor_lr": 3e-4,
-        "hidden": (256, 256),
-        "grad_clip": None,
-        "entropy_reduction": "mean",
-        "update_order": "policy_then_critic",
-        "target_actor": False,
-    },
-    # The values of the authors' released program, its treatment of time limits included.
-    "authors": {
-        "k_target": 4,
-        "entropy_weight": 0.02,
-        "entropy_weight_end": 0.0,
-        "entropy_weight_floor": 0.002,
-        "truncation_as_terminal": True,
-        "q_cut": 1.0,
-    },
-    # Locomotion on a laptop's CPU: about a hundredth of the default's sampling per update. So short
-    # a run is limited by its critics and by what it has tried: critics and targets move faster,
-    # with two updates per env step, and a behaviour of single samples explores more.
-    "light": {
-        "k_behavior": 1,
-        "k_target": 2,
-        "num_policy_samples": 8,
-        "num_uniform_samples": 2,
-        "entropy_weight": 0.1,
-        "diffusion_steps": 5,
-        "hidden": (256, 256),
-        "actor_lr": 3e-4,
-        "critic_lr": 1e-3,
-        "adam_eps": 1e-8,
-        "tau": 0.01,
-        "batch_size": 128,
-        "replay_capacity": 200_000,
-        "warmup_steps": 5_000,
-        "update_ratio": 2.0,
-    },
-    # The quick start: a small task in a few minutes on two cores.
-    "quick": {
-        "k_behavior": 1,
-        "k_target": 1,
-        "num_policy_samples": 16,
-        "num_uniform_samples": 2,
-        "entropy_weight": 0.05,
-        "diffusion_steps": 5,
-        "hidden": (64, 64),
-        "actor_lr": 1e-3,
-        "critic_lr": 1e-3,
-        "tau": 0.02,
-        "batch_size": 128,
-        "replay_capacity": 50_000,
-        "warmup_steps": 1_000,
-        # Losses this small gain less by compiling than it takes.
-        "engine": "native",
-    },
-}
-
-
-def resolve_for_task(hp: Options, env_id: str) -> dict[str, Any]:
-    """The options that `hp` leaves to the task ("none") and their values for `env_id`."""
-    return hp.values_for_task(env_id)
 
 
 def resolved_hyperparameters(config: Any, kind: type[H]) -> H:
-    """The hyperparameters in a mapping that also has "env", with what is left to the task resolved.
+    """Returns the options in a mapping that also has "env", whose values replace those left none.
 
     RLlib's `AlgorithmConfig` and a policy's config dict are such mappings.
     """
-    values = {name: config[name] for name in options_of(kind)}
-    return kind(**values).resolved_for(str(config["env"]))
+    return kind.for_task({name: config[name] for name in options_of(kind)}, str(config["env"]))

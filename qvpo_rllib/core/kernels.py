@@ -1,18 +1,18 @@
-"""The two operations in which the time of an update goes: a linear layer and Mish.
+"""The two operations that take most of an update's time: a linear layer and Mish.
 
-Both are exact (float32 in, float32 out); what is gained is the choice of implementation.
+Both are exact (float32 in, float32 out); the gain lies in the choice of the implementation.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# PyTorch multiplies float32 matrices with MKL, whose AVX-512 kernels run on Intel processors alone:
-# on an AMD EPYC with AVX-512 oneDNN is twice as fast (205 against 98 GFLOP/s on one core for
-# [1024, 256] × [256, 256]). Below these sizes setting oneDNN up costs more than it gains.
+# PyTorch multiplies float32 matrices by MKL, whose AVX-512 kernels run on Intel processors alone.
+# On an AMD EPYC with AVX-512 oneDNN is twice as fast (205 against 98 GFLOP/s on one core for
+# [1024, 256] × [256, 256]). Below these sizes it costs more to set oneDNN up than it gains.
 ONEDNN_MIN_ROWS = 64
 ONEDNN_MIN_FEATURES = 32
-# From here on mish(x) = x in float64 too, and e² is far from overflowing.
+# For larger x mish(x) = x, in float64 too; up to here e² is far from an overflow.
 MISH_LINEAR_FROM = 20.0
 
 _library = torch.library.Library("qvpo", "DEF")  # type: ignore[no-untyped-call]
@@ -22,7 +22,7 @@ _library.define(  # type: ignore[no-untyped-call]
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # Operands that are not contiguous take a thousand times as long.
+    # oneDNN takes a thousand times as long for operands that are not contiguous.
     out: Tensor = torch.ops.mkldnn._linear_pointwise(
         x.contiguous(), weight.contiguous(), bias, "none", [], ""
     )
@@ -30,7 +30,7 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _onednn_works() -> bool:
-    """Whether this build of PyTorch has oneDNN's linear layer, and its numbers are right."""
+    """Returns whether this build of PyTorch has oneDNN's linear layer, with the right numbers."""
     x, weight, bias = torch.ones(2, 8), torch.ones(4, 8), torch.ones(4)
     try:
         return bool((_onednn_linear(x, weight, bias) == 9).all())
@@ -56,8 +56,8 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return grad_x, grad_weight, grad.sum(0) if needs_bias and ctx.has_bias else None
 
 
-# An operator of our own, so that `torch.compile` treats it as one opaque call: inductor accepts
-# oneDNN's own operator for constant weights alone.
+# `torch.compile` treats an operator of our own as one opaque call; inductor accepts oneDNN's own
+# operator for constant weights alone.
 _library.impl("linear", _onednn_linear, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("qvpo::linear", _linear_shape, lib=_library)
 torch.library.register_autograd(
@@ -67,9 +67,9 @@ ONEDNN_WORKS = _onednn_works()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b by the fastest exact matrix product there is: [R, in], [out, in], [out] → [R, out].
+    """Returns x Wᵀ + b by the fastest exact product: [R, in], [out, in], [out] → [R, out].
 
-    More leading dimensions work too, and take the library's way.
+    An x of more leading dimensions works too, by PyTorch's own product.
     """
     if (
         ONEDNN_WORKS
@@ -87,22 +87,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def mish(x: Tensor) -> Tensor:
-    """x·tanh(softplus(x)) with a single exponential, differentiable, any shape.
+    """Returns x·tanh(softplus(x)) by a single exponential; differentiable, any shape.
 
-    On a CPU the library's logarithm and hyperbolic tangent cost as much as a matrix product.
+    On a CPU PyTorch's logarithm and hyperbolic tangent cost as much as a matrix product.
     """
     if x.device.type == "cuda":
         return F.mish(x)
     if torch.compiler.is_compiling():
         return _fused_mish(x)
-    # With r = 1/(1 + eˣ) it is 2x/(1 + r²) - x. PyTorch's sigmoid is three times as fast as its
+    # With r = 1/(1 + eˣ), mish is 2x/(1 + r²) - x. PyTorch's sigmoid is three times as fast as its
     # exponential (which is MKL's, see above), and cannot overflow.
     r = torch.sigmoid(-x)
     return 2 * x / (1 + r * r) - x
 
 
 def mish_(x: Tensor) -> Tensor:
-    """`mish` of a tensor that nobody needs any more, without gradients: it is overwritten."""
+    """Returns `mish` of a tensor, which it may overwrite; without gradients."""
     if x.device.type == "cuda":
         return F.mish(x, inplace=True)
     if torch.compiler.is_compiling():
@@ -113,7 +113,7 @@ def mish_(x: Tensor) -> Tensor:
 
 
 def _fused_mish(x: Tensor) -> Tensor:
-    """x·n/(n + 2) with n = e² + 2e, e = eˣ: a compiler makes one pass with one division of it."""
+    """Returns x·n/(n + 2) with n = e² + 2e, e = eˣ: compiled, one pass with one division."""
     e = torch.exp(x.clamp(max=MISH_LINEAR_FROM))
     n = e * (e + 2)
     return x * (n / (n + 2))

@@ -1,12 +1,11 @@
-"""What the learners of QVPO and its off-policy rivals share: everything but the losses.
+"""The base of all off-policy learners: everything but the losses.
 
-They know nothing of how they are driven: batches come in, detached scalar tensors go out.
+A learner does not know who drives it: batches come in, detached scalar tensors go out.
 """
 
 import copy
 import dataclasses
-import functools
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -19,34 +18,42 @@ from qvpo_rllib.core.seeding import restore_generator
 
 
 class ActorCritic(nn.Module):
-    """Actor, critics and a target of each."""
+    """Actor, critics and a target of each; a subclass names their types."""
 
-    def __init__(self, actor: nn.Module, critic: nn.Module) -> None:
+    actor: nn.Module
+    critic: nn.Module
+    target_actor: nn.Module
+    target_critic: nn.Module
+
+    def __init__(self, actor: nn.Module, critic: nn.Module, act_dim: int) -> None:
         super().__init__()
+        self.act_dim = act_dim
         self.actor = actor
         self.critic = critic
         self.target_actor = copy.deepcopy(actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(critic).requires_grad_(False)
 
 
-class OffPolicyLearner:
+Networks = TypeVar("Networks", bound=ActorCritic)
+Hyper = TypeVar("Hyper", bound=OffPolicyHyperparameters)
+Noise = TypeVar("Noise")  # every random number of one update
+
+
+class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
     """Actor, critics, targets and optimisers on one device, and updates of them all.
 
-    A subclass says what one update is (`step` and the noise it takes, or all of `update_from`);
-    `train` does many and keeps their metrics until they are asked for.
+    A subclass defines one update (`update`, and the noise that it takes); `train` does many, counts
+    them, and keeps their metrics until `pop_metrics`.
 
     Args:
         networks: built for the same hyperparameters; moved to `device`.
         seed: of the generator that draws an update's noise.
     """
 
-    networks: Any  # an `ActorCritic`; each learner names its own
-    hp: Any
-
     def __init__(
         self,
-        networks: ActorCritic,
-        hp: OffPolicyHyperparameters,
+        networks: Networks,
+        hp: Hyper,
         *,
         seed: int,
         device: torch.device | str,
@@ -57,8 +64,8 @@ class OffPolicyLearner:
         self.networks = networks.to(self.device)
         self.generator = Generator(device=self.device)
         self.generator.manual_seed(seed)
-        self.actor_optimizer = self._adam(networks.actor)
-        self.critic_optimizer = self._adam(networks.critic)
+        self.actor_optimizer = torch.optim.Adam(networks.actor.parameters(), fused=True)
+        self.critic_optimizer = torch.optim.Adam(networks.critic.parameters(), fused=True)
         self.num_updates = 0
         self.env_steps = 0
         self._metric_names: list[str] = []
@@ -69,37 +76,44 @@ class OffPolicyLearner:
         self.hp = hp
         self.configure(hp)
 
-    @staticmethod
-    def _adam(module: nn.Module) -> torch.optim.Adam:
-        return torch.optim.Adam(module.parameters(), fused=True)
-
-    def draw_update_noise(self, batch_size: int) -> Any:
-        """Every random number of one update, from the learner's generator."""
+    def draw_update_noise(self, batch_size: int) -> Noise:
+        """Returns every random number of one update, from the learner's generator."""
         raise NotImplementedError
 
-    def step(self, batch: Transitions, noise: Any) -> dict[str, Tensor]:
-        """One update on one batch. Returns detached scalars on the device, always the same ones."""
-        raise NotImplementedError
-
-    def update(self, batch: Transitions, /, *, noise: Any = None) -> dict[str, Tensor]:
-        """One update on a batch of the caller's; see `step`.
+    def update(self, batch: Transitions, /, *, noise: Noise | None = None) -> dict[str, Tensor]:
+        """Does one update on `batch`, which the caller counts in `num_updates`.
 
         Args:
             noise: drawn from the learner's generator if None.
+
+        Returns:
+            Detached scalar tensors on the device, under the same names in every update.
         """
-        if noise is None:
-            noise = self.draw_update_noise(batch.reward.shape[0])
-        metrics = self.step(batch, noise)
-        self.num_updates += 1
-        return metrics
+        raise NotImplementedError
 
     def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
-        """One update on what it draws from `replay`; the caller counts it."""
-        batch = replay.sample(self.hp.batch_size)
-        return self.step(batch, self.draw_update_noise(self.hp.batch_size))
+        """Does one update on what it draws from `replay`; see `update`."""
+        return self.update(replay.sample(self.hp.batch_size))
 
-    def configure(self, hp: OffPolicyHyperparameters) -> None:
-        """Takes new hyperparameters into effect; networks and engine must stay as they are."""
+    def train(self, replay: ReplayBuffer, num_updates: int) -> None:
+        """Does `num_updates` updates on batches from `replay`; `pop_metrics` has their metrics."""
+        if self.engine == "cuda_graph":
+            if self._graphs is None or self._captured_replay is not replay:
+                self._graphs = CudaGraphs(
+                    lambda: self._add_metrics(self.update_from(replay)),
+                    [self.generator, replay.generator],
+                )
+                self._captured_replay = replay
+            self._graphs.run(num_updates)
+            self.num_updates += num_updates
+        else:
+            for _ in range(num_updates):
+                self._add_metrics(self.update_from(replay))
+                self.num_updates += 1
+        self._num_summed += num_updates
+
+    def configure(self, hp: Hyper) -> None:
+        """Puts new hyperparameters into effect; those of networks and engine must be the same."""
         on_gpu = self.device.type == "cuda"
         for optimizer, lr in (
             (self.actor_optimizer, hp.actor_lr),
@@ -107,53 +121,36 @@ class OffPolicyLearner:
         ):
             for group in optimizer.param_groups:
                 group["eps"], group["capturable"] = hp.adam_eps, on_gpu
-                # A tensor on the GPU stays where a captured graph reads it.
+                # A captured graph reads the rate from where this tensor is on the GPU.
                 if on_gpu and isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = torch.tensor(lr, device=self.device) if on_gpu else lr
-        if self.graph_constants(hp) != self.graph_constants(self.hp):
+        captured = self._graphs is not None
+        if captured and self.graph_constants(hp) != self.graph_constants(self.hp):
             self._graphs = None
         self.hp = hp
         self.set_env_steps(self.env_steps)
 
-    def graph_constants(self, hp: Any) -> Any:
-        """What a captured graph holds as constants: all but what is read from tensors."""
+    def graph_constants(self, hp: Hyper) -> Hyper:
+        """Returns `hp` with fixed values for what a captured graph reads from tensors."""
         return dataclasses.replace(hp, actor_lr=1.0, critic_lr=1.0)
 
     def set_env_steps(self, env_steps: int) -> None:
-        """Moves whatever follows a schedule to its value after `env_steps` environment steps."""
+        """Sets everything that follows a schedule to its value after `env_steps` env steps."""
         self.env_steps = env_steps
 
-    def train(self, replay: ReplayBuffer, num_updates: int) -> None:
-        """`num_updates` updates on batches from `replay`; the metrics wait for `pop_metrics`."""
-        if self.engine == "cuda_graph":
-            if self._graphs is None or self._captured_replay is not replay:
-                step = functools.partial(self._train_once, replay)
-                self._graphs = CudaGraphs(step, [self.generator, replay.generator])
-                self._captured_replay = replay
-            self._graphs.run(num_updates)
-            self.num_updates += num_updates
-        else:
-            for _ in range(num_updates):
-                self._train_once(replay)
-                self.num_updates += 1
-        self._num_summed += num_updates
-
-    def _train_once(self, replay: ReplayBuffer) -> None:
-        metrics = self.update_from(replay)
-        values = torch.stack([value.float() for value in metrics.values()])
-        if self._metric_sums is None:
-            self._metric_names, self._metric_sums = list(metrics), torch.zeros_like(values)
-        self._metric_sums.add_(values)
+    def settings_in_force(self) -> dict[str, float]:
+        """Returns the present values of hyperparameters that follow a schedule, by name."""
+        return {}
 
     def metric_mean(self, name: str) -> float:
-        """Mean of one metric over the updates of `train` since `pop_metrics`; waits for it."""
+        """Returns one metric's mean since `pop_metrics`; waits for the device."""
         assert self._metric_sums is not None
         return float(self._metric_sums[self._metric_names.index(name)]) / self._num_summed
 
     def pop_metrics(self) -> dict[str, float]:
-        """Means over the updates of `train` since the last call; empty if there were none."""
+        """Returns means over the updates of `train` since the last call, or {} if it did none."""
         if self._metric_sums is None or self._num_summed == 0:
             return {}
         values = (self._metric_sums / self._num_summed).tolist()
@@ -161,25 +158,17 @@ class OffPolicyLearner:
         self._num_summed = 0
         return dict(zip(self._metric_names, values, strict=True))
 
-    def settings_in_force(self) -> dict[str, float]:
-        """Hyperparameters that follow a schedule, at their present values, for the results."""
-        return {}
-
-    def _unreported_metrics(self) -> dict[str, Any] | None:
-        """The metrics of the updates since `pop_metrics`."""
-        if self._metric_sums is None or self._num_summed == 0:
-            return None
-        return {
-            "names": list(self._metric_names),
-            "sums": self._metric_sums.clone(),
-            "count": self._num_summed,
-        }
+    def _add_metrics(self, metrics: dict[str, Tensor]) -> None:
+        values = torch.stack([value.float() for value in metrics.values()])
+        if self._metric_sums is None:
+            self._metric_names, self._metric_sums = list(metrics), torch.zeros_like(values)
+        self._metric_sums.add_(values)
 
     def fit_critics(self, batch: Transitions, next_q: Tensor) -> dict[str, Tensor]:
-        """One step of the critics towards r + γ (1 - d) · next_q.
+        """Takes one step of the critics towards r + γ (1 - d) · next_q.
 
         Args:
-            next_q: what the next states are worth, [B], without gradient.
+            next_q: the value of the next states, [B], without gradient.
         """
         target = losses.td_target(batch.reward, batch.terminal, next_q, self.hp.gamma)
         critic = self.networks.critic
@@ -193,7 +182,7 @@ class OffPolicyLearner:
         }
 
     def descend(self, loss: Tensor, optimizer: torch.optim.Adam, module: nn.Module) -> Tensor:
-        """One clipped step of Adam. Returns the gradient's norm before clipping."""
+        """Takes one clipped step of Adam. Returns the gradient's norm before clipping."""
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         limit = float("inf") if self.hp.grad_clip is None else self.hp.grad_clip
@@ -203,11 +192,18 @@ class OffPolicyLearner:
 
     @torch.no_grad()
     def move_target(self, target: nn.Module, online: nn.Module) -> None:
-        """One step of the moving average, of rate τ."""
+        """Takes one step of the moving average, of rate τ."""
         torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), self.hp.tau)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an update reads or writes, except the hyperparameters."""
+        """Returns everything that an update reads or writes, except the hyperparameters."""
+        unreported = None
+        if self._metric_sums is not None and self._num_summed:
+            unreported = {
+                "names": list(self._metric_names),
+                "sums": self._metric_sums.clone(),
+                "count": self._num_summed,
+            }
         return {
             "networks": self.networks.state_dict(),
             "actor_optimizer": self.actor_optimizer.state_dict(),
@@ -215,19 +211,19 @@ class OffPolicyLearner:
             "generator": self.generator.get_state().cpu(),
             "num_updates": self.num_updates,
             "env_steps": self.env_steps,
-            "unreported": self._unreported_metrics(),
+            "unreported": unreported,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`, then re-applies the learner's own hyperparameters."""
+        """Restores `state_dict()`, then applies the learner's own hyperparameters again."""
         self.networks.load_state_dict(state["networks"])
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         restore_generator(self.generator, state["generator"])
         self.num_updates, self.env_steps = state["num_updates"], state["env_steps"]
-        unreported = state.get("unreported") or {"names": [], "sums": None, "count": 0}
-        self._metric_names, self._num_summed = list(unreported["names"]), unreported["count"]
-        sums = unreported["sums"]
-        self._metric_sums = None if sums is None else sums.to(self.device, copy=True)
-        self._graphs = None  # the optimisers' state has moved
+        self._metric_names, self._metric_sums, self._num_summed = [], None, 0
+        if (unreported := state["unreported"]) is not None:
+            self._metric_names, self._num_summed = list(unreported["names"]), unreported["count"]
+            self._metric_sums = unreported["sums"].to(self.device, copy=True)
+        self._graphs = None  # the optimisers' state is elsewhere in memory now
         self.configure(self.hp)

@@ -1,33 +1,39 @@
 """QVPO's targets, weights and losses: pure functions, one per equation.
 
-The objectives at the end compose them into what the two optimisers descend. They are functions of
-modules and tensors, so that an engine can hand in compiled ones.
+The objectives at the end compose them into what the two optimisers descend. An engine may compile
+these: they are functions of modules and tensors alone.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.networks import NoisePredictor, TwinQ
+from qvpo_rllib.core.networks import NoisePredictor
 
 Q_EXP_RANGE = 8.0  # qexp clips its normalised Q to ±8 before the exponential
 
+TwinCritic = Callable[[Tensor, Tensor], Tensor]  # obs [B, O], action [B, A] → [2, B]
+
 
 def td_target(reward: Tensor, terminal: Tensor, next_q: Tensor, gamma: float) -> Tensor:
-    """Algorithm 1, line 10: y = r + γ(1 - terminal)·min Q̄(s', a'). All [B]."""
+    """Returns y = r + γ(1 - terminal)·min Q̄(s', a'), Algorithm 1, line 10. All are [B]."""
     return reward + gamma * (1 - terminal) * next_q
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
-    """Algorithm 1, line 11: the sum of the twins' mean squared errors. q [2, B], target [B]."""
+    """Returns the sum of the twins' mean squared errors, Algorithm 1, line 11: [2, B], [B] → []."""
     return (q - target).square().mean(dim=1).sum()
 
 
 def best_of(q: Tensor, actions: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """The k actions of highest q per state, best first.
+    """Returns the k highest q [B, k] of each state, best first, and their actions [B, k, A].
 
-    q [B, N], actions [B, N, A] → their q [B, k] and the actions [B, k, A].
-    With k = 1 this is the selection of the K-efficient policy (section 4.4).
+    With k = 1 this is the choice of the K-efficient policy (section 4.4).
+
+    Args:
+        q, actions: [B, N] and [B, N, A].
     """
     if k == 1:
         top_q, index = q.max(dim=1, keepdim=True)
@@ -45,7 +51,7 @@ def q_weights(
     q_mean: Tensor,
     q_std: Tensor,
 ) -> Tensor:
-    """The weights ω_eq(s, a) of Eq. 6 for the chosen actions of each state.
+    """Returns the weights ω_eq(s, a) of Eq. 6 for the chosen actions of each state.
 
     Args:
         kind: `qadv` max(Q - V, 0), Eq. 9; `qcut` Q where Q ≥ 0 and `q_cut` (ε) below, section 4.2;
@@ -69,12 +75,12 @@ def q_weights(
 
 
 def entropy_weights(weights: Tensor, entropy_weight: Tensor | float) -> Tensor:
-    """ω_ent(s) of Eq. 10: ω_ent times the mean ω_eq of the chosen actions. [B, k] → [B]."""
+    """Returns ω_ent(s) of Eq. 10: ω_ent times the chosen actions' mean ω_eq. [B, k] → [B]."""
     return entropy_weight * weights.mean(dim=1)
 
 
 def denoising_error(predicted: Tensor, noise: Tensor) -> Tensor:
-    """‖ε - ε_θ‖² of Eq. 5 per row: [R, A], [R, A] → [R].
+    """Returns ‖ε - ε_θ‖² of Eq. 5 per row: [R, A], [R, A] → [R].
 
     Deviation: the mean over action dimensions instead of their sum, as in the authors' program.
     It divides the loss by A, which Adam undoes except for the gradient clip.
@@ -89,14 +95,14 @@ def policy_loss(
     uniform_weight: Tensor,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """The Q-weighted VLO loss (Eq. 6) and the diffusion entropy term (Eq. 10).
+    """Returns the Q-weighted VLO loss (Eq. 6) and the diffusion entropy term (Eq. 10).
 
     Args:
         best_error, best_weight: [B·k], the chosen samples' denoising errors and weights ω_eq.
-        uniform_error, uniform_weight: [B·N_e], the same of the uniform actions with ω_ent(s).
+        uniform_error, uniform_weight: [B·N_e], the uniform actions' errors and weights ω_ent(s).
         reduction: "mean" gives the two expectations. "sum" divides both sums by the number of all
-            rows, B·k + B·N_e, so that the entropy term counts N_e/k times Eq. 10: what the authors'
-            program does.
+            rows, B·k + B·N_e, as the authors' program does: the entropy term then counts N_e/k
+            times Eq. 10.
 
     Returns:
         The two terms, whose sum is the policy's loss.
@@ -112,9 +118,9 @@ def policy_loss(
 
 
 def critic_objective(
-    critic: TwinQ, obs: Tensor, action: Tensor, target: Tensor
+    critic: TwinCritic, obs: Tensor, action: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The critics' loss and the mean of their estimates: obs [B, O], action [B, A], target [B]."""
+    """Returns the critics' loss and mean estimate: obs [B, O], action [B, A], target [B]."""
     q = critic(obs, action)
     return critic_loss(q, target), q.detach().mean()
 
@@ -127,7 +133,7 @@ def denoising_objective(
     step: Tensor,
     noise: Tensor,
 ) -> Tensor:
-    """mean ‖ε - ε_θ(x_t, s, t)‖² / A of obs [B, O], action, noise [B, A] and step [B]."""
+    """Returns mean ‖ε - ε_θ(x_t, s, t)‖² / A: obs [B, O], action, noise [B, A], step [B] int64."""
     noisy = schedule.q_sample(action, step, noise)
     return denoising_error(actor(noisy, step, actor.obs_part(obs)), noise).mean()
 
@@ -145,14 +151,14 @@ def actor_objective(
     reduction: str,
     vlo_coefficient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 6 plus Eq. 10 on the k chosen and the N_e uniform actions of each state.
+    """Returns Eq. 6 plus Eq. 10 on the k chosen and the N_e uniform actions of each state.
 
     Args:
         obs: [B, O].
         chosen, chosen_weights: [B, k, A] and [B, k].
         uniform, uniform_weights: [B, N_e, A] and [B].
         step, noise: [B·(k + N_e)] int64 and [B·(k + N_e), A]; the chosen actions' rows come
-            first, state by state, then all the uniform ones.
+            first, state by state, then those of all uniform actions.
 
     Returns:
         The loss, its entropy term, and the mean denoising error: scalars.

@@ -1,7 +1,7 @@
-"""`native.cpp`: sampling and ranking on a CPU by a small library, built once with the C++ compiler.
+"""Sampling and ranking on a CPU by `native.cpp`, a small library that is built once per machine.
 
-The numbers are those of `sampler.py` to rounding, and the same bits for every row whatever rows are
-beside it and however many threads there are.
+The numbers equal those of `sampler.py` up to rounding. A row's bits depend neither on the rows
+beside it nor on the number of threads.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from torch import Tensor
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
 
-# A thread is worth starting from this many multiplications (about 50 microseconds of work).
+# A thread pays from this many multiplications on (about 50 microseconds of work).
 PRODUCTS_PER_THREAD = 5_000_000
 
 
@@ -43,7 +43,7 @@ class _Network(ctypes.Structure):
 
 
 class PackedMLP:
-    """A copy of a `SplitMLP`'s weights in the order in which the library reads them.
+    """A copy of a `SplitMLP`'s weights, in the order in which the library reads them.
 
     Args:
         mlp: float32, on the CPU.
@@ -56,7 +56,7 @@ class PackedMLP:
         first, *behind = mlp.linears()
         observation = self._pack(parts[obs_part], first.bias)
         action = self._pack(parts[action_part], None)
-        # The padding of a hidden layer is zero, which Mish leaves, and meets zeros in the next one.
+        # A hidden layer's padding is zero, Mish keeps it so, and the next layer has zeros for it.
         layers = [self._pack(x.weight, x.bias, _padded(x.in_features)) for x in behind]
         self.hidden = int(observation.outputs)
         self.products_per_row = sum(x.inputs * x.outputs for x in (action, *layers))
@@ -84,7 +84,7 @@ class PackedMLP:
 
 
 class PackedActor:
-    """`sampler.sample_actions` for weights as they are now."""
+    """`sampler.sample_actions` with the weights of the moment when it is made."""
 
     @torch.no_grad()
     def __init__(self, actor: NoisePredictor, schedule: NoiseSchedule) -> None:
@@ -95,7 +95,7 @@ class PackedActor:
         self._constants = schedule.reverse_steps.flip(0).float().contiguous()
 
     def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """obs [B, O], noise [T, B, N, A] → [B, N, A]; float32."""
+        """Returns actions [B, N, A] for obs [B, O], noise [T, B, N, A]; float32."""
         steps, num_states, num_samples, act_dim = noise.shape
         obs, noise = obs.contiguous(), noise.contiguous()
         actions = torch.empty(num_states, num_samples, act_dim)
@@ -117,14 +117,14 @@ class PackedActor:
 
 
 class PackedCritic:
-    """`sampler.min_q` for weights as they are now."""
+    """`sampler.min_q` with the weights of the moment when it is made."""
 
     def __init__(self, critic: TwinQ) -> None:
         self._twins = [PackedMLP(critic.q1, 0, 1), PackedMLP(critic.q2, 0, 1)]
         self._networks = (_Network * 2)(*(mlp.network for mlp in self._twins))
 
     def min_q(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """obs [B, O], actions [B, N, A] → [B, N]; float32."""
+        """Returns the lower Q [B, N] for obs [B, O], actions [B, N, A]; float32."""
         num_states, num_samples, act_dim = actions.shape
         obs, actions = obs.contiguous(), actions.contiguous()
         q = torch.empty(num_states, num_samples)
@@ -152,10 +152,10 @@ def _threads(products: int) -> int:
 
 
 SOURCE = Path(__file__).with_name("native.cpp")
-# Multiplication and addition may be one operation, as in every library of matrix products. Nothing
-# else of the arithmetic is loosened: a NaN stays a NaN.
+# A multiplication and an addition may become one operation, as in every library of matrix products.
+# The rest of the arithmetic is strict: a NaN stays a NaN.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC", "-pthread")
-COMPILERS = ("g++", "clang++", "c++")  # or what $CXX names
+COMPILERS = ("g++", "clang++", "c++")  # $CXX, if set, is taken instead
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
@@ -170,10 +170,10 @@ _SIGNATURES = {
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """The library, built if this machine has not yet.
+    """Returns the library; builds it first if this machine does not have it yet.
 
     Raises:
-        OSError: no compiler, or it failed, or nothing can be written.
+        OSError: there is no compiler, it failed, or the result cannot be written.
     """
     library = ctypes.CDLL(str(_built()))
     for name, arguments in _SIGNATURES.items():
@@ -184,7 +184,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def cache_dir() -> Path:
-    """Where built libraries stay: $XDG_CACHE_HOME/qvpo_rllib, by default under ~/.cache."""
+    """Returns where built libraries are kept: $XDG_CACHE_HOME/qvpo_rllib, or under ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "qvpo_rllib"
 
@@ -198,7 +198,7 @@ def _built() -> Path:
     library = cache_dir() / f"native-{key[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        # Processes that build at once each move their own file into place.
+        # Several processes may build at once: each moves a file of its own into place.
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / library.name
             command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
@@ -210,7 +210,7 @@ def _built() -> Path:
 
 
 def _what_decides(compiler: str) -> list[bytes]:
-    """What a built library depends on beside its source: a home folder may be many machines'."""
+    """Returns what a library depends on beside its source, since machines may share a home."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next(line for line in lines if line.lower().startswith(("flags", "features")))

@@ -21,8 +21,8 @@ TIME_HIDDEN = 256  # width of the layer behind it
 class SplitMLP(nn.Module):
     """An MLP with Mish whose input is a concatenation of parts (obs, action, …).
 
-    The first layer is linear in its parts, so a part shared by many rows (the observation of N
-    action samples) is multiplied once and added: `first(i, part)`, then `tail(sum)`.
+    The first layer is linear in its parts, so the product of a part that many rows share (the
+    observation of N action samples) is computed once and added: `first(i, part)`, `tail(sum)`.
     """
 
     def __init__(self, part_dims: Sequence[int], hidden: Sequence[int], out_dim: int) -> None:
@@ -33,18 +33,19 @@ class SplitMLP(nn.Module):
         self.apply(init_weights)
 
     def linears(self) -> list[nn.Linear]:
+        """Returns the layers, with their type."""
         return cast(list[nn.Linear], list(self.layers))
 
     def first_weights(self) -> tuple[Tensor, ...]:
-        """The first layer's weight [H, sum of parts], cut into its parts [H, part]."""
+        """Returns the first layer's weight [H, sum of parts], cut into its parts [H, part]."""
         return torch.split(self.linears()[0].weight, list(self.part_dims), dim=1)
 
     def first(self, index: int, part: Tensor) -> Tensor:
-        """Part `index`'s share of the first layer (without bias): [..., part] → [..., H]."""
+        """Returns part `index`'s share of the first layer, without bias: [..., part] → [..., H]."""
         return linear(part, self.first_weights()[index])
 
     def tail(self, pre: Tensor) -> Tensor:
-        """From the summed shares [..., H] (bias not yet added) to the output [..., out]."""
+        """Returns the output [..., out] for the sum of the shares [..., H], still without bias."""
         hidden = mish(pre + self.linears()[0].bias)
         *inner, last = self.linears()[1:]
         for layer in inner:
@@ -52,7 +53,7 @@ class SplitMLP(nn.Module):
         return linear(hidden, last.weight, last.bias)
 
     def forward(self, *parts: Tensor) -> Tensor:
-        """Parts of shape [..., part], broadcast against one another → [..., out]."""
+        """Returns the output [..., out] for parts [..., part], broadcast against one another."""
         pre = self.first(0, parts[0])
         for index, part in enumerate(parts[1:], start=1):
             pre = pre + self.first(index, part)
@@ -60,14 +61,14 @@ class SplitMLP(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Normal weights of standard deviation 1 / (2·sqrt(fan-in)), biases zero."""
+    """Draws normal weights of standard deviation 1 / (2·sqrt(fan-in)); sets biases to zero."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=1 / (2 * math.sqrt(module.in_features)))
         nn.init.zeros_(module.bias)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines then cosines of t at frequencies 10000^(-i / (dim/2 - 1)): [T] → [T, dim]."""
+    """Returns sines, then cosines of t at frequencies 10000^(-i / (dim/2 - 1)): [T] → [T, dim]."""
     half = dim // 2
     exponents = torch.arange(half, device=t.device, dtype=torch.float32) / (half - 1)
     angles = t.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
@@ -75,7 +76,7 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class NoisePredictor(nn.Module):
-    """ε_θ(a_t, s, t): the noise in a noisy action, given the state and the step."""
+    """ε_θ(a_t, s, t), which predicts the noise in a noisy action from the state and the step."""
 
     time_table: Tensor  # [T, TIME_DIM]
     steps: Tensor  # [T], 0 … T-1
@@ -93,16 +94,16 @@ class NoisePredictor(nn.Module):
         self.register_buffer("steps", torch.arange(steps), persistent=False)
 
     def time_part(self) -> Tensor:
-        """Every step's share of the first layer, [T, H]."""
+        """Returns every step's share of the first layer, [T, H]."""
         return self.mlp.first(1, self.time_mlp(self.time_table))
 
     def obs_part(self, obs: Tensor) -> Tensor:
-        """The observation's share of the first layer, [B, O] → [B, H]."""
+        """Returns the observation's share of the first layer, [B, O] → [B, H]."""
         return self.mlp.first(2, obs)
 
     def forward(self, noisy_action: Tensor, t: Tensor, obs_part: Tensor) -> Tensor:
-        """Predicted noise [..., A] for noisy_action [..., A], t [...] int64, obs_part [..., H]."""
-        # A product, since an index costs more on its way back (and may wait for a GPU).
+        """Returns the noise [..., A] in noisy_action [..., A]: t [...] int64, obs_part [..., H]."""
+        # The gradient of a product costs less than that of an index, which may also wait for a GPU.
         one_hot = (t[..., None] == self.steps).to(obs_part.dtype)
         pre = self.mlp.first(0, noisy_action) + one_hot @ self.time_part() + obs_part
         return self.mlp.tail(pre)
@@ -117,9 +118,9 @@ class TwinQ(nn.Module):
         self.q2 = SplitMLP((obs_dim, act_dim), hidden, 1)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Both estimates [2, ...] of obs [..., O] and action [..., A] in [-1, 1].
+        """Returns both estimates [2, ...] for obs [..., O] and action [..., A] in [-1, 1].
 
-        Leading dimensions broadcast: obs [B, 1, O] with action [B, N, A] costs the observation's
-        share of the first layer once per state.
+        Leading dimensions broadcast: for obs [B, 1, O] and action [B, N, A] the observation's share
+        of the first layer is computed once per state.
         """
         return torch.stack([self.q1(obs, action), self.q2(obs, action)]).squeeze(-1)

@@ -1,7 +1,8 @@
 """Options of an algorithm as fields of a frozen dataclass: their text, types and allowed values.
 
-A subclass of `Options` declares its fields with `option(...)`. Everything that reads options
-(RLlib's config, YAML, the command line, the README's table) asks here for names and values.
+A subclass of `Options` declares its fields with `option(...)`, and its presets beside them.
+Everything that reads options (RLlib's config, YAML, the command line, the README's table) asks here
+for names and values; `Options.resolve` makes the checked options of a run.
 """
 
 import dataclasses
@@ -9,9 +10,12 @@ import difflib
 import math
 import numbers
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
+
+OptionValue = bool | int | float | str | Sequence[int] | None
+Setting = Mapping[str, OptionValue]  # values by option
 
 
 class Range(NamedTuple):
@@ -41,7 +45,7 @@ def option(
     range: Range | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """A field of `Options`.
+    """Returns a field of `Options`.
 
     Args:
         meaning: its line in the table of a README.
@@ -54,8 +58,27 @@ def option(
 
 
 def with_default(kind: "type[Options]", name: str, default: Any) -> Any:
-    """The option `name` of `kind`, for a subclass in which only its default is another one."""
+    """Returns the option `name` of `kind` with another default, for a subclass of `kind`."""
     return field(default=default, metadata=kind.__dataclass_fields__[name].metadata)
+
+
+@dataclass(frozen=True)
+class RunDefaults:
+    """What a preset says about the run around the algorithm."""
+
+    env: str
+    env_steps: int
+    eval_interval: int  # env steps
+    num_envs: int  # per worker
+
+
+RUN_DEFAULTS = {
+    "quick": RunDefaults("InvertedPendulum-v5", 15_000, 1_000, 4),
+    "light": RunDefaults("HalfCheetah-v5", 50_000, 2_500, 4),
+    "default": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
+    "paper": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
+    "authors": RunDefaults("HalfCheetah-v5", 1_000_000, 10_000, 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,51 +86,112 @@ class Options:
     """Immutable and checked when made: `ValueError` names a wrong value and what is allowed.
 
     Attributes:
+        presets: named sets of options.
+        runs: by preset: what it says about the run.
         task_values: by a task's name without its version: values of options left at none.
         other_task_values: the same for every other task.
+        decays: pairs (end, steps): where option `end` is set, `steps` is the run's env steps unless
+            it is given.
+        fixed_by_checkpoint: options that a checkpoint's networks depend on: another value cannot go
+            on from it.
+        losses: learner metrics for the status line.
+        smoke: options that make the algorithm tiny.
     """
 
-    task_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    other_task_values: ClassVar[Mapping[str, Any]] = {}
+    presets: ClassVar[Mapping[str, Setting]] = {"default": {}}
+    runs: ClassVar[Mapping[str, RunDefaults]] = RUN_DEFAULTS
+    task_values: ClassVar[Mapping[str, Setting]] = {}
+    other_task_values: ClassVar[Setting] = {}
+    decays: ClassVar[tuple[tuple[str, str], ...]] = ()
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ()
+    losses: ClassVar[tuple[str, ...]] = ("critic_loss", "actor_loss")
+    smoke: ClassVar[Setting] = {}
 
     def __post_init__(self) -> None:
-        options, types = options_of(type(self)), _types(type(self))
-        for name in options:
-            value = getattr(self, name)
-            value = tuple(value) if isinstance(value, list) else value
-            object.__setattr__(self, name, _checked_type(name, value, types[name]))
-        for name, declared in options.items():
-            _check_value(name, getattr(self, name), declared, types[name])
+        types = _types(type(self))
+        for name, declared in options_of(type(self)).items():
+            value = _checked(name, getattr(self, name), types[name], declared.metadata)
+            object.__setattr__(self, name, value)
         self.check()
 
     def check(self) -> None:
         """Raises `ValueError` where options contradict one another."""
 
+    @classmethod
+    def resolve(
+        cls,
+        preset: str = "default",
+        given: Setting | None = None,
+        env: str | None = None,
+        env_steps: int | None = None,
+    ) -> Self:
+        """Returns the options of a run: defaults, over them the preset, over both what is given.
+
+        Args:
+            preset: a name in `presets`.
+            given: text such as "1e-4" and "none" counts as on the command line, except where a
+                word is meant.
+            env: its task's values replace what is none (`task_values`); without one, none stays.
+            env_steps: of the run: what moves over a run (`decays`) moves over all of them, unless
+                its steps are given.
+
+        Raises:
+            ValueError: a preset or option that does not exist, or a value that is not allowed.
+        """
+        values, given = {**cls.preset(preset)}, given or {}
+        for name, value in given.items():
+            check_name(name, cls)
+            is_word = bool(options_of(cls)[name].metadata["choices"])
+            is_text = isinstance(value, str) and not is_word
+            values[name] = parse_option(name, str(value), cls) if is_text else value
+        if env_steps is not None:
+            for end, steps in cls.decays:
+                if values.get(end, getattr(cls, end)) is not None and steps not in given:
+                    values[steps] = max(1, env_steps)
+        return cls(**values) if env is None else cls.for_task(values, env)
+
+    @classmethod
+    def for_task(cls, values: Setting, env: str) -> Self:
+        """Returns the options with these values, and `env`'s own where they are none."""
+        task = env.rsplit("/", 1)[-1].rsplit("-v", 1)[0]
+        own = cls.task_values.get(task, cls.other_task_values)
+        left = {n: v for n, v in own.items() if values.get(n, getattr(cls, n)) is None}
+        return cls(**{**values, **left})
+
+    @classmethod
+    def preset(cls, name: str) -> Setting:
+        """Returns the preset's options. Raises `ValueError` if there is no preset of that name."""
+        if name not in cls.presets:
+            raise ValueError(
+                f"{cls.__name__.removesuffix('Hyperparameters')} has no preset {name!r}: it must "
+                f"be one of {', '.join(cls.presets)}."
+            )
+        return cls.presets[name]
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def values_for_task(self, env_id: str) -> dict[str, Any]:
-        """The options that are left to the task ("none") and their values for `env_id`."""
-        task = env_id.rsplit("/", 1)[-1].rsplit("-v", 1)[0]
-        values = self.task_values.get(task, self.other_task_values)
-        return {name: value for name, value in values.items() if getattr(self, name) is None}
-
-    def resolved_for(self, env_id: str) -> Self:
-        """With `values_for_task` filled in."""
-        return dataclasses.replace(self, **self.values_for_task(env_id))
+    def to_json(self) -> dict[str, Any]:
+        """Returns the options as they come back from a JSON file: tuples are lists."""
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in self.to_dict().items()}
 
 
-def options_of(kind: type[Options]) -> dict[str, dataclasses.Field[Any]]:
-    """The options by name, a class's own ones before those that it inherits."""
+def options_of(kind: type[Options]) -> Mapping[str, dataclasses.Field[Any]]:
+    """Returns the options by name, a class's own ones before those that it inherits."""
     inherited = {
         f.name
         for base in kind.__bases__
         if dataclasses.is_dataclass(base)
         for f in dataclasses.fields(base)
     }
-    options = {f.name: f for f in dataclasses.fields(kind)}
-    own = [name for name in options if name not in inherited]
-    return {name: options[name] for name in [*own, *(n for n in options if n in inherited)]}
+    # Stable: each of the two keeps its order.
+    ordered = sorted(dataclasses.fields(kind), key=lambda f: f.name in inherited)
+    return {f.name: f for f in ordered}
+
+
+def defaults_of(kind: type[Options]) -> dict[str, Any]:
+    """Returns the default of every option, in the order of the fields."""
+    return {f.name: f.default for f in dataclasses.fields(kind)}
 
 
 def check_name(name: str, kind: type[Options]) -> None:
@@ -115,40 +199,41 @@ def check_name(name: str, kind: type[Options]) -> None:
     names = tuple(options_of(kind))
     if name not in names:
         raise ValueError(
-            f"There is no option {name!r}.{_nearest(name, names)}"
+            f"There is no option {name!r}.{nearest(name, names)}"
             f" The options are: {', '.join(names)}."
         )
 
 
-def parse_option(name: str, text: str, kind: type[Options]) -> Any:
-    """The value of option `name` as written on a command line ("1e-4", "none", "256,256")."""
+def parse_option(name: str, text: str, kind: type[Options]) -> OptionValue:
+    """Returns the value of an option as written on a command line ("1e-4", "none", "256,256").
+
+    Raises:
+        ValueError: no option is called `name`, or the text is not of its type.
+    """
     check_name(name, kind)
     declared = _types(kind)[name]
     text = text.strip()
-    if _optional(declared) and text.lower() in ("none", "null"):
+    if declared.optional and text.lower() in ("none", "null"):
         return None
-    base = _base(declared)
     try:
-        if base is bool:
+        if declared.base is bool:
             return {"true": True, "false": False}[text.lower()]
-        if base is int:
+        if declared.base is int:
             number = float(text)  # so that 1e6 and 1_000_000 are both understood
             if not number.is_integer():
                 raise ValueError
             return int(number)
-        if base is float:
+        if declared.base is float:
             return float(text)
-        if base is tuple:
+        if declared.base is tuple:
             return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
     except (ValueError, KeyError, OverflowError):
-        raise ValueError(
-            f"{name}={text!r} is not valid: it must be {_describe(declared)}."
-        ) from None
+        raise ValueError(f"{name}={text!r} is not valid: it must be {declared}.") from None
     return text
 
 
 def option_table(kind: type[Options]) -> str:
-    """The options as a Markdown table, for the README."""
+    """Returns the options as a Markdown table, for the README."""
     rows = ["| option | symbol | default | meaning |", "|---|---|---|---|"]
     for name, declared in options_of(kind).items():
         default = declared.default
@@ -161,84 +246,90 @@ def option_table(kind: type[Options]) -> str:
     return "\n".join(rows)
 
 
-def require(name: str, value: Any, holds: bool, allowed: str) -> None:
+def require(name: str, value: object, holds: bool, allowed: str) -> None:
     """Raises `ValueError` naming option, value and what is allowed, unless `holds`."""
     if not holds:
         raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}.")
-
-
-def _check_value(name: str, value: Any, declared: dataclasses.Field[Any], kind: Any) -> None:
-    if value is None:
-        return
-    allowed: Range | None = declared.metadata["range"]
-    if allowed is not None:
-        text = allowed.text + (", or none" if _optional(kind) else "")
-        require(name, value, allowed.holds(value), text)
-    choices = declared.metadata["choices"]
-    if choices and value not in choices:
-        raise ValueError(
-            f"{name}={value!r} does not exist: it must be one of {', '.join(choices)}."
-            + _nearest(value, choices)
-        )
-
-
-def _types(kind: type[Options]) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _optional(kind: Any) -> bool:
-    return type(None) in typing.get_args(kind)
-
-
-def _base(kind: Any) -> Any:
-    if _optional(kind):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    return typing.get_origin(kind) or kind
-
-
-def _describe(kind: Any) -> str:
-    words = {
-        int: "an integer",
-        float: "a finite number",
-        bool: "true or false",
-        str: "a word",
-        tuple: "a list of integers, such as [256, 256]",
-    }[_base(kind)]
-    return words + (" or none" if _optional(kind) else "")
-
-
-def _checked_type(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the declared type (an integer is accepted for a float), or `ValueError`."""
-    base = _base(kind)
-    if value is None and _optional(kind):
-        return None
-    if not isinstance(value, bool):  # NumPy's numbers are as good as Python's
-        if base is float and isinstance(value, numbers.Real):
-            try:
-                value = float(value)
-            except OverflowError:
-                value = math.inf
-        if base is int and (
-            isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer())
-        ):
-            value = int(value)
-    valid = isinstance(value, base) and (base is bool or not isinstance(value, bool))
-    if valid and base is float:
-        valid = math.isfinite(value)
-    if valid and base is tuple:
-        valid = all(isinstance(p, numbers.Integral) and not isinstance(p, bool) for p in value)
-        value = tuple(int(part) for part in value) if valid else value
-    if not valid:
-        raise ValueError(f"{name}={value!r} is not valid: it must be {_describe(kind)}.")
-    return value
-
-
-def _nearest(name: Any, names: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(str(name), names, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def require_at_least(option: str, value: int | None, least: int) -> None:
     """Raises `ValueError` that names `option` ("--k") if `value` is given and below `least`."""
     if value is not None and value < least:
         raise ValueError(f"{option} {value} is not allowed: it must be {least} or more.")
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" with the nearest of `names`; "" if none is near."""
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class _Type(NamedTuple):
+    """The declared type of an option."""
+
+    base: type
+    optional: bool
+
+    def __str__(self) -> str:
+        words = {
+            int: "an integer",
+            float: "a finite number",
+            bool: "true or false",
+            str: "a word",
+            tuple: "a list of integers, such as [256, 256]",
+        }
+        return words[self.base] + (" or none" if self.optional else "")
+
+
+def _types(kind: type[Options]) -> dict[str, _Type]:
+    found = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        members = typing.get_args(hint)
+        optional = type(None) in members
+        base = members[0] if optional else hint
+        found[name] = _Type(typing.get_origin(base) or base, optional)
+    return found
+
+
+def _checked(name: str, value: Any, declared: _Type, metadata: Mapping[str, Any]) -> Any:
+    """Returns an allowed value as the declared type; a float may be given as an integer.
+
+    Raises:
+        ValueError: the value is of another type, or not one that the option may take.
+    """
+    if value is None and declared.optional:
+        return None
+    value = _converted(value, declared.base)
+    valid = isinstance(value, declared.base) and (declared.base is bool or type(value) is not bool)
+    if declared.base is float:
+        valid = valid and math.isfinite(value)
+    if declared.base is tuple:
+        valid = valid and all(type(part) is int for part in value)
+    if not valid:
+        raise ValueError(f"{name}={value!r} is not valid: it must be {declared}.")
+    allowed: Range | None = metadata["range"]
+    if allowed is not None:
+        text = allowed.text + (", or none" if declared.optional else "")
+        require(name, value, allowed.holds(value), text)
+    choices = metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(
+            f"{name}={value!r} does not exist: it must be one of {', '.join(choices)}."
+            + nearest(value, choices)
+        )
+    return value
+
+
+def _converted(value: Any, base: type) -> Any:
+    """Returns a number as `base` where nothing is lost, NumPy's included; else the value itself."""
+    if base is tuple and isinstance(value, list | tuple):
+        return tuple(_converted(part, int) if type(part) is not float else part for part in value)
+    if base not in (int, float) or isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.inf if base is float else value
+    if base is float:
+        return number
+    return math.trunc(value) if number.is_integer() else value

@@ -1,4 +1,4 @@
-"""QVPO's learner: one update of actor, critics and targets."""
+"""QVPO's networks and learner: one update of actor, critics and targets."""
 
 import dataclasses
 import math
@@ -10,21 +10,22 @@ from torch import Tensor
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import matmul_precision
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters, QVPOHyperparameters
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
 
-# Rate of the running mean and standard deviation of Q that `qexp` normalises with (the authors'
-# program's alpha_mean and alpha_std).
+# Rate of the running mean and standard deviation by which `qexp` normalises Q (alpha_mean and
+# alpha_std in the authors' program).
 Q_STATISTICS_RATE = 1e-3
-# States of a batch whose samples' distances are taken, N_d² each: a batch's states are in no order.
+# `nearest_sample_distance` is taken of so many states, since each costs N_d² distances. They are
+# the batch's first: its states are in no order.
 DISTANCE_STATES = 16
 
 
 class UpdateNoise(NamedTuple):
-    """Every random number of one update, so that another implementation can be fed the same."""
+    """Every random number of one update: tests feed another implementation the same ones."""
 
     target: Tensor  # [T, B, K_t, A] standard normal: the TD target's actions
     policy: Tensor  # [T, B, N_d, A] standard normal: the policy samples
@@ -41,24 +42,21 @@ class QVPONetworks(ActorCritic):
     target_actor: NoisePredictor
     target_critic: TwinQ
 
-    def __init__(self, obs_dim: int, act_dim: int, hp: QVPOHyperparameters) -> None:
+    def __init__(self, obs_dim: int, act_dim: int, hp: DiffusionHyperparameters) -> None:
         super().__init__(
             NoisePredictor(obs_dim, act_dim, hp.hidden, hp.diffusion_steps),
             TwinQ(obs_dim, act_dim, hp.hidden),
+            act_dim,
         )
-        self.act_dim = act_dim
         self.schedule = NoiseSchedule(hp.noise_schedule, hp.diffusion_steps)
 
 
-class QVPOLearner(OffPolicyLearner):
+class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNoise]):
     """One QVPO learner on one device; see `OffPolicyLearner` for its arguments.
 
     Raises:
-        ValueError: the hyperparameters ask for what the device has not.
+        ValueError: the device cannot do what the hyperparameters ask for, or `k_target` is None.
     """
-
-    networks: QVPONetworks
-    hp: QVPOHyperparameters
 
     def __init__(
         self,
@@ -69,9 +67,7 @@ class QVPOLearner(OffPolicyLearner):
         device: torch.device | str,
     ) -> None:
         if hp.k_target is None:
-            raise ValueError(
-                "k_target is not resolved: give a number (see presets.resolve_for_task)."
-            )
+            raise ValueError("k_target is not resolved: give a number (see Options.resolve).")
         device = torch.device(device)
         if hp.sampling_precision == "tf32" and device.type != "cuda":
             raise ValueError(
@@ -85,9 +81,7 @@ class QVPOLearner(OffPolicyLearner):
 
     def graph_constants(self, hp: QVPOHyperparameters) -> QVPOHyperparameters:
         return dataclasses.replace(
-            hp,
-            actor_lr=1.0,
-            critic_lr=1.0,
+            super().graph_constants(hp),
             entropy_weight=0.0,
             entropy_weight_end=None,
             entropy_weight_floor=0.0,
@@ -100,13 +94,6 @@ class QVPOLearner(OffPolicyLearner):
 
     def settings_in_force(self) -> dict[str, float]:
         return {"entropy_weight": float(self.entropy_weight)}
-
-    def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
-        critic_batch = policy_batch = replay.sample(self.hp.batch_size)
-        if self.hp.update_order == "critic_then_policy":
-            policy_batch = replay.sample(self.hp.batch_size)
-        noise = self.draw_update_noise(self.hp.batch_size)
-        return self._update(critic_batch, policy_batch, noise)
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
         hp, act_dim, device = self.hp, self.networks.act_dim, self.device
@@ -129,13 +116,19 @@ class QVPOLearner(OffPolicyLearner):
             forward=torch.randn(rows, act_dim, generator=generator, device=device),
         )
 
+    def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
+        critic_batch = replay.sample(self.hp.batch_size)
+        if self.hp.update_order == "policy_then_critic":
+            return self.update(critic_batch)
+        return self.update(critic_batch, replay.sample(self.hp.batch_size))
+
     def update(
         self,
         critic_batch: Transitions,
         policy_batch: Transitions | None = None,
         noise: UpdateNoise | None = None,
     ) -> dict[str, Tensor]:
-        """One update of critics, actor and targets (Algorithm 1, lines 4 to 11).
+        """Does one update of critics, actor and targets (Algorithm 1, lines 4 to 11).
 
         Args:
             critic_batch: transitions for the TD loss.
@@ -147,19 +140,14 @@ class QVPOLearner(OffPolicyLearner):
         """
         if policy_batch is None:
             policy_batch = critic_batch
-        if policy_batch.reward.shape != critic_batch.reward.shape:
+        batch_size = critic_batch.reward.shape[0]
+        if policy_batch.reward.shape[0] != batch_size:
             raise ValueError(
-                f"The two batches must be of one size, not {critic_batch.reward.shape[0]} and "
+                f"The two batches must be of one size, not {batch_size} and "
                 f"{policy_batch.reward.shape[0]}."
             )
         if noise is None:
-            noise = self.draw_update_noise(critic_batch.reward.shape[0])
-        self.num_updates += 1
-        return self._update(critic_batch, policy_batch, noise)
-
-    def _update(
-        self, critic_batch: Transitions, policy_batch: Transitions, noise: UpdateNoise
-    ) -> dict[str, Tensor]:
+            noise = self.draw_update_noise(batch_size)
         if self.hp.update_order == "critic_then_policy":
             metrics = self._update_critic(critic_batch, noise)
             metrics |= self._update_policy(policy_batch.obs, noise)
@@ -216,7 +204,7 @@ class QVPOLearner(OffPolicyLearner):
         }
 
     def _sample_actions(self, actor: NoisePredictor, obs: Tensor, noise: Tensor) -> Tensor:
-        """`sample_actions` in the sampling precision."""
+        """Returns `sample_actions` in the sampling precision."""
         dtype = torch.bfloat16 if self.hp.sampling_precision == "bf16" else None
         with matmul_precision(self.hp.sampling_precision):
             return sample_actions(
@@ -237,9 +225,10 @@ class QVPOLearner(OffPolicyLearner):
 
 
 def nearest_sample_distance(samples: Tensor) -> Tensor:
-    """Mean Euclidean distance of a sample to the nearest other one of its state: [B, N, A] → [].
+    """Returns a sample's mean Euclidean distance to the nearest other one of its state.
 
-    It is zero where the N samples of a state have collapsed into clusters; 0 for N = 1.
+    [B, N, A] → []. It is near 0 where the samples of a state have collapsed into clusters, and 0
+    for N = 1.
     """
     num_samples = samples.shape[1]
     if num_samples == 1:

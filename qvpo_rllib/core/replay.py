@@ -1,4 +1,4 @@
-"""The replay buffer, and the ledger of the updates that its transitions are owed."""
+"""The replay buffer, and the ledger of the updates that are owed for its transitions."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from qvpo_rllib.core.seeding import restore_generator
 
 
 class Transitions(NamedTuple):
-    """Columns of B transitions, float32. Actions are scaled to [-1, 1]."""
+    """Columns of B transitions, float32. Actions are in [-1, 1]."""
 
     obs: Tensor  # [B, O]
     action: Tensor  # [B, A]
@@ -25,7 +25,7 @@ class Transitions(NamedTuple):
 def replay_bytes(
     capacity: int, obs_dim: int, act_dim: int, *, improves_actions: bool = False
 ) -> int:
-    """Bytes that a replay of this size takes."""
+    """Returns the bytes that a replay of this size takes."""
     num_actions = 2 if improves_actions else 1
     return capacity * (2 * obs_dim + num_actions * act_dim + 2) * 4
 
@@ -36,8 +36,8 @@ class ReplayBuffer:
     Sampling is uniform with replacement and draws from the buffer's own generator, on `device`.
 
     Args:
-        improves_actions: keep a second copy of each action, `improved_action`, for a learner to
-            write better ones over it.
+        improves_actions: keeps a second copy of each action, `improved_action`, which a learner
+            overwrites by better ones.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ReplayBuffer:
         if improves_actions:
             self.improved_action = torch.zeros_like(self.columns.action)
         self.size = 0
-        # The same number where the device reads it: a captured graph sees it grow.
+        # The same number on the device, where a captured graph reads it as it grows.
         self._size = torch.zeros((), dtype=torch.float64, device=self.device)
         self.num_added = 0
         self.generator = Generator(device=self.device)
@@ -70,7 +70,7 @@ class ReplayBuffer:
         return self.size
 
     def add(self, transitions: Transitions) -> None:
-        """Appends a batch of transitions; in order of time, on any device."""
+        """Appends a batch of transitions, in order of time, from any device."""
         columns = [torch.as_tensor(column) for column in transitions]
         num_new = columns[0].shape[0]
         for name, new, own in zip(Transitions._fields, columns, self.columns, strict=True):
@@ -98,15 +98,15 @@ class ReplayBuffer:
         own[: kept - first] = new[first:].to(own)
 
     def sample(self, batch_size: int) -> Transitions:
-        """`batch_size` transitions, uniform with replacement."""
+        """Returns `batch_size` transitions, drawn uniformly with replacement."""
         index = self.sample_index(batch_size)
         return Transitions(*(column.index_select(0, index) for column in self.columns))
 
     def sample_index(self, batch_size: int) -> Tensor:
-        """The rows of such a sample in `columns` and `improved_action`: [batch_size] int64."""
+        """Returns such a sample's rows in `columns` and `improved_action`, [batch_size] int64."""
         if self.size == 0:
             raise ValueError("The replay is empty: add transitions before sampling.")
-        # Double precision reaches every index; a product with the size needs no host.
+        # Double precision reaches every index. The product with the size stays on the device.
         share = torch.rand(
             batch_size, generator=self.generator, dtype=torch.float64, device=self.device
         )
@@ -114,11 +114,11 @@ class ReplayBuffer:
 
     @property
     def oldest(self) -> int:
-        """Number of the oldest transition held; the first that was ever added is number 0."""
+        """The number of the oldest transition held; the very first one added is number 0."""
         return self.num_added - self.size
 
     def rows(self, first: int, last: int) -> list[Transitions]:
-        """Transitions number `first` to `last` - 1, all held, as one or two views of the ring."""
+        """Returns transitions `first` to `last` - 1, all held, as one or two views of the ring."""
         start, count = first % self.capacity, last - first
         in_front = min(count, self.capacity - start)
         parts = [slice(start, start + in_front)]
@@ -127,16 +127,16 @@ class ReplayBuffer:
         return [Transitions(*(column[part] for column in self.columns)) for part in parts]
 
     def segments(self) -> list[Transitions]:
-        """Everything held, oldest first, as one or two views of the ring."""
+        """Returns everything held, oldest first, as one or two views of the ring."""
         return self.rows(self.oldest, self.num_added)
 
     def improved_actions(self) -> Tensor:
-        """`improved_action` of everything held, oldest first, as a copy: [size, A]."""
+        """Returns a copy of `improved_action` of everything held, oldest first: [size, A]."""
         assert self.improved_action is not None
         return self.improved_action.index_select(0, self._rows_by_age())
 
     def set_improved_actions(self, actions: Tensor) -> None:
-        """Restores `improved_actions()` after `load`: the newest are kept if there is less room."""
+        """Restores `improved_actions()` after `load`; a smaller ring keeps the newest."""
         assert self.improved_action is not None
         newest = actions[actions.shape[0] - self.size :].to(self.improved_action)
         self.improved_action.index_copy_(0, self._rows_by_age(), newest)
@@ -146,7 +146,7 @@ class ReplayBuffer:
         return numbers % self.capacity
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the generator's state; the transitions themselves are `segments()`."""
+        """Returns counters and the generator's state; `segments()` has the transitions."""
         return {
             "capacity": self.capacity,
             "num_added": self.num_added,
@@ -154,10 +154,13 @@ class ReplayBuffer:
         }
 
     def load(self, state: dict[str, Any], parts: Sequence[Transitions]) -> None:
-        """Restores what `state_dict()` and `segments()` gave, oldest first.
+        """Restores `state_dict()` and `segments()`, oldest first.
 
-        Into a ring of another capacity go the newest transitions that it can hold; they are then
-        numbered from 0.
+        A ring of another capacity takes the newest transitions that it can hold, and numbers the
+        given ones from 0.
+
+        Raises:
+            ValueError: there are more or fewer transitions than the counters say.
         """
         num_added, held = int(state["num_added"]), sum(part.reward.shape[0] for part in parts)
         expected = min(num_added, int(state["capacity"]))
@@ -176,9 +179,9 @@ class ReplayBuffer:
 
 @dataclass
 class UpdateLedger:
-    """updates owed = floor(ratio · (ingested - warm-up)) - updates done.
+    """Counts the updates that a run owes: floor(ratio · (ingested - warm-up)) - updates done.
 
-    The ratio is exact (0.1 is a tenth, not its binary neighbour), so nothing drifts.
+    The ratio is exact (0.1 is a tenth, not its binary neighbour), so the count never drifts.
     """
 
     update_ratio: float
@@ -189,25 +192,29 @@ class UpdateLedger:
 
     @property
     def owed(self) -> int:
+        """The updates to do now."""
         steps = self.ingested - self.warmup_steps - self.free_steps
         return max(0, math.floor(Fraction(repr(self.update_ratio)) * steps) - self.done)
 
     @property
     def warming_up(self) -> bool:
+        """Whether env steps are still taken at random."""
         lost = self.free_steps if self.done == 0 else 0
         return self.ingested - lost < self.warmup_steps
 
     def rebase(self, *, refill: bool) -> None:
-        """From here on as if nothing were owed: the ratio or the warm-up was changed.
+        """Forgives what is owed, since the ratio or the warm-up has changed.
 
-        With `refill` the replay was lost too: one warm-up fills it again before updates are owed.
+        With `refill`, since the replay is lost: updates are owed again after one more warm-up.
         """
         paid_for = math.ceil(Fraction(self.done) / Fraction(repr(self.update_ratio)))
         self.free_steps = self.ingested - paid_for - (0 if refill else self.warmup_steps)
 
     def state_dict(self) -> dict[str, int]:
+        """Returns the counts, without ratio and warm-up."""
         return {"ingested": self.ingested, "done": self.done, "free_steps": self.free_steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restores `state_dict()`."""
         self.ingested, self.done = state["ingested"], state["done"]
         self.free_steps = state["free_steps"]

@@ -1,11 +1,12 @@
-"""Drawing actions from the diffusion policy and ranking them by the critics, without gradients.
+"""Drawing actions from the diffusion policy, ranking them by the critics, and acting by the best.
 
-Nine tenths of an update is spent here, so the exact savings are made here: the observation's share
-of a first layer is computed once per state, the step's share once per step, Mish needs a single
-exponential and works in place, and states are taken in chunks whose activations stay in cache.
+None of it has gradients. An update spends nine tenths of its time here, so this module saves what
+it can without changing a number: it computes the observation's share of a first layer once per
+state and the step's share once per step, its Mish needs a single exponential and works in place,
+and it takes states in chunks whose activations stay in cache.
 
-`denoise` and `lowest_q` do the work on one chunk. They are plain functions of tensors; an engine
-may hand in compiled ones, or have `native.py` do it all (see `engine.py`).
+`denoise` and `lowest_q` do the work on one chunk. They are plain functions of tensors: an engine
+may pass compiled ones, or let `native.py` do everything (see `engine.py`).
 """
 
 from collections.abc import Callable
@@ -20,15 +21,15 @@ from qvpo_rllib.core.losses import best_of
 from qvpo_rllib.core.native import PackedActor, PackedCritic
 from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
 
-# Rows (states × samples) worked on at once on a CPU: 2048 rows of 256 floats are two megabytes that
-# two cores share. Larger chunks leave the cache, smaller ones cost more calls.
+# Rows (states × samples) of a chunk on a CPU: 2048 rows of 256 floats are two megabytes, which two
+# cores share. Larger chunks leave the cache, smaller ones cost more calls.
 CPU_CHUNK_ROWS = 2048
-# Reverse steps in one call of `denoise`: what a compiler unrolls. Any number gives the same result.
+# Reverse steps in one call of `denoise`, which a compiler unrolls. The result is the same for any.
 STEPS_PER_CALL = 5
 
 
 class Trunk(NamedTuple):
-    """The parameters of a `SplitMLP` that meet the action, [out, in] and [out] as `nn.Linear`'s."""
+    """The parameters of a `SplitMLP` that act on the action, shaped as those of `nn.Linear`."""
 
     action_weight: Tensor  # the action's part of the first layer
     weights: list[Tensor]  # the layers behind it
@@ -36,6 +37,7 @@ class Trunk(NamedTuple):
 
     @classmethod
     def of(cls, mlp: SplitMLP, action_part: int, dtype: torch.dtype | None = None) -> "Trunk":
+        """Returns the trunk of `mlp`, cast to `dtype` if one is given."""
         layers = mlp.linears()[1:]
         trunk = cls(
             mlp.first_weights()[action_part].contiguous(),
@@ -59,17 +61,17 @@ def draw_noise(
     generator: Generator,
     device: torch.device,
 ) -> Tensor:
-    """The standard normal noise of one call of `sample_actions`, [T, B, N, A]."""
+    """Returns the standard normal noise for one call of `sample_actions`, [T, B, N, A]."""
     shape = (diffusion_steps, num_states, num_samples, act_dim)
     return torch.randn(shape, generator=generator, device=device)
 
 
 def run_trunk(actions: Tensor, first: Tensor, trunk: Trunk) -> Tensor:
-    """The network's output for S·N rows of S states.
+    """Returns the network's output for S·N rows of S states, [S·N, out].
 
     Args:
         actions: [S·N, A], state by state.
-        first: [S, H], everything else that the first layer adds up, bias included.
+        first: [S, H], the sum of the first layer's other parts, bias included.
     """
     pre = linear(actions.to(first.dtype), trunk.action_weight)
     hidden = mish_(pre.view(first.shape[0], -1, first.shape[1]).add_(first[:, None]))
@@ -82,7 +84,7 @@ def run_trunk(actions: Tensor, first: Tensor, trunk: Trunk) -> Tensor:
 def denoise(
     x: Tensor, firsts: list[Tensor], noises: list[Tensor], constants: list[Tensor], trunk: Trunk
 ) -> Tensor:
-    """As many reverse steps as the lists have entries, for one chunk of S states.
+    """Returns x after as many reverse steps as the lists have entries, for one chunk of S states.
 
     Args:
         x: [S·N, A], state by state.
@@ -96,13 +98,13 @@ def denoise(
 
 
 def lowest_q(actions: Tensor, firsts: list[Tensor], trunks: list[Trunk]) -> Tensor:
-    """The twins' minimum for one chunk: actions [S·N, A], firsts twice [S, H] → [S·N]."""
+    """Returns the twins' minimum for one chunk: actions [S·N, A], firsts twice [S, H] → [S·N]."""
     q1, q2 = (run_trunk(actions, first, trunk) for first, trunk in zip(firsts, trunks, strict=True))
     return torch.minimum(q1, q2).squeeze(-1)
 
 
 class SamplerKernels(NamedTuple):
-    """What works on a chunk; with `native`, the library of `native.py` does float32 on a CPU."""
+    """The functions that work on a chunk; with `native`, `native.py` does float32 on a CPU."""
 
     denoise: Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor], Trunk], Tensor] = denoise
     lowest_q: Callable[[Tensor, list[Tensor], list[Trunk]], Tensor] = lowest_q
@@ -121,16 +123,19 @@ def sample_actions(
     kernels: SamplerKernels = EAGER,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """N actions per state from π_θ(a | s) by the reverse process.
+    """Returns N actions per state from π_θ(a | s), drawn by the reverse process.
 
     Args:
         obs: [B, O].
-        noise: [T, B, N, A] standard normal; the first slice is x_T, slice i is what the i-th
-            reverse step adds. The last reverse step adds none.
+        noise: [T, B, N, A] standard normal; the first slice is x_T, and the i-th reverse step adds
+            slice i. The last reverse step adds none.
         dtype: of the network's products and activations; the parameters' own if None.
 
     Returns:
         [B, N, A] in [-1, 1].
+
+    Raises:
+        ValueError: the noise is for another number of steps.
     """
     steps, num_states, num_samples, act_dim = noise.shape
     if steps != schedule.diffusion_steps:
@@ -143,7 +148,7 @@ def sample_actions(
         firsts = firsts.to(dtype)
     trunk = Trunk.of(actor.mlp, 0, dtype)
     constants = schedule.reverse_steps.to(noise.dtype).flip(0).unbind()
-    # What each step adds; the last one's sigma is zero, so its noise may be any.
+    # Each step's noise; the last one's standard deviation is zero, so its noise may be any.
     noises = torch.cat([noise[1:], noise[:1]])
     per_call = next(n for n in range(min(steps, STEPS_PER_CALL), 0, -1) if steps % n == 0)
     actions = torch.empty_like(noise[0])
@@ -162,7 +167,7 @@ def sample_actions(
 
 @torch.no_grad()
 def min_q(critic: TwinQ, obs: Tensor, actions: Tensor, kernels: SamplerKernels = EAGER) -> Tensor:
-    """The lower of the twins' estimates for N actions per state: [B, O], [B, N, A] → [B, N]."""
+    """Returns the twins' minimum for N actions per state: [B, O], [B, N, A] → [B, N]."""
     if kernels.native:
         return PackedCritic(critic).min_q(obs, actions)
     num_states, num_samples, act_dim = actions.shape
@@ -177,35 +182,6 @@ def min_q(critic: TwinQ, obs: Tensor, actions: Tensor, kernels: SamplerKernels =
     return lowest
 
 
-def select_actions(
-    actor: NoisePredictor,
-    critic: TwinQ,
-    schedule: NoiseSchedule,
-    obs: Tensor,
-    noise: Tensor,
-    kernels: SamplerKernels = EAGER,
-) -> tuple[Tensor, Tensor | None]:
-    """The K-efficient policy π_θ^K (section 4.4): the best of K actions by the critics' minimum.
-
-    Args:
-        obs: [B, O].
-        noise: [T, B, K, A].
-
-    Returns:
-        The actions [B, A] in [-1, 1] and their Q [B]; Q is None where K = 1, which ranks nothing.
-    """
-    actions = sample_actions(actor, schedule, obs, noise, kernels)
-    return highest(actions, lambda: min_q(critic, obs, actions, kernels))
-
-
-def highest(actions: Tensor, q: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Of actions [B, K, A] those of the highest q() [B, K]; see `select_actions`."""
-    if actions.shape[1] == 1:
-        return actions[:, 0], None
-    top_q, top = best_of(q(), actions)
-    return top[:, 0], top_q[:, 0]
-
-
 def _chunks(num_states: int, num_samples: int, device: torch.device) -> list[slice]:
     size = num_states
     if device.type == "cpu":
@@ -214,10 +190,11 @@ def _chunks(num_states: int, num_samples: int, device: torch.device) -> list[sli
 
 
 class ActionSelector:
-    """`select_actions` of given networks; what depends on the weights alone is kept between calls.
+    """Acts by the K-efficient policy π_θ^K (section 4.4): the best of K actions by the critics.
 
-    Call `weights_changed` after an optimiser's step. Weights that are loaded or otherwise written
-    in place are noticed.
+    It keeps what depends on the weights alone from one call to the next. Call `weights_changed`
+    after an optimiser's step; the selector notices by itself when weights are loaded or otherwise
+    written in place.
     """
 
     def __init__(
@@ -225,7 +202,7 @@ class ActionSelector:
         actor: NoisePredictor,
         critic: TwinQ,
         schedule: NoiseSchedule,
-        kernels: SamplerKernels,
+        kernels: SamplerKernels = EAGER,
     ) -> None:
         self.actor, self.critic, self.schedule = actor, critic, schedule
         self.kernels = kernels
@@ -234,21 +211,37 @@ class ActionSelector:
         self._packed_version = 0
 
     def weights_changed(self) -> None:
-        """The weights are others now: PyTorch's fused optimisers leave no trace on a tensor."""
+        """Drops what was kept: PyTorch's fused optimisers do not raise a tensor's version."""
         self._packed = None
 
     @torch.no_grad()
-    def select(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
-        """obs [B, O], noise [T, B, K, A] → actions [B, A], Q [B] or None; see `select_actions`."""
-        if not self.kernels.native:
-            return select_actions(self.actor, self.critic, self.schedule, obs, noise, self.kernels)
-        actor, critic = self._packed_weights()
-        actions = actor.sample(obs, noise)
-        return highest(actions, lambda: critic.min_q(obs, actions))
+    def act(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns, of K actions per state, the one of the highest minimum of the twins, and that Q.
+
+        Args:
+            obs: [B, O].
+            noise: [T, B, K, A], see `sample_actions`.
+
+        Returns:
+            The actions [B, A] in [-1, 1] and their Q [B]; Q is None for K = 1, which ranks nothing.
+        """
+        if self.kernels.native:
+            actor, critic = self._packed_weights()
+            actions = actor.sample(obs, noise)
+        else:
+            actions = sample_actions(self.actor, self.schedule, obs, noise, self.kernels)
+        if actions.shape[1] == 1:
+            return actions[:, 0], None
+        if self.kernels.native:
+            q = critic.min_q(obs, actions)
+        else:
+            q = min_q(self.critic, obs, actions, self.kernels)
+        top_q, top = best_of(q, actions)
+        return top[:, 0], top_q[:, 0]
 
     @torch.no_grad()
     def q_of(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """The lower of the critics' estimates: obs [B, O], actions [B, A] → [B]."""
+        """Returns the twins' minimum: obs [B, O], actions [B, A] → [B]."""
         return min_q(self.critic, obs, actions[:, None], self.kernels)[:, 0]
 
     def _packed_weights(self) -> tuple[PackedActor, PackedCritic]:

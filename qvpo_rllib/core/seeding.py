@@ -1,8 +1,8 @@
-"""One seed for a run, and independent streams spawned from it for everything that is random.
+"""The independent streams of random numbers that a run spawns from its one seed.
 
-Adding small integers to a seed, as RLlib does, makes neighbouring seeds share environments.
-`numpy.random.SeedSequence` hashes the run's seed together with a key that says what the stream is
-for, so any two (seed, purpose, indices) are independent.
+RLlib adds small integers to a seed, so that neighbouring seeds share environments. Here
+`numpy.random.SeedSequence` hashes the run's seed together with a key that names the stream, so any
+two of (seed, purpose, indices) are independent.
 """
 
 import enum
@@ -12,7 +12,7 @@ import torch
 
 
 class Stream(enum.IntEnum):
-    """What a stream of random numbers is for. The numbers are part of every run's identity."""
+    """The purpose of a stream of random numbers. The values are part of every run's identity."""
 
     NETWORKS = 0
     LEARNER = 1
@@ -24,28 +24,28 @@ class Stream(enum.IntEnum):
 
 
 def sequence(seed: int | None, stream: Stream, *indices: int) -> np.random.SeedSequence:
-    """The seed sequence of a stream; a run without a seed gets fresh entropy each time."""
+    """Returns a stream's seed sequence; for a run without a seed, fresh entropy each time."""
     if seed is None:
         return np.random.SeedSequence()
     return np.random.SeedSequence(seed, spawn_key=(int(stream), *indices))
 
 
 def spawn_seed(seed: int | None, stream: Stream, *indices: int) -> int:
-    """A 63-bit seed for torch or Gymnasium."""
+    """Returns a 63-bit seed for torch or Gymnasium."""
     return _seed_of(sequence(seed, stream, *indices))
 
 
 def episode_seeds(seed: int | None, env_steps: int, num_episodes: int) -> list[int]:
-    """One environment seed per evaluation episode: the same whoever runs the episode."""
+    """Returns a seed for each evaluation episode, the same whichever worker plays it."""
     parent = sequence(seed, Stream.EVALUATION, env_steps)
     return [int(s) for s in parent.generate_state(num_episodes, np.uint32)]
 
 
 def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
-    """Puts a saved state back; one saved on another kind of device seeds the generator instead.
+    """Restores a saved state; a state of another kind of device seeds the generator instead.
 
-    A CUDA generator's state does not fit a CPU's. The streams then differ from the saved run's, but
-    still follow from it.
+    A CUDA generator's state does not fit a CPU's. The stream then differs from the saved run's, but
+    still follows from it.
     """
     state = state.cpu()
     if state.shape == generator.get_state().shape:

@@ -15,9 +15,10 @@ from torch import Generator, Tensor, nn
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.errors import NonFiniteError
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters, check_name
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.losses import actor_objective
 from qvpo_rllib.core.networks import NoisePredictor
+from qvpo_rllib.core.options import check_name
 from qvpo_rllib.core.qvpo import Q_STATISTICS_RATE
 from qvpo_rllib.core.sampler import draw_noise, sample_actions
 from qvpo_rllib.core.seeding import Stream, spawn_seed
@@ -52,7 +53,7 @@ def toy_hyperparameters(
         ValueError: an unknown option, one without effect here, or a value that is not allowed.
     """
     for name in settings:
-        check_name(name)
+        check_name(name, QVPOHyperparameters)
         if name not in APPLICABLE:
             raise ValueError(
                 f"{name} has no effect on this experiment, which has one state and a known Q. "

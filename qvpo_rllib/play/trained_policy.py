@@ -36,7 +36,6 @@ class TrainedPolicy:
     """
 
     source: Path
-    algorithm: str
     env: str
     env_config: dict[str, Any]
     obs_dim: int
@@ -57,8 +56,7 @@ class TrainedPolicy:
         if (source / DESCRIPTION_FILE).is_file():
             served = load(source)
             d = served.description
-            shape = d.obs_dim, served.scale, d.k_eval
-            return cls(source, "QVPO", d.env, d.env_config, *shape, served)
+            return cls(source, d.env, d.env_config, d.obs_dim, served.scale, d.k_eval, served)
         metadata, policy = load_checkpoint(source)
         space = policy.action_space_struct
         scale, k = ActionScale(space.low, space.high), None
@@ -68,7 +66,6 @@ class TrainedPolicy:
             policy = BestOfKPolicy(policy.networks, scale, k)
         return cls(
             source,
-            metadata.algorithm,
             metadata.env,
             metadata.env_config or {},
             metadata.shapes[0],
@@ -92,14 +89,8 @@ class TrainedPolicy:
         Raises:
             ValueError: wrong shape, or `k` for a policy that draws one action.
         """
-        if isinstance(self._policy, BestOfKPolicy):
-            return self._policy.act(obs, k, generator)
-        if k is not None:
-            raise ValueError(
-                f"--k {k} is not allowed: {self.algorithm} takes one action in each state. "
-                "K is for QVPO."
-            )
-        return self.scale.to_env(self._policy.choose(obs, explore=False, generator=generator))
+        actions = self._policy.act(obs, k=k, generator=generator)
+        return actions if isinstance(self._policy, BestOfKPolicy) else self.scale.to_env(actions)
 
 
 def find_checkpoint(path: Path) -> Path:

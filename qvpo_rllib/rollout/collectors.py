@@ -1,19 +1,22 @@
-"""Where the learner's env steps come from: this process, workers in step, or workers beside it."""
+"""The sources of a learner's env steps: this process, workers in step, or workers beside it."""
 
 import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.evaluation.metrics import RolloutMetrics
 from ray.rllib.policy.sample_batch import SampleBatch
 
 from qvpo_rllib.core.replay import UpdateLedger
-from qvpo_rllib.rollout.pool import Answer, Faults, Request, WorkerPool
-from qvpo_rllib.runtime.config import OffPolicyConfig
+from qvpo_rllib.rollout.pool import Answer, Faults, Request, SamplingConfig, WorkerPool
+from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
+
+GetWeights = Callable[[], dict[str, NDArray[np.float32]]]
 
 WAIT_S = 0.1  # at most, until the next look at time-outs and at Ctrl-C
 # Fragments of each worker that are in flight or have arrived and wait: with two, a worker starts
@@ -23,62 +26,73 @@ FRAGMENTS_PER_WORKER = 2
 UPDATES_PER_READ = 8
 
 
-class Collector(Protocol):
-    """What `OffPolicyAlgorithm.training_step` needs to know of sampling."""
+class Collector:
+    """Base of the sources of env steps, and the source that `training_step` sees.
 
-    faults: Faults
+    Attributes:
+        faults: counts of what went wrong in remote workers.
+        episodes: those of remote workers that have ended since `pop_episodes`; assign to it to
+            restore them. RLlib asks the local worker itself for its episodes.
+    """
+
+    def __init__(self, ledger: UpdateLedger) -> None:
+        self.faults = Faults()
+        self.episodes: list[RolloutMetrics] = []
+        self._ledger = ledger
+        self._staleness: list[int] = []
 
     def collect(self) -> list[SampleBatch]:
-        """The next transitions, to be taken in before the next call; waits for them."""
-        ...
+        """Waits for the next transitions and returns them; take them in before the next call.
+
+        Raises:
+            KeyboardInterrupt: the run was interrupted meanwhile.
+        """
+        raise NotImplementedError
 
     def drain(self) -> list[SampleBatch]:
-        """Brings everything in flight to rest and returns what arrived, in order.
+        """Waits for everything in flight and returns what arrived, in order.
 
         Workers are idle afterwards, until the next `collect`. Fragments of workers that die
         meanwhile are lost, and counted as usual.
         """
-        ...
+        return []
 
     def reset(self) -> None:
-        """Drops whatever is in flight: the run's state has been replaced by a checkpoint's."""
-        ...
+        """Drops everything in flight: a checkpoint's state has replaced the run's."""
+        self.episodes = []
+        self._staleness = []
 
     def close(self) -> None:
-        """Ends workers that hang, so that stopping the others does not wait for them."""
-        ...
+        """Kills workers that hang, so that stopping the others does not wait for them."""
 
     def pop_episodes(self) -> list[RolloutMetrics]:
-        """Episodes of remote workers that have ended since the last call."""
-        ...
-
-    def put_back_episodes(self, episodes: list[RolloutMetrics]) -> None:
-        """What `pop_episodes` gave is to be given again."""
-        ...
+        """Returns `episodes` and empties it."""
+        episodes, self.episodes = self.episodes, []
+        return episodes
 
     def pop_staleness(self) -> dict[str, float]:
-        """`staleness_mean` and `staleness_max` of what was collected since the last call.
+        """Returns `staleness_mean` and `staleness_max` of what was collected since the last call.
 
         The staleness of a fragment is the number of updates done between reading the weights that
         it acted with and taking it in. Random actions have none.
         """
-        ...
+        values, self._staleness = self._staleness or [0], []
+        return {"staleness_mean": sum(values) / len(values), "staleness_max": float(max(values))}
 
 
 def make_collector(
     group: EnvRunnerGroup,
-    config: OffPolicyConfig,
+    config: SamplingConfig,
     ledger: UpdateLedger,
-    get_weights: Callable[[], dict[str, Any]],
+    get_weights: GetWeights,
     interrupted: Callable[[], bool],
 ) -> Collector:
-    """The collector that `config` asks for.
+    """Returns the collector that `config` asks for.
 
     Args:
         group: the algorithm's workers.
-        config: `sampling_mode`, `max_staleness` and what `WorkerPool` reads.
-        ledger: of the run; read, never written.
-        get_weights: the behaviour policy's weights, as copies.
+        ledger: of the run; it is read, never written.
+        get_weights: returns copies of the behaviour policy's weights.
         interrupted: whether to stop waiting, with `KeyboardInterrupt`.
     """
     if group.num_remote_env_runners() == 0:
@@ -87,88 +101,58 @@ def make_collector(
     return kind(group, config, ledger, get_weights, interrupted)
 
 
-class LocalCollector:
-    """A fragment of the environments in this process, acting with the learner's own weights."""
+class LocalCollector(Collector):
+    """Collects a fragment in this process, acting with the learner's own weights."""
 
-    def __init__(self, worker: Any, ledger: UpdateLedger) -> None:
-        self.faults = Faults()
-        self._worker, self._ledger = worker, ledger
+    def __init__(self, worker: ColumnarRolloutWorker, ledger: UpdateLedger) -> None:
+        super().__init__(ledger)
+        self._worker = worker
 
     def collect(self) -> list[SampleBatch]:
         return [self._worker.collect(random_actions=self._ledger.warming_up)]
 
-    def drain(self) -> list[SampleBatch]:
-        return []
 
-    def reset(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def pop_episodes(self) -> list[RolloutMetrics]:
-        return []  # RLlib asks the worker itself
-
-    def put_back_episodes(self, episodes: list[RolloutMetrics]) -> None:
-        pass
-
-    def pop_staleness(self) -> dict[str, float]:
-        return {"staleness_mean": 0.0, "staleness_max": 0.0}
-
-
-class _RemoteCollector:
-    """What the two ways to use remote workers share."""
+class _RemoteCollector(Collector):
+    """Base of the two ways to use remote workers."""
 
     def __init__(
         self,
         group: EnvRunnerGroup,
-        config: OffPolicyConfig,
+        config: SamplingConfig,
         ledger: UpdateLedger,
-        get_weights: Callable[[], dict[str, Any]],
+        get_weights: GetWeights,
         interrupted: Callable[[], bool],
     ) -> None:
+        super().__init__(ledger)
         self.pool = WorkerPool(group, config, lambda: ledger.ingested)
         self.faults = self.pool.faults
-        self._ledger, self._get_weights, self._interrupted = ledger, get_weights, interrupted
+        self._config, self._get_weights, self._interrupted = config, get_weights, interrupted
         self._steps = config.get_rollout_fragment_length() * config.num_envs_per_env_runner
-        self._weights: ray.ObjectRef | None = None
         self._weights_version = 0
         self._weights_id = 0
-        self._episodes: list[RolloutMetrics] = []
-        self._staleness: list[int] = []
+        self.reset()
 
     def reset(self) -> None:
+        super().reset()
         self.pool.reset()
-        self._episodes.clear()
-        self._staleness.clear()
-        self._weights = None
+        self._weights: ray.ObjectRef | None = None
 
     def close(self) -> None:
         self.pool.kill_hung(patience_s=1.0)
 
-    def pop_episodes(self) -> list[RolloutMetrics]:
-        episodes, self._episodes = self._episodes, []
-        return episodes
-
-    def put_back_episodes(self, episodes: list[RolloutMetrics]) -> None:
-        self._episodes = [*episodes, *self._episodes]
-
-    def pop_staleness(self) -> dict[str, float]:
-        values, self._staleness = self._staleness or [0], []
-        return {
-            "staleness_mean": sum(values) / len(values),
-            "staleness_max": float(max(values)),
-        }
-
     def _accept(self, answer: Answer) -> list[SampleBatch]:
-        """The fragment of `answer`, on record, or nothing if it is too old to be taken in."""
-        self._episodes += answer.fragment.episodes
+        """Records `answer` and returns its fragment, or nothing if it is too old to be taken in."""
+        self.episodes += answer.fragment.episodes
         if answer.request.weights_version is not None:
             self._staleness.append(self._ledger.done - answer.request.weights_version)
         return [answer.fragment.batch]
 
     def _read_weights(self, max_age: float) -> None:
-        """Puts the learner's weights into the object store unless they are there already."""
+        """Puts the learner's weights into the object store, unless those there are new enough.
+
+        Args:
+            max_age: the largest number of updates since they were read.
+        """
         if self._weights is None or self._ledger.done - self._weights_version > max_age:
             self._weights = ray.put(self._get_weights())
             self._weights_version = self._ledger.done
@@ -181,15 +165,11 @@ class _RemoteCollector:
 
 
 class SyncCollector(_RemoteCollector):
-    """A fragment from every worker, all with the learner's present weights, in their order.
+    """Collects a fragment of every worker, in their order, all with the learner's present weights.
 
-    A fragment that is lost is asked for again, from the worker's next process, so that every round
-    has the same size. A worker that cannot come back ends the run.
+    If a fragment is lost, the worker's next process is asked for it again, so that every round has
+    the same size. A worker that cannot come back ends the run.
     """
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._round: dict[int, Answer] = {}
 
     def collect(self) -> list[SampleBatch]:
         random_actions = self._ledger.warming_up
@@ -210,7 +190,7 @@ class SyncCollector(_RemoteCollector):
 
     def reset(self) -> None:
         super().reset()
-        self._round.clear()
+        self._round: dict[int, Answer] = {}
 
     def _ask_again_or_wait(self, worker: int, random_actions: bool) -> None:
         if self.pool.is_up(worker):
@@ -232,19 +212,18 @@ class SyncCollector(_RemoteCollector):
 
 
 class AsyncCollector(_RemoteCollector):
-    """One fragment at a time, the oldest that has arrived, while the workers go on.
+    """Collects the oldest fragment that has arrived, one at a time, while the workers go on.
 
     Each worker has at most `FRAGMENTS_PER_WORKER` fragments in flight or waiting; it is asked for
     the next one when one of them is taken in. So workers wait only if the learner is behind by all
-    of these, and the learner only if none has arrived. A fragment that is lost is not asked for
-    again: the other workers go on.
+    of these, and the learner only if none has arrived. A lost fragment is not asked for again, and
+    the other workers go on.
     """
 
-    def __init__(self, group: EnvRunnerGroup, config: OffPolicyConfig, *args: Any) -> None:
-        super().__init__(group, config, *args)
-        limit = config.max_staleness
-        self._max_staleness = math.inf if limit is None else limit
-        self._arrived: deque[Answer] = deque()
+    @property
+    def _max_staleness(self) -> float:
+        limit = self._config.max_staleness
+        return math.inf if limit is None else limit
 
     def collect(self) -> list[SampleBatch]:
         while True:
@@ -267,7 +246,7 @@ class AsyncCollector(_RemoteCollector):
 
     def reset(self) -> None:
         super().reset()
-        self._arrived.clear()
+        self._arrived: deque[Answer] = deque()
 
     def _receive(self, timeout_s: float) -> None:
         if self._interrupted():
@@ -277,14 +256,14 @@ class AsyncCollector(_RemoteCollector):
     def _accept(self, answer: Answer) -> list[SampleBatch]:
         version = answer.request.weights_version
         if version is not None and self._ledger.done - version > self._max_staleness:
-            self._episodes += answer.fragment.episodes
+            self.episodes += answer.fragment.episodes
             self.faults.fragments_stale += 1
             self.faults.env_steps_stale += answer.request.env_steps
             return []
         return super()._accept(answer)
 
     def _refill(self) -> None:
-        """Asks every worker for as much as may be underway, the least busy ones first."""
+        """Asks every worker for as much as it may have underway, the least busy ones first."""
         waiting = {index: self.pool.num_asked(index) for index in self.pool.indices}
         for answer in self._arrived:
             waiting[answer.request.worker] = waiting.get(answer.request.worker, 0) + 1
@@ -296,13 +275,17 @@ class AsyncCollector(_RemoteCollector):
                     waiting[index] += 1
 
     def _request(self, worker: int) -> bool:
-        """Asks for a fragment, unless it might be too stale by the time that it is its turn."""
+        """Asks for a fragment, unless it could be too stale when its turn comes.
+
+        Returns:
+            Whether it asked.
+        """
         underway = (self.pool.num_asked() + len(self._arrived)) * self._steps
         ledger = dataclasses.replace(self._ledger, ingested=self._ledger.ingested + underway)
         if ledger.warming_up:
             self._ask(worker, random_actions=True)
             return True
-        # The updates that all those before it make due.
+        # The fragments before it make `owed` updates due.
         allowed_age = self._max_staleness - ledger.owed
         if allowed_age < 0:
             return False

@@ -1,4 +1,4 @@
-"""Stepping many environments in one flat loop, with columns instead of objects."""
+"""Plays whole episodes in several environments at once, for evaluations."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,29 +11,33 @@ from numpy.typing import NDArray
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.errors import NonFiniteError
 
-# [B, O] → [B, A] in [-1, 1], and their Q [B] if it is known
+# Observations [B, O] → actions [B, A] in [-1, 1], and their Q [B] if it is known.
 Act = Callable[[NDArray[np.float32]], tuple[NDArray[np.floating], NDArray[np.floating] | None]]
 
 
+Reset = Callable[[], tuple[Any, dict[str, Any]]]  # of an environment: observation and info
+
+
 class Hooks(Protocol):
-    """What wants to know of episodes as they go, by environment."""
+    """Watches the episodes of environments, which it knows by their index."""
 
-    def start(self, i: int, reset: Callable[[], Any]) -> Any: ...
-    def step(self, i: int, reward: float) -> None: ...
-    def end(self, i: int) -> dict[str, Any]: ...
-
-
-class NoHooks:
-    """The default: nobody does."""
-
-    def start(self, i: int, reset: Callable[[], Any]) -> Any:
+    def start(self, i: int, reset: Reset) -> tuple[Any, dict[str, Any]]:
+        """Starts an episode: calls `reset` once and returns what it returned."""
         return reset()
 
     def step(self, i: int, reward: float) -> None:
-        pass
+        """Is called after every step."""
 
     def end(self, i: int) -> dict[str, Any]:
+        """Ends an episode. Returns fields of `RolloutMetrics` beside its length and return."""
         return {}
+
+
+class NoHooks(Hooks):
+    """Watches nothing."""
+
+    def step(self, i: int, reward: float) -> None:
+        pass
 
 
 class Episode(NamedTuple):
@@ -41,14 +45,16 @@ class Episode(NamedTuple):
 
     episode_return: float  # undiscounted sum of rewards
     length: int  # env steps
-    extras: dict[str, Any]  # what the hooks collected
-    terminated: bool  # or cut off by a time limit
+    extras: dict[str, Any]  # of `Hooks.end`
+    terminated: bool  # else a time limit cut it off
     rewards: list[float]
-    q: list[float]  # of the actions taken; empty where it is not known
+    q: list[float]  # of the actions taken; empty if it is not known
 
 
-def check_finite(value: Any, quantity: str, where: str, env_step: int) -> None:
-    """Raises `NonFiniteError` naming environment, step and quantity."""
+def check_finite(
+    value: NDArray[np.floating] | float, quantity: str, where: str, env_step: int
+) -> None:
+    """Raises `NonFiniteError` with environment, step and quantity if a number is not finite."""
     if not np.isfinite(value).all():
         raise NonFiniteError(
             f"{where}: non-finite {quantity} at step {env_step} of the episode: {value}. Training "
@@ -65,10 +71,16 @@ def run_episodes(
     name: str,
     hooks: Hooks | None = None,
 ) -> list[Episode]:
-    """Plays one whole episode per seed and returns them in the order of the seeds.
+    """Returns one whole episode per seed, in the order of the seeds.
 
-    Environment i has a quota, episodes i, i + E, i + 2E, …: stopping at the first N that finish
-    would favour short episodes.
+    Environment i plays a quota of them, i, i + E, i + 2E, …: if playing ended with the first N that
+    finish, short episodes would be favoured.
+
+    Args:
+        name: of the environment, in messages.
+
+    Raises:
+        NonFiniteError: an observation, reward or action is NaN or infinite.
     """
     hooks = hooks or NoHooks()
     results: dict[int, Episode] = {}
@@ -115,8 +127,8 @@ def _reset(
     return np.asarray(obs, dtype=np.float32)
 
 
-# Of a truncated episode only those states count after which what the time limit cut off would
-# weigh less than this.
+# In a truncated episode only those states count for which the discount of what the time limit cut
+# off is below this.
 CUT_OFF_WEIGHT = 0.05
 
 
@@ -130,15 +142,15 @@ class ValueBias(NamedTuple):
 def value_bias(
     q: NDArray[np.floating], rewards: NDArray[np.floating], terminated: bool, gamma: float
 ) -> ValueBias | None:
-    """Predicted Q and observed discounted return of one episode's states (REDQ, Chen et al. 2021).
+    """Returns predicted Q and observed return of an episode's states (REDQ, Chen et al. 2021).
 
     Args:
         q, rewards: [length], of the actions taken.
-        terminated: whether the episode's return really ended; otherwise a time limit cut it off,
-            and its last states, whose observed return is only a part, are left out.
+        terminated: whether the episode's return really ended. Otherwise a time limit cut it off,
+            and the last states, only a part of whose return was observed, are left out.
 
     Returns:
-        None where a time limit leaves no state.
+        Means over the states, or None if a time limit leaves none.
     """
     length = len(rewards)
     observed, following = np.empty(length), 0.0

@@ -1,7 +1,7 @@
 """`OffPolicyTorchPolicy`: RLlib's policy that owns actor, critics and targets."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic
 
 import gymnasium as gym
 import numpy as np
@@ -12,16 +12,16 @@ from ray.rllib.policy.sample_batch import SampleBatch
 from ray.rllib.policy.torch_policy import TorchPolicy
 from torch import Generator, Tensor, nn
 
-from qvpo_rllib.core.engine import Kernels, acting_engine, kernels_of
-from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters, resolved_hyperparameters
-from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
+from qvpo_rllib.core.engine import acting_engine, kernels_of
+from qvpo_rllib.core.hyperparameters import resolved_hyperparameters
+from qvpo_rllib.core.learner import ActorCritic, Hyper, Networks, OffPolicyLearner
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.core.seeding import Stream, restore_generator, spawn_seed
 from qvpo_rllib.rollout.environments import check_spaces
 
 
 class PolicyModel(TorchModelV2, nn.Module):  # type: ignore[misc]
-    """The networks, in the form RLlib expects a policy's model to have."""
+    """The networks, in the form in which RLlib expects a policy's model."""
 
     def __init__(
         self, obs_space: gym.Space, action_space: gym.Space, config: Any, networks: ActorCritic
@@ -31,54 +31,48 @@ class PolicyModel(TorchModelV2, nn.Module):  # type: ignore[misc]
         self.networks = networks
 
 
-class OffPolicyTorchPolicy(TorchPolicy):  # type: ignore[misc]
+class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: ignore[misc]
     """Acts with its networks; on the local training worker it also learns.
 
     Actions are in [-1, 1]; RLlib's `normalize_actions` (on by default) maps them to the box. A
-    subclass names its classes and says how it acts (`select`).
+    subclass names its classes and defines how it acts (`_act`).
 
     Attributes:
         networks_class: called with observation dimensions, action dimensions, hyperparameters.
-        behavior_prefixes: of the parameters that a rollout worker needs in order to act: nothing
-            else travels.
+        behavior_prefixes: of the parameters that a rollout worker needs in order to act; no others
+            travel.
     """
 
-    hyperparameters_class: ClassVar[type[OffPolicyHyperparameters]]
-    networks_class: ClassVar[Callable[..., ActorCritic]]
-    learner_class: ClassVar[type[OffPolicyLearner]]
+    hyperparameters_class: type[Hyper]
+    networks_class: Callable[[int, int, Hyper], Networks]
+    learner_class: type[OffPolicyLearner[Networks, Hyper, Any]]
     behavior_prefixes: ClassVar[tuple[str, ...]] = ("actor.",)
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, config: Any) -> None:
         check_spaces(observation_space, action_space)
-        # Latched: whatever becomes of `self.config`, this policy keeps its part.
-        self.hp: Any = resolved_hyperparameters(config, self.hyperparameters_class)
+        # This policy keeps its part, even where RLlib replaces `self.config` later.
+        self.hp = resolved_hyperparameters(config, self.hyperparameters_class)
         self.seed: int | None = config["seed"]
         self.worker_index: int = config["worker_index"] or 0
         self.in_evaluation = bool(config["in_evaluation"])
         self.is_learner = self.worker_index == 0 and not self.in_evaluation
-        obs_dim, act_dim = observation_space.shape[0], action_space.shape[0]
+        self.obs_dim, self.act_dim = observation_space.shape[0], action_space.shape[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spawn_seed(self.seed, Stream.NETWORKS))
-            networks = type(self).networks_class(obs_dim, act_dim, self.hp)
+            networks = self.networks_class(self.obs_dim, self.act_dim, self.hp)
         model = PolicyModel(observation_space, action_space, config, networks)
         super().__init__(observation_space, action_space, config, model=model)
-        self.networks: Any = self.model.networks
-        self.obs_dim, self.act_dim = obs_dim, act_dim
+        self.networks: Networks = self.model.networks
         self.generator = Generator(device=self.device)
         self.seed_actions(0)
-        engine = acting_engine(self.hp.engine, self.device)
-        self.kernels: Kernels = kernels_of(engine, self.device)
-        self.learner: Any = None
+        self.kernels = kernels_of(acting_engine(self.hp.engine, self.device), self.device)
+        self.learner: OffPolicyLearner[Networks, Hyper, Any] | None = None
         if self.is_learner:
-            self.learner = self.learner_class(
-                self.networks,
-                self.hp,
-                seed=spawn_seed(self.seed, Stream.LEARNER),
-                device=self.device,
-            )
+            seed = spawn_seed(self.seed, Stream.LEARNER)
+            self.learner = self.learner_class(self.networks, self.hp, seed=seed, device=self.device)
 
     def optimizer(self) -> list[torch.optim.Optimizer]:
-        """None for RLlib: the learner owns its optimisers."""
+        """Returns none for RLlib: the learner owns its optimisers."""
         return []
 
     def seed_actions(self, env_steps: int) -> None:
@@ -86,34 +80,63 @@ class OffPolicyTorchPolicy(TorchPolicy):  # type: ignore[misc]
         indices = (env_steps, self.worker_index, int(self.in_evaluation))
         self.generator.manual_seed(spawn_seed(self.seed, Stream.ACTION, *indices))
 
-    def select(self, obs: Tensor, explore: bool, generator: Generator) -> Tensor:
-        """Actions [B, A] in [-1, 1] for obs [B, O]: to explore with, or to be evaluated."""
-        raise NotImplementedError
-
-    def choose(
-        self, obs: NDArray[Any], *, explore: bool, generator: Generator | None = None
+    @torch.no_grad()
+    def act(
+        self,
+        obs: NDArray[np.floating],
+        *,
+        explore: bool = False,
+        k: int | None = None,
+        generator: Generator | None = None,
     ) -> NDArray[np.float32]:
-        """Actions for a batch of observations: [B, O] → [B, A] float32 in [-1, 1].
+        """Returns an action for each observation: [B, O] → [B, A] in [-1, 1].
 
         Args:
-            generator: of whatever is drawn; the policy's own one if None.
-        """
-        with torch.no_grad():
-            actions = self.select(self.to_tensor(obs), explore, generator or self.generator)
-        array: NDArray[np.float32] = actions.cpu().numpy()
-        return array
+            explore: whether to act as in training, else as in evaluation.
+            k: actions drawn per state, of which the best is taken; if None, `k_behavior` to
+                explore, else `k_eval`.
+            generator: of everything that is drawn; the policy's own if None.
 
-    def choose_and_predict(
-        self, obs: NDArray[Any], generator: Generator | None = None
+        Raises:
+            ValueError: the observations have another shape, or a `k` is given to a policy that
+                takes one action in each state.
+        """
+        actions, _ = self._act(
+            self.to_tensor(obs), explore, self._num_samples(k, explore), generator or self.generator
+        )
+        return to_numpy(actions)
+
+    def act_with_q(
+        self,
+        obs: NDArray[np.floating],
+        *,
+        explore: bool = False,
+        k: int | None = None,
+        generator: Generator | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """`choose` for an evaluation, and what the critics expect of these actions, [B].
+        """Returns the actions of `act`, and the lower of the critics' estimates for them, [B].
 
-        None here: an evaluation worker has critics only if the policy acts by them.
+        The latter is None unless the policy acts by its critics: a worker has no others.
         """
-        return self.choose(obs, explore=False, generator=generator), None
+        return self.act(obs, explore=explore, k=k, generator=generator), None
 
-    def to_tensor(self, obs: NDArray[Any]) -> Tensor:
-        """Observations [B, O] as float32 on the policy's device. `ValueError` for another shape."""
+    def _act(
+        self, obs: Tensor, explore: bool, k: int, generator: Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns actions [B, A] in [-1, 1] for obs [B, O], and their Q [B] where it is known."""
+        raise NotImplementedError
+
+    def _num_samples(self, k: int | None, explore: bool) -> int:
+        """Returns how many actions `_act` draws per state."""
+        refuse_k(k, self)
+        return 1
+
+    def to_tensor(self, obs: NDArray[np.floating]) -> Tensor:
+        """Returns observations [B, O] as float32 on the policy's device.
+
+        Raises:
+            ValueError: they have another shape.
+        """
         tensor = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=self.device)
         if tensor.ndim != 2 or tensor.shape[1] != self.obs_dim:
             raise ValueError(
@@ -123,11 +146,15 @@ class OffPolicyTorchPolicy(TorchPolicy):  # type: ignore[misc]
         return tensor
 
     def compute_actions(
-        self, obs_batch: Any, *args: Any, explore: bool | None = None, **kwargs: Any
+        self,
+        obs_batch: NDArray[np.floating],
+        *args: Any,
+        explore: bool | None = None,
+        **kwargs: Any,
     ) -> tuple[NDArray[np.float32], list[Any], dict[str, Any]]:
         if explore is None:
             explore = self.config["explore"]
-        return self.choose(obs_batch, explore=bool(explore)), [], {}
+        return self.act(obs_batch, explore=bool(explore)), [], {}
 
     def compute_actions_from_input_dict(
         self,
@@ -139,16 +166,22 @@ class OffPolicyTorchPolicy(TorchPolicy):  # type: ignore[misc]
         return self.compute_actions(input_dict[SampleBatch.OBS], explore=explore)
 
     def learn_on_batch(self, samples: SampleBatch) -> dict[str, Any]:
-        """One update on a batch of RLlib's: columns obs, actions in [-1, 1], rewards, …"""
+        """Does one update on a batch of RLlib's: columns obs, actions in [-1, 1], rewards, …
+
+        Raises:
+            RuntimeError: this policy does not learn.
+        """
         if self.learner is None:
             raise RuntimeError("Only the policy on the local training worker learns.")
         batch = to_transitions(samples, self.hp.truncation_as_terminal)
         batch = Transitions(*(column.to(self.device) for column in batch))
         metrics = self.learner.update(batch)
+        self.learner.num_updates += 1
         return {"learner_stats": {name: float(value) for name, value in metrics.items()}}
 
     def get_weights(self) -> dict[str, NDArray[np.float32]]:
-        """What acting needs, as copies: on a CPU, `numpy()` would alias the live parameters."""
+        """Returns the parameters that acting needs, by name."""
+        # As copies: on a CPU `numpy()` alone would alias the live parameters.
         return {
             name: value.detach().cpu().numpy().copy()
             for name, value in self.networks.state_dict().items()
@@ -156,6 +189,7 @@ class OffPolicyTorchPolicy(TorchPolicy):  # type: ignore[misc]
         }
 
     def set_weights(self, weights: dict[str, NDArray[np.float32]]) -> None:
+        """Restores `get_weights()`. Raises `ValueError` if they do not fit the networks."""
         # Arrays from Ray's object store are read-only, which `as_tensor` would warn about.
         tensors = {name: torch.tensor(value) for name, value in weights.items()}
         missing, unexpected = self.networks.load_state_dict(tensors, strict=False)
@@ -178,8 +212,11 @@ class OffPolicyTorchPolicy(TorchPolicy):  # type: ignore[misc]
             self.num_grad_updates = self.learner.num_updates
 
 
+AnyPolicy = OffPolicyTorchPolicy[Any, Any]  # of whichever algorithm
+
+
 def to_transitions(samples: SampleBatch, truncation_as_terminal: bool) -> Transitions:
-    """RLlib's columns as `Transitions` on the CPU.
+    """Returns RLlib's columns as `Transitions` on the CPU.
 
     A time limit ends an episode but not the return: its transition bootstraps from the final
     observation, unless `truncation_as_terminal`.
@@ -195,9 +232,25 @@ def to_transitions(samples: SampleBatch, truncation_as_terminal: bool) -> Transi
     return Transitions(*(torch.from_numpy(a) for a in owned))
 
 
+def refuse_k(k: int | None, policy: object) -> None:
+    """Raises `ValueError` if a `k` is given to a policy that has no K."""
+    if k is not None:
+        raise ValueError(
+            f"k={k} is not allowed: {type(policy).__name__} takes one action in each state. Leave "
+            "k out; K is for QVPO, whose policy takes the best of K actions."
+        )
+
+
+def to_numpy(tensor: Tensor) -> NDArray[np.float32]:
+    """Returns the numbers of `tensor`, which is float32 and has no gradient."""
+    array: NDArray[np.float32] = tensor.cpu().numpy()
+    return array
+
+
 def _to_cpu(value: Any) -> Any:
+    """Returns a learner's state with its tensors copied to the CPU."""
     if isinstance(value, Tensor):
-        # A copy: on a CPU, `cpu()` alone would alias the live parameter.
+        # On a CPU `cpu()` alone would alias the live parameter.
         return value.detach().clone().cpu()
     if isinstance(value, dict):
         return {key: _to_cpu(item) for key, item in value.items()}

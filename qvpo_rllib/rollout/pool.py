@@ -1,7 +1,7 @@
-"""The remote rollout workers as the driver sees them: asked, answering, lost, coming back.
+"""The driver's side of remote rollout workers: requests, answers, losses, restarts.
 
 RLlib's actor manager waits for all workers where one would do, does not say which request failed,
-and looks for restarted workers by waiting for them. Here nothing waits longer than it is told to.
+and waits for restarted workers. The pool never waits longer than it is told to.
 """
 
 import logging
@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import ray
 from ray.actor import ActorHandle
@@ -17,19 +17,34 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 from qvpo_rllib.core.errors import NonFiniteError
-from qvpo_rllib.runtime.config import OffPolicyConfig
+from qvpo_rllib.rollout.worker import Fragment
 
 logger = logging.getLogger(__name__)
 
-PROBE_INTERVAL_S = 0.5  # between two questions whether a lost worker is back
+PROBE_INTERVAL_S = 0.5  # between two questions to a lost worker whether it is back
+
+
+class SamplingConfig(Protocol):
+    """What sampling reads of an algorithm's configuration; RLlib and the options document it."""
+
+    env: object
+    num_envs_per_env_runner: int
+    sampling_mode: str
+    max_staleness: int | None
+    sample_timeout_s: float
+    delay_between_env_runner_restarts_s: float
+    num_consecutive_env_runner_failures_tolerance: int
+    env_runner_restore_timeout_s: float
+
+    def get_rollout_fragment_length(self, worker_index: int = 0) -> int: ...
 
 
 class Request(NamedTuple):
-    """A fragment that was asked for."""
+    """A request for a fragment."""
 
     worker: int
     env_steps: int
-    # Updates done when the weights to act with were read; None: uniformly random actions.
+    # Updates done when the weights to act with were read; None for uniformly random actions.
     weights_version: int | None
 
 
@@ -37,7 +52,7 @@ class Answer(NamedTuple):
     """A fragment that arrived."""
 
     request: Request
-    fragment: Any  # qvpo_rllib.rollout.worker.Fragment
+    fragment: Fragment
 
 
 @dataclass
@@ -48,12 +63,12 @@ class _Worker:
     actor: ActorHandle
     asked: deque[tuple[ray.ObjectRef, Request]] = field(default_factory=deque)
     waiting_since: float = 0.0  # the clock when its oldest request could begin
-    failures: int = 0  # without a fragment between
+    failures: int = 0  # since its last fragment
     stream: int | None = None  # of its random numbers, once it has restarted
-    weights_id: int | None = None  # the weights it has
-    process: str = ""  # which of its processes answered last
+    weights_id: int | None = None  # of the weights that it has
+    process: str = ""  # the one that answered last
     down_since: float | None = None
-    killed: bool = False  # by us: only another process is the worker again
+    killed: bool = False  # by the pool: only another process counts as back
     probe: ray.ObjectRef | None = None
     next_probe: float = 0.0
     dead: str = ""  # why it will never come back
@@ -62,19 +77,17 @@ class _Worker:
 class WorkerPool:
     """Sends requests to workers and takes their answers; restarts workers that fail.
 
-    Each answer is handed out once. If a worker dies, raises or takes too long, all that it still
-    owes is lost and counted; what its process answers later is ignored. Its next process starts
-    from random streams of its own, so that no episode is collected twice.
+    It returns each answer once. If a worker dies, raises or takes too long, the pool counts all
+    that it still owes as lost and ignores what its process answers later. The worker's next process
+    starts from random streams of its own, so that no episode is collected twice.
 
     Args:
         group: RLlib's group of workers.
-        config: `sample_timeout_s`, `delay_between_env_runner_restarts_s`,
-            `num_consecutive_env_runner_failures_tolerance`, `env_runner_restore_timeout_s`.
-        env_steps: env steps taken in so far, which name the streams of a restarted worker.
+        env_steps: returns the env steps taken in so far, which name a restarted worker's streams.
     """
 
     def __init__(
-        self, group: EnvRunnerGroup, config: OffPolicyConfig, env_steps: Callable[[], int]
+        self, group: EnvRunnerGroup, config: SamplingConfig, env_steps: Callable[[], int]
     ) -> None:
         self.config = config
         self.faults = Faults()
@@ -85,33 +98,35 @@ class WorkerPool:
 
     @property
     def indices(self) -> list[int]:
-        """All workers that are there or may come back."""
+        """The workers that are up or may come back."""
         return [i for i, worker in self._workers.items() if not worker.dead]
 
     def is_up(self, index: int) -> bool:
-        """Whether a worker takes requests."""
+        """Returns whether a worker takes requests."""
         worker = self._workers[index]
         return worker.down_since is None and not worker.dead
 
     def num_asked(self, index: int | None = None) -> int:
-        """Requests without an answer yet, of one worker or of all."""
+        """Returns the number of requests without an answer, of one worker or of all."""
         workers = self._workers.values() if index is None else [self._workers[index]]
         return sum(len(worker.asked) for worker in workers)
 
     def ask(self, request: Request, weights: ray.ObjectRef | None, weights_id: int) -> None:
         """Asks a worker for a fragment; the weights travel with it unless the worker has them."""
         worker = self._workers[request.worker]
-        kwargs: dict[str, Any] = {"random_actions": request.weights_version is None}
-        if worker.stream is not None:
-            kwargs["stream"] = worker.stream
-        if weights is not None and worker.weights_id != weights_id:
-            kwargs["weights"], worker.weights_id = weights, weights_id
+        if worker.weights_id == weights_id:
+            weights = None
+        elif weights is not None:
+            worker.weights_id = weights_id
         if not worker.asked:
             worker.waiting_since = time.monotonic()
-        worker.asked.append((worker.actor.collect_fragment.remote(**kwargs), request))
+        answer = worker.actor.collect_fragment.remote(
+            weights, random_actions=request.weights_version is None, stream=worker.stream
+        )
+        worker.asked.append((answer, request))
 
     def receive(self, timeout_s: float) -> list[Answer]:
-        """The answers that are there; if there are none, waits up to `timeout_s` for one.
+        """Returns the answers that have arrived; if none has, waits up to `timeout_s` for one.
 
         Raises:
             NonFiniteError: an environment returned a NaN or an infinity, or the policy did.
@@ -138,13 +153,13 @@ class WorkerPool:
         return answers
 
     def reset(self) -> None:
-        """Ignores whatever is in flight: the run's state has been replaced."""
+        """Ignores everything in flight: a checkpoint's state has replaced the run's."""
         for worker in self._workers.values():
             worker.asked.clear()
             worker.stream = worker.weights_id = None
 
     def kill_hung(self, patience_s: float) -> None:
-        """Ends workers that do not finish what they owe; they are not coming back."""
+        """Kills workers for good that do not answer all that they owe within `patience_s`."""
         deadline = time.monotonic() + patience_s
         refs = {w.asked[-1][0]: w for w in self._workers.values() if w.asked}
         while refs and time.monotonic() < deadline:
@@ -187,7 +202,7 @@ class WorkerPool:
                 self._lose(worker, reason, kill=True)
 
     def _lose(self, worker: _Worker, reason: str, *, kill: bool) -> None:
-        """Counts all that a worker still owes as lost, and waits for another process of it."""
+        """Counts all that a worker still owes as lost; probes then wait for its next process."""
         self.faults.fragments_lost += len(worker.asked)
         self.faults.env_steps_lost += sum(request.env_steps for _, request in worker.asked)
         worker.asked.clear()
@@ -239,7 +254,7 @@ class WorkerPool:
         except RayError:
             return  # still restarting
         if worker.killed and process == worker.process:
-            return  # the old process, which has not ended yet
+            return  # it is the old process, which has not ended yet
         worker.process, worker.killed, worker.down_since = process, False, None
         self.faults.restarts += 1
         self._manager.set_actor_state(worker.index, healthy=True)
@@ -265,8 +280,8 @@ def _first_line(error: Exception) -> str:
 class Faults:
     """Counts since the algorithm was built.
 
-    A lost fragment was asked for and never taken in, so `env_steps_lost` is at most what the
-    environments really did in vain.
+    A lost fragment was asked for and never taken in, so the environments did at most
+    `env_steps_lost` in vain.
     """
 
     workers_lost: int = 0  # processes that died, or whose node did
@@ -279,4 +294,5 @@ class Faults:
     env_steps_stale: int = 0
 
     def to_dict(self) -> dict[str, int]:
+        """Returns the counts by name, for the results."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Stepping many environments, in threads where that is faster."""
+"""Steps many environments, in threads where that is faster."""
 
 import itertools
 import os
@@ -11,14 +11,15 @@ from queue import SimpleQueue
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
 # What `env.step` returned, or the exception that it raised.
 Outcome = tuple[Any, Any, Any, Any, Any] | Exception
 
-# Whether threads pay depends on the environment and on what else the machine does just then: of
-# every `PERIOD` rounds this many are timed without threads and as many with them.
+# Whether threads pay depends on the environment and on what else the machine does at the time. So
+# of every `PERIOD` rounds this many are timed without threads, and as many with them.
 PERIOD = 2000
 TIMED_ROUNDS = 16
 
@@ -26,13 +27,13 @@ TIMED_ROUNDS = 16
 class EnvStepper:
     """Steps all of a worker's environments, each with its own action.
 
-    MuJoCo computes outside of Python's lock, so its environments can step side by side on cores
-    that are free. The outcomes are the same either way: an environment has its own state, and only
-    one thread at a time touches it. Environments of other kinds are stepped in the calling thread,
-    since nothing says that their libraries may be called from several.
+    MuJoCo computes outside of Python's lock, so its environments can step side by side on free
+    cores. The outcomes are the same either way: an environment has its own state, and only one
+    thread at a time touches it. The calling thread steps environments of other kinds alone, since
+    their libraries may not allow calls from several.
 
     Args:
-        num_threads: at most so many at a time, the calling one included.
+        num_threads: the largest number at a time, the calling one included.
     """
 
     def __init__(self, envs: Sequence[gym.Env[Any, Any]], num_threads: int) -> None:
@@ -47,8 +48,8 @@ class EnvStepper:
         if number > 1:
             self._helpers = [_Helper(partial(self._step, part)) for part in self._parts[1:]]
 
-    def step(self, actions: NDArray[Any]) -> list[Outcome]:
-        """One step of every environment: actions [E, A], in the environments' own units."""
+    def step(self, actions: NDArray[np.floating]) -> list[Outcome]:
+        """Steps every environment by its row of actions [E, A], in the environments' own units."""
         if not self._helpers:
             return self._step(range(len(self.envs)), actions)
         position = self._rounds % PERIOD
@@ -71,18 +72,18 @@ class EnvStepper:
             helper.stop()
         self._helpers = []
 
-    def _round(self, actions: NDArray[Any], threads: bool) -> list[Outcome]:
+    def _round(self, actions: NDArray[np.floating], threads: bool) -> list[Outcome]:
         if not threads:
             return self._step(range(len(self.envs)), actions)
         for helper in self._helpers:
             helper.start(actions)
         try:
             outcomes = self._step(self._parts[0], actions)
-        finally:  # an interrupted round must not leave its outcomes to the next one
+        finally:  # else an interrupted round would leave its outcomes to the next one
             others = [outcome for helper in self._helpers for outcome in helper.result()]
         return outcomes + others
 
-    def _step(self, part: range, actions: NDArray[Any]) -> list[Outcome]:
+    def _step(self, part: range, actions: NDArray[np.floating]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for i in part:
             try:
@@ -93,16 +94,16 @@ class EnvStepper:
 
 
 class _Helper:
-    """A thread that calls one function with what it is given."""
+    """A thread that calls a function with each array of actions that it is given."""
 
-    def __init__(self, function: Callable[[Any], list[Outcome]]) -> None:
-        self._inbox: SimpleQueue[Any] = SimpleQueue()
+    def __init__(self, function: Callable[[NDArray[np.floating]], list[Outcome]]) -> None:
+        self._inbox: SimpleQueue[NDArray[np.floating] | None] = SimpleQueue()
         self._outbox: SimpleQueue[list[Outcome]] = SimpleQueue()
         self._function = function
         threading.Thread(target=self._run, name="env-stepper", daemon=True).start()
 
-    def start(self, argument: Any) -> None:
-        self._inbox.put(argument)
+    def start(self, actions: NDArray[np.floating]) -> None:
+        self._inbox.put(actions)
 
     def result(self) -> list[Outcome]:
         return self._outbox.get()
@@ -111,17 +112,17 @@ class _Helper:
         self._inbox.put(None)
 
     def _run(self) -> None:
-        while (argument := self._inbox.get()) is not None:
-            self._outbox.put(self._function(argument))
+        while (actions := self._inbox.get()) is not None:
+            self._outbox.put(self._function(actions))
 
 
 def allowed_threads() -> int:
-    """OMP_NUM_THREADS, which Ray sets to the CPUs of an actor; without it, this process's cores."""
+    """Returns OMP_NUM_THREADS, which Ray sets to an actor's CPUs, else this process's cores."""
     text = os.environ.get("OMP_NUM_THREADS", "")
     return max(1, int(text)) if text.isdigit() else len(os.sched_getaffinity(0))
 
 
 def _parts(number: int, parts: int) -> list[range]:
-    """0 … number - 1 cut into consecutive parts whose lengths differ by at most one."""
+    """Returns 0 … number - 1 in consecutive parts, whose lengths differ by at most one."""
     edges = [number * part // parts for part in range(parts + 1)]
     return [range(start, end) for start, end in itertools.pairwise(edges)]

@@ -1,4 +1,4 @@
-"""The rollout worker: many environments, one batch of columns."""
+"""The rollout worker: it steps many environments and returns one batch of columns."""
 
 import os
 import uuid
@@ -8,43 +8,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from ray.rllib.callbacks.callbacks import RLlibCallback
-from ray.rllib.evaluation.episode_v2 import EpisodeV2
 from ray.rllib.evaluation.metrics import RolloutMetrics
 from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
 
 from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
 from qvpo_rllib.core.seeding import Stream, sequence, spawn_seed
+from qvpo_rllib.rollout.callbacks import EpisodeCallbacks
 from qvpo_rllib.rollout.environments import action_scale, check_spaces, filter_warnings
 from qvpo_rllib.rollout.episodes import Episode, check_finite, run_episodes, value_bias
-from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy
+from qvpo_rllib.rollout.policy import AnyPolicy
 from qvpo_rllib.rollout.stepper import EnvStepper, Outcome, allowed_threads
 
-EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
-# Evaluation beside training yields to it where processes share cores.
+# An evaluation beside training yields to it where processes share cores.
 EVALUATION_NICENESS = 10
 
 
 class Fragment(NamedTuple):
-    """What a remote worker sends."""
+    """The transitions and episodes that a remote worker sends."""
 
     batch: SampleBatch
-    episodes: list[RolloutMetrics]  # that ended since the last fragment
+    episodes: list[RolloutMetrics]  # those that ended since the last fragment
     process: str  # `process_id` of the sender
-
-
-# What callbacks may read from an episode or leave on it.
-EPISODE_STATE = (
-    "episode_id",
-    "total_reward",
-    "active_env_steps",
-    "total_env_steps",
-    "custom_metrics",
-    "user_data",
-    "hist_data",
-    "media",
-)
 
 
 class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
@@ -72,20 +57,21 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             os.nice(EVALUATION_NICENESS)
         self.restart_streams(0)
         if self.envs:
-            # The environment's own spaces: RLlib would flatten dict observations for the policy.
+            # Of the environment itself: RLlib would flatten dict observations for the policy.
             check_spaces(self.envs[0].observation_space, self.envs[0].action_space)
             self.scale = action_scale(self.envs[0].action_space)
 
     @property
-    def policy(self) -> OffPolicyTorchPolicy:
-        policy: OffPolicyTorchPolicy = self.policy_map[DEFAULT_POLICY_ID]
+    def policy(self) -> AnyPolicy:
+        policy: AnyPolicy = self.policy_map[DEFAULT_POLICY_ID]
         return policy
 
     def restart_streams(self, env_steps: int) -> None:
-        """New streams for environments, warm-up and (on remote workers) diffusion noise.
+        """Starts new streams for environments, warm-up and (on remote workers) diffusion noise.
 
-        Called with 0 when a run starts, and with its env steps when it goes on without the state of
-        this worker: the same seeds again would collect the same episodes again.
+        Args:
+            env_steps: 0 when a run starts; the run's when it goes on without this worker's state,
+                where the first seeds would collect the first episodes again.
         """
         self._started_at = env_steps
         self._obs = None
@@ -96,7 +82,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             self.policy.seed_actions(env_steps)
 
     def progress(self) -> dict[str, Any]:
-        """Episodes and streams as they are; `worker_state` adds the environments."""
+        """Returns episodes and streams as they are; `worker_state` adds the environments."""
         return {
             "started_at": self._started_at,
             "obs": self._obs,
@@ -121,7 +107,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             self._obs[i] = self._reset(i, self._env_seed(i))
 
     def sample(self, **kwargs: Any) -> SampleBatch:
-        """A fragment collected by the behaviour policy."""
+        """Returns a fragment that the behaviour policy collected."""
         return self.collect()
 
     def collect(
@@ -129,7 +115,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         weights: dict[str, NDArray[np.float32]] | None = None,
         random_actions: bool = False,
     ) -> SampleBatch:
-        """A fragment, acting with `weights` if given, or uniformly at random.
+        """Returns a fragment, acting with `weights` if given, or uniformly at random.
 
         Raises:
             NonFiniteError: an observation, reward or action is NaN or infinite.
@@ -147,14 +133,14 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         terminateds, truncateds = np.empty(shape, bool), np.empty(shape, bool)
         for step in range(self.fragment_length):
             obs[step] = self._obs
-            actions[step] = self._choose(random_actions)
+            actions[step] = self._act(random_actions)
             env_actions = self.scale.to_env(actions[step])
             lengths = self._lengths + 1
             for i, outcome in enumerate(self.stepper.step(env_actions)):
                 next_obs[step, i], rewards[step, i], terminateds[step, i], truncateds[step, i] = (
                     self._take(i, outcome)
                 )
-            # Of all environments at once: one by one it takes as long as the rest of the loop.
+            # A check of each environment alone would take as long as the rest of the loop.
             if not (np.isfinite(next_obs[step]).all() and np.isfinite(rewards[step]).all()):
                 self._refuse_non_finite(next_obs[step], rewards[step], lengths)
         batch = SampleBatch(
@@ -176,11 +162,14 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         random_actions: bool = False,
         stream: int | None = None,
     ) -> Fragment:
-        """`collect` for a driver that may have asked for more already.
+        """Returns `collect` with its episodes, for a driver that may have asked for more already.
 
         Args:
-            stream: of the random numbers, if this process is not the worker's first one: `collect`
-                would repeat the first one's episodes.
+            stream: of the random numbers, if this process is not the worker's first one, whose
+                episodes `collect` would repeat.
+
+        Raises:
+            RuntimeError: the worker has failed before.
         """
         if self._failed:
             raise RuntimeError("A fragment was asked of a worker that has failed.")
@@ -189,12 +178,12 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         try:
             batch = self.collect(weights, random_actions)
         except Exception:
-            self._failed = True  # between two environments' steps: nothing fits together any more
+            self._failed = True  # some environments have taken a step that others have not
             raise
         return Fragment(batch, self.get_metrics(), self._process_id)
 
     def process_id(self) -> str:
-        """A name for this process: a restarted worker has another one."""
+        """Returns a name of this process; a restarted worker has another one."""
         return self._process_id
 
     def evaluate_episodes(
@@ -203,19 +192,21 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         action_seed: int,
         before_step: Callable[[], None] = lambda: None,
     ) -> list[RolloutMetrics] | NonFiniteError:
-        """One whole episode per seed, acting without exploration.
+        """Returns one whole episode per seed, without exploration, or the error that ended them.
 
         Args:
             seeds: the environments' seeds, one per episode.
             action_seed: of the noise that actions are drawn with.
-            before_step: is called before every step; what it raises ends the evaluation.
+            before_step: is called before every step; an exception of it ends the evaluation.
         """
         policy = self.policy
         generator = torch.Generator(device=policy.device).manual_seed(action_seed)
 
-        def act(obs: NDArray[np.float32]) -> tuple[Any, Any]:
+        def act(
+            obs: NDArray[np.float32],
+        ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
             before_step()
-            return policy.choose_and_predict(obs, generator)
+            return policy.act_with_q(obs, generator=generator)
 
         try:
             episodes = run_episodes(
@@ -244,16 +235,16 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         super().stop()
 
     def get_metrics(self) -> list[RolloutMetrics]:
-        """Episodes finished since the last call."""
+        """Returns the episodes that have finished since the last call."""
         finished, self._finished = self._finished, []
         return finished
 
-    def _choose(self, random_actions: bool) -> NDArray[np.float32]:
+    def _act(self, random_actions: bool) -> NDArray[np.float32]:
         if random_actions:
             shape = (len(self.envs), self.policy.act_dim)
             return self._warmup.uniform(-1, 1, shape).astype(np.float32)
         assert self._obs is not None
-        actions = self.policy.choose(self._obs, explore=True)
+        actions = self.policy.act(self._obs, explore=True)
         if not np.isfinite(actions).all():
             bad = int(np.argmin(np.isfinite(actions).all(axis=1)))
             check_finite(actions[bad], "action", self._where(bad), int(self._lengths[bad]))
@@ -314,83 +305,5 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
 
 
 def _flat(columns: NDArray[Any]) -> NDArray[Any]:
-    """[time, environment, …] → [time · environment, …]."""
+    """Returns columns [time, environment, …] as [time · environment, …]."""
     return columns.reshape(-1, *columns.shape[2:])
-
-
-class EpisodeCallbacks:
-    """RLlib's `on_episode_…` callbacks, called only where the user overrides them."""
-
-    def __init__(self, worker: ColumnarRolloutWorker) -> None:
-        self.worker = worker
-        self.wanted = {
-            name
-            for name in EPISODE_CALLBACKS
-            if getattr(type(worker.callbacks), name) is not getattr(RLlibCallback, name)
-        }
-        self.episodes: dict[int, EpisodeV2] = {}
-
-    def start(self, i: int, reset: Callable[[], Any]) -> Any:
-        """Calls `reset` between `on_episode_created` and `on_episode_start`."""
-        if not self.wanted:
-            return reset()
-        self.episodes[i] = self._new_episode(i)
-        self._call("on_episode_created", i)
-        first = reset()
-        self._call("on_episode_start", i)
-        return first
-
-    def state(self) -> dict[int, dict[str, Any]]:
-        """What the callbacks have put on the running episodes."""
-        return {
-            i: {name: getattr(episode, name) for name in EPISODE_STATE}
-            for i, episode in self.episodes.items()
-        }
-
-    def set_state(self, state: dict[int, dict[str, Any]]) -> None:
-        self.episodes = {}
-        for i, values in state.items():
-            self.episodes[i] = self._new_episode(i)
-            for name, value in values.items():
-                setattr(self.episodes[i], name, value)
-
-    def _new_episode(self, i: int) -> EpisodeV2:
-        worker = self.worker
-        return EpisodeV2(
-            i,
-            worker.policy_map,
-            worker.policy_mapping_fn,
-            worker=worker,
-            callbacks=worker.callbacks,
-        )
-
-    def step(self, i: int, reward: float) -> None:
-        if self.wanted:
-            self.episodes[i].step()
-            self.episodes[i].total_reward += reward
-            self._call("on_episode_step", i)
-
-    def end(self, i: int) -> dict[str, Any]:
-        """What the callbacks put on the episode, as fields of `RolloutMetrics`."""
-        if not self.wanted:
-            return {}
-        self._call("on_episode_end", i)
-        episode = self.episodes[i]
-        return {
-            "custom_metrics": episode.custom_metrics,
-            "hist_data": episode.hist_data,
-            "media": episode.media,
-        }
-
-    def _call(self, name: str, i: int) -> None:
-        if name in self.wanted:
-            worker = self.worker
-            getattr(worker.callbacks, name)(
-                worker=worker,
-                env_runner=worker,
-                base_env=worker.async_env,
-                env=worker.envs[i],
-                policies=worker.policy_map,
-                episode=self.episodes[i],
-                env_index=i,
-            )

@@ -15,7 +15,7 @@ from qvpo_rllib.core.engine import describe
 from qvpo_rllib.core.replay import ReplayBuffer, UpdateLedger, replay_bytes
 from qvpo_rllib.core.seeding import Stream, spawn_seed
 from qvpo_rllib.rollout.collectors import Collector, make_collector
-from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy, to_transitions
+from qvpo_rllib.rollout.policy import AnyPolicy, to_transitions
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.runtime.config import OffPolicyConfig
 from qvpo_rllib.runtime.ray_private import available_bytes
@@ -35,14 +35,15 @@ class OffPolicyAlgorithm(BaseAlgorithm):
     """
 
     config_class: ClassVar[type[OffPolicyConfig]]
-    policy_class: ClassVar[type[OffPolicyTorchPolicy]]
+    policy_class: ClassVar[type[AnyPolicy]]
     improves_actions: ClassVar[bool] = False
     prune = staticmethod(drop_replay)
 
     def setup(self, config: Any) -> None:
         super().setup(config)
         self.hp = self.config.hyperparameters()
-        self.policy: OffPolicyTorchPolicy = self.get_policy()
+        self.policy: AnyPolicy = self.get_policy()
+        assert self.policy.learner is not None  # that of the local training worker
         self.learner = self.policy.learner
         self.ledger = UpdateLedger(self.hp.update_ratio, self.hp.warmup_steps)
         logger.info("engine: %s", describe(self.learner.engine))
@@ -128,14 +129,11 @@ class OffPolicyAlgorithm(BaseAlgorithm):
 
     @property
     def waiting_episodes(self) -> list[RolloutMetrics]:
-        episodes = self.collector.pop_episodes()
-        self.collector.put_back_episodes(episodes)
-        return episodes
+        return list(self.collector.episodes)
 
     @waiting_episodes.setter
     def waiting_episodes(self, episodes: list[RolloutMetrics]) -> None:
-        self.collector.pop_episodes()
-        self.collector.put_back_episodes(episodes)
+        self.collector.episodes = episodes
 
     def run_results(self) -> dict[str, Any]:
         results = super().run_results()

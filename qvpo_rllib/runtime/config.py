@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 
 from qvpo_rllib.core.hyperparameters import resolved_hyperparameters
-from qvpo_rllib.core.options import Options, check_name, options_of
+from qvpo_rllib.core.options import Options, check_name, defaults_of, options_of
 from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 from qvpo_rllib.runtime.ray_private import check_environment_id, check_setting
 
@@ -55,7 +55,7 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class)
-        self._set_options(self.hyperparameters_class().to_dict())
+        self._set_options(defaults_of(self.hyperparameters_class))
         # `TorchPolicy` lives on RLlib's old API stack. Set directly: `api_stack()` would warn about
         # an exploration config, which is not how these policies explore.
         self.enable_rl_module_and_learner = False
@@ -250,7 +250,7 @@ def _with_options(training: Any, kind: type[Options]) -> Any:
             inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
             *(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
-                for name, value in kind().to_dict().items()
+                for name, value in defaults_of(kind).items()
             ),
             inspect.Parameter(
                 "replay_in_checkpoints", inspect.Parameter.KEYWORD_ONLY, default=True

@@ -21,7 +21,7 @@ PACKAGES = ("onnx", "onnxscript")
 
 
 class OnnxPolicy(nn.Module):
-    """`core.sampler.select_actions` in plain operations: nothing in place, no chunks."""
+    """`core.sampler.ActionSelector.act` in plain operations: nothing in place, no chunks."""
 
     low: Tensor
     high: Tensor

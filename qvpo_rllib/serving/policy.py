@@ -158,7 +158,7 @@ class BestOfKPolicy:
             torch.set_num_threads(threads)
 
     def _act(self, obs: Tensor, noise: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        actions, q = self._selector.select(obs, noise)
+        actions, q = self._selector.act(obs, noise)
         finite = torch.isfinite(actions).all(dim=1)
         if q is not None:  # None for K = 1, which ranks nothing
             finite &= torch.isfinite(q)

@@ -2,15 +2,23 @@
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import gymnasium as gym
 import torch
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 from qvpo_rllib.algorithms import AlgorithmEntry, entry_of
-from qvpo_rllib.core.options import Options, parse_option, require_at_least
+from qvpo_rllib.core.options import (
+    Options,
+    OptionValue,
+    Setting,
+    parse_option,
+    require_at_least,
+)
 from qvpo_rllib.rollout.environments import check_spaces, filter_warnings
 from qvpo_rllib.runtime.ray_private import check_environment_id
 
@@ -22,6 +30,7 @@ INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(min)?")
 class TrainingPlan:
     """Everything a training run is, resolved: what `config.json` in the run directory holds."""
 
+    algo: str
     env: str
     preset: str
     seed: int
@@ -30,12 +39,11 @@ class TrainingPlan:
     num_env_runners: int
     num_envs_per_env_runner: int
     num_gpus: float
-    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    hyperparameters: Setting
     # Beside the checkpoint at every evaluation: one after so many env steps, or so many minutes.
     checkpoint_env_steps: int | None = None
     checkpoint_minutes: float | None = None
     keep_checkpoints: int = 1
-    algo: str = "qvpo"  # runs of older versions do not say
 
     def __post_init__(self) -> None:
         entry_of(self.algo)
@@ -59,10 +67,11 @@ class TrainingPlan:
         return f"{self.algorithm.label} on {self.env} ({self.preset}, seed {self.seed})"
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as `config.json` has them."""
         return asdict(self)
 
     def iteration_steps(self) -> int:
-        """Env steps between two status updates: about a hundredth of an evaluation interval.
+        """Returns the env steps between two status updates: an evaluation interval's hundredth.
 
         All environments step together, so it is a multiple of their number, and one that meets
         the evaluation's env steps exactly where there is one.
@@ -72,9 +81,10 @@ class TrainingPlan:
         multiples = range(max(num_envs, least), self.eval_interval + 1, num_envs)
         return next((m for m in multiples if self.eval_interval % m == 0), max(num_envs, least))
 
-    def build_config(self) -> Any:
-        """The RLlib configuration. Evaluation is called for by env steps, not by iterations."""
-        config = self.algorithm.load().get_default_config()
+    @cached_property
+    def config(self) -> AlgorithmConfig:
+        """The validated RLlib configuration; env steps, not iterations, say when to evaluate."""
+        config: AlgorithmConfig = self.algorithm.load().get_default_config()
         config.environment(self.env).training(**self.hyperparameters)
         config.env_runners(
             num_env_runners=self.num_env_runners,
@@ -116,7 +126,7 @@ def make_plan(
     checkpoint_interval: str | None = None,
     keep_checkpoints: int = 1,
 ) -> TrainingPlan:
-    """Resolves presets, options and the task's own values.
+    """Returns a plan with presets, options and the task's own values resolved.
 
     Args:
         algo: a name in `ALGORITHMS`.
@@ -126,15 +136,14 @@ def make_plan(
     Raises:
         ValueError: anything that would not run, named with what is allowed.
     """
-    entry = entry_of(algo)
+    kind = entry_of(algo).hyperparameters
     if preset is None:
-        preset = "quick" if env in (None, entry.runs["quick"].env) else "default"
-    options, defaults = entry.preset(preset), entry.runs[preset]
+        preset = "quick" if env in (None, kind.runs["quick"].env) else "default"
+    kind.preset(preset)  # refuses one that the algorithm does not have
+    defaults = kind.runs[preset]
     env = env or defaults.env
     env_steps = defaults.env_steps if env_steps is None else env_steps
-    chosen = parse_settings(settings, entry.hyperparameters)
-    values = entry.for_task(entry.options({**options, **chosen}), env)
-    values = entry.for_run(values, env_steps, chosen)
+    options = kind.resolve(preset, parse_settings(settings, kind), env, env_steps)
     checkpoint_env_steps, checkpoint_minutes = parse_interval(checkpoint_interval)
     check_environment(env)
     plan = TrainingPlan(
@@ -149,17 +158,17 @@ def make_plan(
             defaults.num_envs if num_envs_per_env_runner is None else num_envs_per_env_runner
         ),
         num_gpus=resolve_gpus(num_gpus),
-        hyperparameters=values,
+        hyperparameters=options.to_json(),
         checkpoint_env_steps=checkpoint_env_steps,
         checkpoint_minutes=checkpoint_minutes,
         keep_checkpoints=keep_checkpoints,
     )
-    plan.build_config()
+    _ = plan.config  # refuses what RLlib's configuration does not allow
     return plan
 
 
 def parse_interval(text: str | None) -> tuple[int | None, float | None]:
-    """`--checkpoint-interval` as env steps or as minutes, whichever it is."""
+    """Returns `--checkpoint-interval` as (env steps, None) or as (None, minutes)."""
     if text is None:
         return None, None
     number, unit = INTERVAL.sub(r"\1", text), INTERVAL.sub(r"\2", text)
@@ -171,9 +180,9 @@ def parse_interval(text: str | None) -> tuple[int | None, float | None]:
     return (None, float(number)) if unit else (int(number), None)
 
 
-def parse_settings(settings: Sequence[str], kind: type[Options]) -> dict[str, Any]:
-    """`["k_behavior=8", "hidden=256,256"]` as a dict of checked types."""
-    values: dict[str, Any] = {}
+def parse_settings(settings: Sequence[str], kind: type[Options]) -> dict[str, OptionValue]:
+    """Returns `["k_behavior=8", "hidden=256,256"]` as a dict with values of the options' types."""
+    values: dict[str, OptionValue] = {}
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator:
@@ -182,8 +191,8 @@ def parse_settings(settings: Sequence[str], kind: type[Options]) -> dict[str, An
     return values
 
 
-def check_environment(env: str, env_config: dict[str, Any] | None = None) -> None:
-    """Makes the environment once: it must exist, and its spaces must suit a diffusion policy."""
+def check_environment(env: str, env_config: Mapping[str, Any] | None = None) -> None:
+    """Makes the environment once: it must exist, and its spaces must suit (`check_spaces`)."""
     check_environment_id(env)
     filter_warnings()
     try:
@@ -201,7 +210,7 @@ def check_environment(env: str, env_config: dict[str, Any] | None = None) -> Non
 
 
 def resolve_gpus(num_gpus: float | None) -> float:
-    """The number of GPUs asked for; without a wish, one if there is one."""
+    """Returns the number of GPUs asked for; if none was, 1 where there is one and else 0."""
     if num_gpus is not None and not 0 <= num_gpus <= 1:
         raise ValueError(
             f"--num-gpus {num_gpus:g} is not allowed: the learner uses one GPU at most (0, a "

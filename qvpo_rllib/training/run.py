@@ -30,7 +30,7 @@ class TrainingRun:
     def __init__(self, plan: TrainingPlan, directory: RunDirectory, *, resume: bool) -> None:
         self.plan = plan
         self.directory = directory
-        self.algorithm: BaseAlgorithm = plan.build_config().build_algo()
+        self.algorithm: BaseAlgorithm = plan.config.build_algo()
         self.best = float("-inf")
         self.last: float | None = None
         self._time_before_s = 0.0
@@ -116,7 +116,7 @@ class TrainingRun:
         stats = learner_metrics(result)
         episode_return = result["env_runners"].get("episode_return_mean")
         episode_length = result["env_runners"].get("episode_len_mean")
-        losses = {n: stats[n] for n in self.plan.algorithm.losses if n in stats}
+        losses = {n: stats[n] for n in self.plan.algorithm.hyperparameters.losses if n in stats}
         self.status.update(self.env_steps, self.algorithm.updates, episode_return, losses)
         return {
             "env_steps": self.env_steps,

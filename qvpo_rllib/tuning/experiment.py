@@ -21,12 +21,13 @@ from typing import Any
 from ray import tune
 
 from qvpo_rllib.algorithms import entry_of
+from qvpo_rllib.core.options import Setting
 from qvpo_rllib.files import LOCK_FILE, DirectoryLock, write_atomically
 from qvpo_rllib.training.records import describe_start
 from qvpo_rllib.tuning.interruption import INTERRUPTION
 from qvpo_rllib.tuning.ledger import TrialLedger
 from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, read_rows, read_trials
-from qvpo_rllib.tuning.spec import ExperimentSpec, Setting
+from qvpo_rllib.tuning.spec import ExperimentSpec
 from qvpo_rllib.tuning.tune_state import TUNE_DIRECTORY, repair
 from qvpo_rllib.tuning.tuner import build_tuner, confirmation_spec, planned_trials
 

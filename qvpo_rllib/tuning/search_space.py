@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from qvpo_rllib.tuning.spec_file import Section, SpecError
+from ray import tune
+from ray.tune.search.sample import Domain
+
+from qvpo_rllib.core.options import OptionValue
+from qvpo_rllib.tuning.spec_file import KeyPath, Section, SpecError
 
 KINDS = ("choice", "uniform", "loguniform", "integers")
 
@@ -14,15 +17,13 @@ class Distribution:
     """`choice` of values, or `uniform`, `loguniform`, `integers` between two bounds, inclusive."""
 
     kind: str
-    values: tuple[Any, ...]
+    values: tuple[OptionValue, ...]
 
-    def domain(self) -> Any:
-        """As Ray Tune has it."""
-        from ray import tune
-
+    def domain(self) -> Domain:
+        """Returns Ray Tune's distribution."""
         if self.kind == "choice":
             return tune.choice(list(self.values))
-        low, high = self.values
+        low, high = (value for value in self.values if isinstance(value, int | float))
         if self.kind == "integers":
             return tune.randint(low, high + 1)
         return (tune.uniform if self.kind == "uniform" else tune.loguniform)(low, high)
@@ -32,11 +33,11 @@ class Distribution:
 
 
 def parse_space(section: Section) -> dict[str, Distribution]:
-    """Option → distribution; a list stands for a choice."""
+    """Returns a distribution for each option; a list stands for a choice."""
     return {name: _parse(value, (*section.key, name)) for name, value in section.take_all().items()}
 
 
-def _parse(value: Any, key: tuple[str | int, ...]) -> Distribution:
+def _parse(value: object, key: KeyPath) -> Distribution:
     if isinstance(value, list | tuple):
         value = {"choice": value}
     if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in KINDS:

@@ -3,7 +3,8 @@
 import dataclasses
 
 from qvpo_rllib.algorithms import entry_of
-from qvpo_rllib.tuning.spec import Confirmation, ExperimentSpec, Setting
+from qvpo_rllib.core.options import Setting
+from qvpo_rllib.tuning.spec import Confirmation, ExperimentSpec
 
 STEPS, INTERVAL = 480, 160
 MAX_SEEDS, MAX_SETTINGS, MAX_SAMPLES = 2, 2, 3
@@ -45,7 +46,7 @@ def shrink(spec: ExperimentSpec) -> ExperimentSpec:
 
 
 def _tiny(spec: ExperimentSpec, algorithm: str) -> Setting:
-    tiny = {**spec.training_of(algorithm), **entry_of(algorithm).smoke}
+    tiny = {**spec.training_of(algorithm), **entry_of(algorithm).hyperparameters.smoke}
     return {name: value for name, value in tiny.items() if name not in spec.swept}
 
 

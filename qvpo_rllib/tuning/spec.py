@@ -5,18 +5,31 @@ is checked here, before anything starts.
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.algorithms import ALGORITHMS, RUN_DEFAULTS, AlgorithmEntry, entry_of
+from qvpo_rllib.algorithms import ALGORITHMS, entry_of
+from qvpo_rllib.core.options import RUN_DEFAULTS, Options, Range, Setting
 from qvpo_rllib.training.plan import check_environment
 from qvpo_rllib.tuning.search_space import Distribution, parse_space
-from qvpo_rllib.tuning.spec_file import Section, SpecError, read_yaml
+from qvpo_rllib.tuning.spec_file import KeyPath, Section, SpecError, is_number, read_yaml
 
 METHODS = ("grid", "random", "asha", "pbt", "optuna")
-Setting = dict[str, Any]
+NAME = Range(
+    "letters, digits, '-', '_' and '.' (it names a directory)",
+    lambda value: isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*", value) is not None,
+)
+DIRECTORY = Range(
+    "a directory (on a cluster, one all nodes share)",
+    lambda value: isinstance(value, str) and value != "" and "://" not in value,
+)
+GPUS = Range("one GPU or a fraction of one", lambda value: is_number(value) and 0 <= value <= 1)
+QUANTILE = Range(
+    "a number above 0 and at most 0.5", lambda value: is_number(value) and 0 < value <= 0.5
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +104,17 @@ class ExperimentSpec:
         return read_yaml(Path(path), cls.from_dict)
 
     def training_of(self, algorithm: str) -> Setting:
-        """The options of an algorithm's every trial, beside its preset."""
+        """Returns what the file gives for an algorithm's every trial, beside the preset."""
         return {**self.training, **self.per_algorithm.get(algorithm, {})}
 
-    def base_of(self, algorithm: str) -> Setting:
-        """The same with the preset. Raises `ValueError` if the algorithm has no such preset."""
-        return {**entry_of(algorithm).preset(self.preset), **self.training_of(algorithm)}
+    def options(self, algorithm: str, setting: Setting | None = None) -> Options:
+        """Returns an algorithm's options in the trials of a setting. Raises `ValueError`.
+
+        What they leave to the task stays none, since an experiment may have several tasks.
+        """
+        given = {**self.training_of(algorithm), **(setting or {})}
+        kind = entry_of(algorithm).hyperparameters
+        return kind.resolve(self.preset, given, env_steps=self.env_steps)
 
     @property
     def swept(self) -> tuple[str, ...]:
@@ -117,86 +135,74 @@ class ExperimentSpec:
 
 
 def _read(root: Section) -> ExperimentSpec:
-    name = root.text("name")
-    if not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-        root.refuse("name", name, "letters, digits, '-', '_' and '.' (it names a directory)")
-    algorithms = root.items("algorithm", "qvpo")
-    for algorithm in algorithms:
-        if algorithm not in ALGORITHMS:
-            root.refuse("algorithm", algorithm, f"it must be one of {', '.join(ALGORITHMS)}")
-    preset = root.text("preset", "default", allowed=RUN_DEFAULTS)
-    defaults = entry_of(algorithms[0]).runs[preset]
-    tasks = root.items("task", defaults.env)
+    with (
+        root,
+        root.section("sweep") as sweep,
+        root.section("search") as search,
+        root.section("evaluation") as evaluation,
+        root.section("workers") as workers,
+        root.section("resources") as resources,
+        root.section("checkpoints") as checkpoints,
+    ):
+        algorithms = root.items("algorithm", "qvpo")
+        for algorithm in algorithms:
+            if algorithm not in ALGORITHMS:
+                root.refuse("algorithm", algorithm, f"it must be one of {', '.join(ALGORITHMS)}")
+        preset = root.word("preset", "default", RUN_DEFAULTS)
+        defaults = entry_of(algorithms[0]).hyperparameters.runs[preset]
+        seeds = _seeds(root, "seeds")
+        env_steps = root.integer("env_steps", defaults.env_steps, least=1)
+        space = parse_space(sweep.section("space"))
+        interval = evaluation.integer("interval", min(defaults.eval_interval, env_steps), least=1)
+        checkpoint_interval = checkpoints.integer("every", interval, least=1)
+        spec = ExperimentSpec(
+            name=root.take("name", allow=NAME),
+            algorithms=tuple(algorithms),
+            tasks=_tasks(root, defaults.env),
+            seeds=seeds,
+            env_steps=env_steps,
+            preset=preset,
+            training=root.section("training").take_all(),
+            per_algorithm=_per_algorithm(root.section("per_algorithm"), algorithms),
+            settings=_settings(sweep),
+            space=space,
+            search=_search(search, bool(space), env_steps),
+            confirm=_confirmation(root, seeds),
+            evaluation_interval=interval,
+            evaluation_episodes=evaluation.integer("episodes", 10, least=1),
+            num_env_runners=workers.integer("num_env_runners", 0),
+            num_envs_per_env_runner=workers.integer(
+                "num_envs_per_env_runner", defaults.num_envs, least=1
+            ),
+            num_cpus=resources.integer("num_cpus", 1, least=1),
+            num_gpus=float(resources.take("num_gpus", 0.0, GPUS)),
+            max_concurrent=resources.integer("max_concurrent", None, least=1),
+            max_failures=resources.integer("max_failures", 0),
+            checkpoint_every=max(1, checkpoint_interval // interval),
+            checkpoint_replay=checkpoints.flag("replay", True),
+            storage=root.take("storage", "results", DIRECTORY),
+        )
+    _check_steps(spec, checkpoint_interval)
+    _check_search(spec)
+    _check_options(spec)
+    return spec
+
+
+def _tasks(root: Section, default: str) -> tuple[str, ...]:
+    tasks = root.items("task", default)
     for task in tasks:
         try:
             check_environment(task)
         except ValueError as error:
             raise SpecError((*root.key, "task"), str(error)) from error
-    seeds = _seeds(root, "seeds")
-    env_steps = root.integer("env_steps", defaults.env_steps, least=1)
-    training = root.section("training").take_all()
-    per_algorithm = _per_algorithm(root.section("per_algorithm"), algorithms)
-    sweep = root.section("sweep")
-    settings = _settings(sweep)
-    space = parse_space(sweep.section("space"))
-    sweep.finish()
-    search = _search(root.section("search"), bool(space), env_steps)
-    confirm = _confirmation(root, seeds)
-    evaluation = root.section("evaluation")
-    interval = evaluation.integer("interval", min(defaults.eval_interval, env_steps), least=1)
-    episodes = evaluation.integer("episodes", 10, least=1)
-    evaluation.finish()
-    workers = root.section("workers")
-    num_env_runners = workers.integer("num_env_runners", 0)
-    num_envs = workers.integer("num_envs_per_env_runner", defaults.num_envs, least=1)
-    workers.finish()
-    resources = root.section("resources")
-    num_cpus = resources.integer("num_cpus", 1, least=1)
-    num_gpus = resources.number("num_gpus", 0.0)
-    if num_gpus > 1:
-        resources.refuse("num_gpus", num_gpus, "a trial uses one GPU or a fraction of one")
-    max_concurrent = resources.integer("max_concurrent", None, least=1)
-    max_failures = resources.integer("max_failures", 0)
-    resources.finish()
-    checkpoints = root.section("checkpoints")
-    every = checkpoints.integer("every", interval, least=1)
-    replay = checkpoints.flag("replay", True)
-    checkpoints.finish()
-    storage = root.text("storage", "results")
-    if "://" in storage:
-        root.refuse(
-            "storage", storage, "it must be a directory (on a cluster, one all nodes share)"
-        )
-    root.finish()
-    spec = ExperimentSpec(
-        name=name,
-        algorithms=tuple(algorithms),
-        tasks=tuple(tasks),
-        seeds=seeds,
-        env_steps=env_steps,
-        preset=preset,
-        training=training,
-        per_algorithm=per_algorithm,
-        settings=settings,
-        space=space,
-        search=search,
-        confirm=confirm,
-        evaluation_interval=interval,
-        evaluation_episodes=episodes,
-        num_env_runners=num_env_runners,
-        num_envs_per_env_runner=num_envs,
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        max_concurrent=max_concurrent,
-        max_failures=max_failures,
-        checkpoint_every=max(1, every // interval),
-        checkpoint_replay=replay,
-        storage=storage,
-    )
-    _check_steps(spec, every)
-    _check_search(spec)
-    _check_options(spec)
-    return spec
+    return tuple(tasks)
+
+
+def _per_algorithm(section: Section, algorithms: Sequence[str]) -> dict[str, Setting]:
+    """`per_algorithm: {ppo: {lr: 1e-3}}`"""
+    with section:
+        found = {name: section.section(name).take_all() for name in algorithms}
+    return {name: options for name, options in found.items() if options}
 
 
 def _seeds(section: Section, name: str) -> tuple[int, ...]:
@@ -207,15 +213,8 @@ def _seeds(section: Section, name: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _per_algorithm(section: Section, algorithms: Sequence[str]) -> dict[str, Setting]:
-    """`per_algorithm: {ppo: {lr: 1e-3}}`"""
-    found = {name: section.section(name).take_all() for name in algorithms}
-    section.finish()
-    return {name: options for name, options in found.items() if options}
-
-
 def _settings(sweep: Section) -> tuple[Setting, ...]:
-    """`settings` lists combinations, `grid` has axes: their product."""
+    """Returns the combinations that `settings` lists, each with every point of `grid`'s axes."""
     listed = sweep.items("settings", {})
     for number, setting in enumerate(listed):
         if not isinstance(setting, Mapping):
@@ -234,38 +233,33 @@ def _settings(sweep: Section) -> tuple[Setting, ...]:
 
 
 def _search(section: Section, has_space: bool, env_steps: int) -> Search:
-    method = section.text("method", "random" if has_space else "grid", allowed=METHODS)
     search = Search(
-        method=method,
+        method=section.word("method", "random" if has_space else "grid", METHODS),
         num_samples=section.integer("num_samples", None, least=1),
         seed=section.integer("seed", 0),
         grace_steps=section.integer("grace_steps", None, least=1),
         reduction=section.integer("reduction", 3, least=2),
         interval_steps=section.integer("interval_steps", None, least=1),
-        quantile=section.number("quantile", 0.25),
+        quantile=float(section.take("quantile", 0.25, QUANTILE)),
     )
-    section.finish()
-    for name, methods in (("grace_steps", ("asha",)), ("interval_steps", ("pbt",))):
+    for name, method in (("grace_steps", "asha"), ("interval_steps", "pbt")):
         value = getattr(search, name)
-        if value is not None and (method not in methods or value > env_steps):
-            section.refuse(name, value, f"it is for {methods[0]}, and at most {env_steps:,}")
-    if not 0 < search.quantile <= 0.5:
-        section.refuse("quantile", search.quantile, "it must be above 0 and at most 0.5")
+        if value is not None and (search.method != method or value > env_steps):
+            section.refuse(name, value, f"it is for {method}, and at most {env_steps:,}")
     return search
 
 
 def _confirmation(root: Section, seeds: tuple[int, ...]) -> Confirmation | None:
     if "confirm" not in root:
-        root.take("confirm", None)
+        root.take("confirm", None)  # so that it is named where a key is refused
         return None
-    section = root.section("confirm")
-    confirm = Confirmation(seeds=_seeds(section, "seeds"), top=section.integer("top", 1, least=1))
-    section.finish()
-    seen = sorted(set(confirm.seeds) & set(seeds))
-    if seen:
-        section.refuse(
-            "seeds", seen, "the search has used them; a setting is confirmed on seeds it never saw"
-        )
+    with root.section("confirm") as section:
+        top = section.integer("top", 1, least=1)
+        confirm = Confirmation(seeds=_seeds(section, "seeds"), top=top)
+        seen = sorted(set(confirm.seeds) & set(seeds))
+        if seen:
+            reason = "the search has used them; a setting is confirmed on seeds it never saw"
+            section.refuse("seeds", seen, reason)
     return confirm
 
 
@@ -325,7 +319,7 @@ def _check_search(spec: ExperimentSpec) -> None:
         raise SpecError(("confirm",), "pbt finds a schedule, not a setting: it has none to rerun.")
     if method == "pbt":
         for name in spec.space:
-            if name in ALGORITHMS[spec.algorithms[0]].fixed_by_checkpoint:
+            if name in entry_of(spec.algorithms[0]).hyperparameters.fixed_by_checkpoint:
                 raise SpecError(
                     ("sweep", "space", name), "pbt cannot change it: a checkpoint fits one value."
                 )
@@ -337,24 +331,27 @@ def _check_options(spec: ExperimentSpec) -> None:
         for name in spec.training_of(algorithm):
             if name in spec.swept:
                 raise SpecError(("training", name), "it is in the sweep too; keep one of them.")
-        entry = entry_of(algorithm)
         try:
-            base = spec.base_of(algorithm)
+            entry_of(algorithm).hyperparameters.preset(spec.preset)
         except ValueError as error:
             raise SpecError(("preset",), str(error)) from error
-        own = spec.per_algorithm.get(algorithm, {})
-        _check(entry, {n: v for n, v in base.items() if n not in own}, ("training",))
-        _check(entry, base, ("per_algorithm", algorithm))
+        _check_setting(spec, algorithm, {}, ("training",))
         for setting in spec.settings:
-            _check(entry, {**base, **setting}, ("sweep", "grid"))
+            _check_setting(spec, algorithm, setting, ("sweep", "grid"))
         for name, distribution in spec.space.items():
             for value in distribution.values:
-                _check(entry, {**base, name: value}, ("sweep", "space"))
+                _check_setting(spec, algorithm, {name: value}, ("sweep", "space"))
 
 
-def _check(entry: AlgorithmEntry, values: Setting, key: tuple[str, ...]) -> None:
+def _check_setting(spec: ExperimentSpec, algorithm: str, setting: Setting, key: KeyPath) -> None:
+    """Raises `SpecError` at the option that is wrong in the trials of a setting."""
     try:
-        entry.options(values)
+        spec.options(algorithm, setting)
     except ValueError as error:
-        named = [n for n in values if str(error).startswith((f"{n}=", f"There is no option {n!r}"))]
+        own = spec.per_algorithm.get(algorithm, {})
+        given = {**spec.training, **own, **setting}
+        wrong = (n for n in given if str(error).startswith((f"{n}=", f"There is no option {n!r}")))
+        named = tuple(wrong)
+        if own and not setting and not (named and named[0] not in own):
+            key = ("per_algorithm", algorithm)
         raise SpecError((*key, *named), str(error)) from error

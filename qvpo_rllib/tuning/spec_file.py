@@ -1,12 +1,14 @@
 """An experiment file: YAML as checked values, with errors that name file, line and key."""
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, NoReturn, Self, TypeVar
 
 import yaml
+
+from qvpo_rllib.core.options import Range, nearest
 
 KeyPath = tuple[str | int, ...]
 MISSING: Any = object()
@@ -21,30 +23,49 @@ class SpecError(ValueError):
 
 
 class Section:
-    """A mapping whose keys are taken one by one; `finish` refuses those that nobody took."""
+    """A mapping whose keys are taken one by one; the end of `with` refuses those left over.
 
-    def __init__(self, values: Any, key: KeyPath = ()) -> None:
-        if values is None:
-            values = {}
+    A key that is missing gets its default unchecked; without one it is required.
+    """
+
+    def __init__(self, values: object, key: KeyPath = ()) -> None:
+        values = {} if values is None else values
         if not isinstance(values, Mapping):
             raise SpecError(key, f"{values!r} is not allowed: it must be a mapping, `key: value`.")
         self._left = dict(values)
         self._known: list[str] = []
         self.key = key
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        for name in self._left if kind is None else ():
+            raise SpecError(
+                (*self.key, name),
+                f"there is no such key.{nearest(name, self._known)} "
+                f"Allowed here: {', '.join(self._known)}.",
+            )
+
     def __contains__(self, name: str) -> bool:
         return name in self._left
 
-    def take(self, name: str, default: Any = MISSING) -> Any:
+    def take(self, name: str, default: Any = MISSING, allow: Range | None = None) -> Any:
+        """Returns a key's value. Raises `SpecError` unless `allow` holds for it."""
         self._known.append(name)
         if name not in self._left:
             if default is MISSING:
                 raise SpecError(self.key, f"{name!r} is missing; it is required.")
             return default
-        return self._left.pop(name)
+        value = self._left.pop(name)
+        if allow is not None and not allow.holds(value):
+            self.refuse(name, value, f"it must be {allow.text}")
+        return value
 
     def take_all(self) -> dict[str, Any]:
-        """Whatever is left, for a mapping whose keys are checked elsewhere."""
+        """Returns whatever is left, for a mapping whose keys are checked elsewhere."""
         taken, self._left = self._left, {}
         return taken
 
@@ -52,47 +73,28 @@ class Section:
         return Section(self.take(name, None), (*self.key, name))
 
     def integer(self, name: str, default: Any = MISSING, *, least: int = 0) -> Any:
-        """An integer (1e6 and 1_000_000 count) of `least` or more; the default unchecked."""
-        given = name in self._left
-        value = self.take(name, default)
-        if not given:
-            return value
-        whole = isinstance(value, int | float) and not isinstance(value, bool)
-        if not whole or value != int(value) or value < least:
-            self.refuse(name, value, f"it must be an integer of {least} or more")
-        return int(value)
+        """Returns an integer (1e6 and 1_000_000 count) of `least` or more, or the default."""
+        allow = Range(
+            f"an integer of {least} or more",
+            lambda v: is_number(v) and float(v).is_integer() and v >= least,
+        )
+        value = self.take(name, default, allow)
+        return value if value is default else int(value)
 
-    def number(self, name: str, default: Any = MISSING, *, least: float = 0.0) -> Any:
-        given = name in self._left
-        value = self.take(name, default)
-        if not given:
-            return value
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < least:
-            self.refuse(name, value, f"it must be a number of {least:g} or more")
-        return float(value)
-
-    def text(self, name: str, default: Any = MISSING, *, allowed: Iterable[str] = ()) -> Any:
-        given = name in self._left
-        value = self.take(name, default)
-        if not given:
-            return value
-        allowed = tuple(allowed)
-        if not isinstance(value, str) or not value:
-            self.refuse(name, value, "it must be a word")
-        if allowed and value not in allowed:
-            self.refuse(
-                name, value, f"it must be one of {', '.join(allowed)}.{nearest(value, allowed)}"
-            )
-        return value
+    def word(self, name: str, default: str, allowed: Iterable[str]) -> str:
+        """Returns one of the words that are allowed."""
+        value, allowed = self.take(name, default), tuple(allowed)
+        if value not in allowed:
+            listed = ", ".join(allowed)
+            self.refuse(name, value, f"it must be one of {listed}.{nearest(value, allowed)}")
+        return str(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self.take(name, default)
-        if not isinstance(value, bool):
-            self.refuse(name, value, "it must be true or false")
-        return bool(value)
+        allow = Range("true or false", lambda value: isinstance(value, bool))
+        return bool(self.take(name, default, allow))
 
     def items(self, name: str, default: Any = MISSING) -> list[Any]:
-        """A list without repetitions; a single value counts as a list of one."""
+        """Returns a list without repetitions; a single value counts as a list of one."""
         value = self.take(name, default)
         values = list(value) if isinstance(value, list | tuple) else [value]
         if not values:
@@ -102,21 +104,12 @@ class Section:
                 raise SpecError((*self.key, name, number), f"{item!r} is listed twice.")
         return values
 
-    def refuse(self, name: str, value: Any, allowed: str) -> None:
+    def refuse(self, name: str, value: object, allowed: str) -> NoReturn:
         raise SpecError((*self.key, name), f"{value!r} is not allowed: {allowed.rstrip('.')}.")
 
-    def finish(self) -> None:
-        for name in self._left:
-            raise SpecError(
-                (*self.key, name),
-                f"there is no such key.{nearest(name, self._known)} "
-                f"Allowed here: {', '.join(self._known)}.",
-            )
 
-
-def nearest(name: Any, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(names), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def dotted(key: KeyPath) -> str:

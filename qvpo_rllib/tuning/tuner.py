@@ -3,19 +3,23 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ray import tune
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from qvpo_rllib.algorithms import entry_of
+from qvpo_rllib.core.options import Setting
 from qvpo_rllib.runtime.base import SCORE
 from qvpo_rllib.tuning.interruption import PausingASHA, PausingFIFO, PausingPBT
-from qvpo_rllib.tuning.spec import ExperimentSpec, Setting
+from qvpo_rllib.tuning.spec import ExperimentSpec
 
 STEPS = "num_env_steps_sampled_lifetime"
 EVALUATION = "evaluation/env_runners/episode_return_mean"
@@ -29,7 +33,7 @@ def build_tuner(
     directory: Path | str | None = None,
     callbacks: Sequence[tune.Callback] = (),
 ) -> tune.Tuner:
-    """A `Tuner` for the trials of one algorithm; call its `fit()`.
+    """Returns a `Tuner` for the trials of one algorithm; call its `fit()`.
 
     One Tune iteration is one evaluation interval, so every result has an evaluation.
 
@@ -74,12 +78,9 @@ def build_tuner(
 
 
 def fixed_config(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
-    """What all trials share, by RLlib's names."""
-    entry = entry_of(algorithm)
-    options = entry.options(spec.base_of(algorithm))
-    options = entry.for_run(options, spec.env_steps, spec.training_of(algorithm))
+    """Returns the settings that all trials share, by RLlib's names."""
     return {
-        **options,
+        **spec.options(algorithm).to_json(),
         "env": spec.tasks[0],
         "seed": spec.seeds[0],
         "num_env_runners": spec.num_env_runners,
@@ -101,7 +102,7 @@ def fixed_config(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
 
 
 def planned_trials(spec: ExperimentSpec, algorithm: str) -> list[Setting] | None:
-    """What sets each trial apart (env, seed, swept options), or None if the search decides.
+    """Returns what sets each trial apart (env, seed, swept options); None if the search decides.
 
     Seeds are the outermost loop: an experiment that is cut short has every setting with the same
     seeds rather than some settings with all of them.
@@ -114,18 +115,17 @@ def planned_trials(spec: ExperimentSpec, algorithm: str) -> list[Setting] | None
             {"env": spec.tasks[0], "seed": seed, **setting}
             for seed, setting in zip(spec.seeds, settings, strict=True)
         ]
-    entry = entry_of(algorithm)
-    base = spec.base_of(algorithm)
+    typed = [(spec.options(algorithm, setting).to_json(), setting) for setting in settings]
     return [
-        {"env": task, "seed": seed, **_typed(entry.options({**base, **setting}), setting)}
+        {"env": task, "seed": seed, **{name: options[name] for name in setting}}
         for seed in spec.seeds
         for task in spec.tasks
-        for setting in settings
+        for options, setting in typed
     ]
 
 
 def drawn_settings(spec: ExperimentSpec) -> list[Setting]:
-    """Every setting of the sweep; those drawn from a space depend on `search.seed` alone.
+    """Returns every setting of the sweep; those from a space depend on `search.seed` alone.
 
     They are drawn beforehand, so that each runs with every seed and a resumed experiment has the
     same ones.
@@ -142,7 +142,7 @@ def drawn_settings(spec: ExperimentSpec) -> list[Setting]:
 
 
 def confirmation_spec(spec: ExperimentSpec, settings: Sequence[Setting]) -> ExperimentSpec:
-    """The second stage: these settings, every one with the fresh seeds."""
+    """Returns the second stage: these settings, every one with the fresh seeds."""
     assert spec.confirm is not None
     return dataclasses.replace(
         spec,
@@ -154,8 +154,13 @@ def confirmation_spec(spec: ExperimentSpec, settings: Sequence[Setting]) -> Expe
     )
 
 
-def _search(spec: ExperimentSpec, algorithm: str, space: dict[str, Any]) -> tuple[Any, int, Any]:
-    """Search algorithm, number of samples, scheduler; puts the swept options into `space`."""
+def _search(
+    spec: ExperimentSpec, algorithm: str, space: dict[str, Any]
+) -> tuple[SearchAlgorithm | Searcher, int, TrialScheduler]:
+    """Returns search algorithm, number of samples and scheduler.
+
+    The swept options go into `space`.
+    """
     if spec.search.method == "optuna":
         space |= {name: d.domain() for name, d in spec.space.items()}
         return _optuna(spec), int(spec.search.num_samples or 0), PausingFIFO()
@@ -167,7 +172,7 @@ def _search(spec: ExperimentSpec, algorithm: str, space: dict[str, Any]) -> tupl
     return search, len(points), _scheduler(spec)
 
 
-def _scheduler(spec: ExperimentSpec) -> Any:
+def _scheduler(spec: ExperimentSpec) -> TrialScheduler:
     search = spec.search
     if search.method == "asha":
         return PausingASHA(
@@ -192,13 +197,16 @@ def _scheduler(spec: ExperimentSpec) -> Any:
 
 
 def _with_fresh_seed(config: dict[str, Any], mutated: Sequence[str]) -> dict[str, Any]:
-    """A member that copies another copies its seed too, and would see the same environments."""
+    """Returns a member's configuration with a seed that follows from its seed and options.
+
+    One that copies another copies its seed too, and would see the same environments.
+    """
     options = zlib.crc32(repr([config[name] for name in mutated]).encode())
     sequence = np.random.SeedSequence([config["seed"], options])
     return {**config, "seed": int(sequence.generate_state(1)[0])}
 
 
-def _optuna(spec: ExperimentSpec) -> Any:
+def _optuna(spec: ExperimentSpec) -> Searcher:
     require("optuna", "search.method: optuna")
     from ray.tune.search.optuna import OptunaSearch
 
@@ -217,7 +225,7 @@ def require(package: str, wanted_by: str) -> None:
 
 
 def _checkpoints(spec: ExperimentSpec) -> tune.CheckpointConfig:
-    """The best and the last; a population keeps a few, as members copy each other's."""
+    """Keeps the best and the last; of a population a few, as members copy each other's."""
     population = spec.search.method == "pbt"
     return tune.CheckpointConfig(
         checkpoint_frequency=spec.checkpoint_every,
@@ -228,29 +236,21 @@ def _checkpoints(spec: ExperimentSpec) -> tune.CheckpointConfig:
     )
 
 
-def _trial_name(trial: Any, swept: Sequence[str]) -> str:
-    """A directory name such as "00003-Ant-v5-k_behavior=4-k_target=2-seed=0"."""
-    config = trial.config
-    setting = {name: config[name] for name in swept}
-    number = trial.trial_id.rsplit("_", 1)[-1]
-    parts = [number, str(config["env"]), *setting_texts(setting), f"seed={config['seed']}"]
+def _trial_name(trial: Trial, swept: Sequence[str]) -> str:
+    """Returns a directory name such as "00003-Ant-v5-k_behavior=4-k_target=2-seed=0"."""
+    config, number = trial.config, trial.trial_id.rsplit("_", 1)[-1]
+    shown = (f"{v:.4g}" if isinstance(v, float) else v for v in map(config.get, swept))
+    setting = [f"{name}={text}" for name, text in zip(swept, shown, strict=True)]
+    parts = [number, str(config["env"]), *setting, f"seed={config['seed']}"]
     return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in "-".join(parts))[:150]
 
 
-def setting_texts(setting: Mapping[str, Any]) -> list[str]:
-    """["k_behavior=4", "entropy_weight=0.01"]; numbers with four digits."""
-    texts = {n: f"{v:.4g}" if isinstance(v, float) else str(v) for n, v in setting.items()}
-    return [f"{name}={text}" for name, text in texts.items()]
-
-
-def _typed(options: Mapping[str, Any], setting: Setting) -> Setting:
-    """A setting's values as the algorithm's option types have them: 1 → 1.0 for a weight."""
-    return {name: options[name] for name in setting}
-
-
 class ScoreCallback(RLlibCallback):  # type: ignore[misc]
-    """Ray Tune 2.60 looks for the score of a checkpoint at the top level alone: given a nested
-    name, it keeps the last checkpoint and deletes the best, silently."""
+    """Puts the evaluation return at the top level of a result, as the score of its checkpoint.
+
+    Ray Tune 2.60 looks for it there alone: given a nested name, it keeps the last checkpoint and
+    deletes the best, silently.
+    """
 
     def on_train_result(self, *, algorithm: Any, result: dict[str, Any], **kwargs: Any) -> None:
         evaluation = result.get("evaluation", {}).get("env_runners", {})
