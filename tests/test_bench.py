@@ -179,7 +179,7 @@ def test_bad_input(arguments, message, capsys):
 MEMORY = """
 import pathlib, torch
 from qvpo_rllib.bench.sizes import TASKS, hyperparameters
-from qvpo_rllib.core.qvpo import Learner, Networks
+from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 
 def peak():
@@ -191,7 +191,7 @@ hp = hyperparameters("paper", task, engine="eager")
 replay = ReplayBuffer(2000, task.obs_dim, task.act_dim, seed=0, device="cpu")
 replay.add(Transitions(*(torch.randn(2000, *c.shape[1:]) for c in replay.columns)))
 before = peak()
-learner = Learner(Networks(task.obs_dim, task.act_dim, hp), hp, seed=0, device="cpu")
+learner = QVPOLearner(QVPONetworks(task.obs_dim, task.act_dim, hp), hp, seed=0, device="cpu")
 learner.train(replay, 2)
 print(peak() - before)
 """
