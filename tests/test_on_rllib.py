@@ -376,6 +376,8 @@ def test_a_run_trains_evaluates_and_goes_on_from_its_checkpoint(
     policy = Policy.from_checkpoint(str(tmp_path / "saved" / "policies" / DEFAULT_POLICY_ID))
     obs = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     np.testing.assert_array_equal(policy.act(obs), first.get_policy().act(obs))
+    with pytest.raises(ValueError, match=r"k=2 is not allowed: .*takes one action in each state"):
+        policy.act(obs, k=2)
 
 
 def test_a_seed_decides_everything_and_another_one_changes_it(build: Callable[[Any], Any]) -> None:

@@ -140,6 +140,8 @@ def test_acting_explores_in_training_alone(build: Any, name: str) -> None:
         assert (explored - evaluated)[inside].std() == pytest.approx(0.1, rel=0.3)
     actions, _, _ = policy.compute_actions(obs, explore=False)
     assert actions.shape == (50, 1)
+    with pytest.raises(ValueError, match=f"k=2 is not allowed: {name}.* takes one action in each"):
+        policy.act(obs, k=2)
 
 
 @rivals

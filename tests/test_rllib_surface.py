@@ -70,15 +70,15 @@ def saved(trained: Any, tmp_path_factory: Any) -> Path:
 
 @pytest.fixture
 def chosen_k(trained: Any, monkeypatch: Any) -> list[int]:
-    """The K of every call of the policy's `act` in this test."""
+    """The K of every time that the policy acts in this test."""
     calls: list[int] = []
-    act = trained[0].policy.act
+    act = trained[0].policy._act
 
-    def recording(obs: Any, k: int, *args: Any) -> Any:
+    def recording(obs: Any, explore: bool, k: int, generator: Any) -> Any:
         calls.append(k)
-        return act(obs, k, *args)
+        return act(obs, explore, k, generator)
 
-    monkeypatch.setattr(trained[0].policy, "act", recording)
+    monkeypatch.setattr(trained[0].policy, "_act", recording)
     return calls
 
 
@@ -218,6 +218,8 @@ def test_compute_actions_of_many_observations(trained: Any, chosen_k: list[int])
     assert chosen_k == [5]
     assert (actions.shape, state, extra) == ((6, 1), [], {})
     assert (np.abs(actions) <= 1).all()
+    with pytest.raises(ValueError, match="k=0 is not allowed: it must be 1 or more"):
+        trained[0].policy.act(observations, k=0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -54,15 +54,10 @@ class QVPOTorchPolicy(OffPolicyTorchPolicy[QVPONetworks, QVPOHyperparameters]):
         self._updates_seen = 0
 
     def act_with_q(
-        self,
-        obs: NDArray[np.floating],
-        *,
-        explore: bool = False,
-        k: int | None = None,
-        generator: Generator | None = None,
+        self, obs: NDArray[np.floating], *, generator: Generator | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        rows, k = self.to_tensor(obs), self._num_samples(k, explore)
-        actions, q = self._act(rows, explore, k, generator or self.generator)
+        rows = self.to_tensor(obs)
+        actions, q = self._act(rows, False, self.hp.k_eval, generator or self.generator)
         if q is None:
             q = self._selector.q_of(rows, actions)
         return to_numpy(actions), to_numpy(q)

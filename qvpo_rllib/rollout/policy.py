@@ -107,18 +107,13 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         return to_numpy(actions)
 
     def act_with_q(
-        self,
-        obs: NDArray[np.floating],
-        *,
-        explore: bool = False,
-        k: int | None = None,
-        generator: Generator | None = None,
+        self, obs: NDArray[np.floating], *, generator: Generator | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """Returns the actions of `act`, and the lower of the critics' estimates for them, [B].
+        """Returns the actions of an evaluation, as `act` does, and the critics' minimum Q, [B].
 
-        The latter is None unless the policy acts by its critics: a worker has no others.
+        Q is None unless the policy acts by its critics: a worker has no others.
         """
-        return self.act(obs, explore=explore, k=k, generator=generator), None
+        return self.act(obs, generator=generator), None
 
     def _act(
         self, obs: Tensor, explore: bool, k: int, generator: Generator

@@ -25,7 +25,7 @@ PROBE_INTERVAL_S = 0.5  # between two questions to a lost worker whether it is b
 
 
 class SamplingConfig(Protocol):
-    """What sampling reads of an algorithm's configuration; RLlib and the options document it."""
+    """The part of a configuration that sampling reads; RLlib and the options document it."""
 
     env: object
     num_envs_per_env_runner: int
