@@ -191,9 +191,6 @@ class DIPOConfig(OffPolicyConfig):
     hyperparameters_class = DIPOHyperparameters
     algorithm_name = "DIPO"
 
-    def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class or DIPO)
-
 
 class DIPO(OffPolicyAlgorithm):
     """DIPO on this package's runtime; see `OffPolicyAlgorithm`."""

@@ -106,7 +106,7 @@ class OnRLlibConfig(BaseConfig):
     derived = tuple(REPLACED_OPTIONS)
 
     def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class=algo_class)
+        super().__init__(algo_class)
         self.exploration_config = {"type": "StochasticSampling"}
         # New minibatches in every epoch; RLlib's loader for several GPUs cuts a batch up once.
         self.simple_optimizer = True

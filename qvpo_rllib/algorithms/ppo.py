@@ -167,7 +167,7 @@ class RivalPPOConfig(OnRLlibConfig, rllib.PPOConfig):  # type: ignore[misc]
     algorithm_name = "PPO"
 
     def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class=algo_class or RivalPPO)
+        super().__init__(algo_class)
         self.use_kl_loss = False
         self.kl_coeff = 0.0
         self.vf_clip_param = float("inf")

@@ -168,9 +168,6 @@ class QSMConfig(OffPolicyConfig):
     hyperparameters_class = QSMHyperparameters
     algorithm_name = "QSM"
 
-    def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class or QSM)
-
 
 class QSM(OffPolicyAlgorithm):
     """QSM on this package's runtime; see `OffPolicyAlgorithm`."""

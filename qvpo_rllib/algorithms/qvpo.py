@@ -33,9 +33,6 @@ class QVPOConfig(OffPolicyConfig):
     hyperparameters_class = QVPOHyperparameters
     algorithm_name = "QVPO"
 
-    def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class or QVPO)
-
 
 class QVPOTorchPolicy(OffPolicyTorchPolicy[QVPONetworks, QVPOHyperparameters]):
     """Acts with the best of K diffusion samples by the critics; see `OffPolicyTorchPolicy`."""

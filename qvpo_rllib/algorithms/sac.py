@@ -150,9 +150,6 @@ class RivalSACConfig(OnRLlibConfig, rllib.SACConfig):  # type: ignore[misc]
     hyperparameters_class: ClassVar[type[Options]] = SACHyperparameters
     algorithm_name = "SAC"
 
-    def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class=algo_class or RivalSAC)
-
     def apply(self, hp: SACHyperparameters) -> None:
         networks: dict[str, Any] = {
             "fcnet_hiddens": list(hp.hidden),

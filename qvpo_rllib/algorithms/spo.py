@@ -89,9 +89,6 @@ class SPOConfig(RivalPPOConfig):
     hyperparameters_class: ClassVar[type[Options]] = SPOHyperparameters
     algorithm_name = "SPO"
 
-    def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class=algo_class or SPO)
-
 
 class SPO(RivalPPO):
     """Build it from `SPOConfig`."""

@@ -176,9 +176,6 @@ class TD3Config(OffPolicyConfig):
     hyperparameters_class = TD3Hyperparameters
     algorithm_name = "TD3"
 
-    def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class or TD3)
-
 
 class TD3(OffPolicyAlgorithm):
     """TD3 on this package's runtime; see `OffPolicyAlgorithm`."""

@@ -59,6 +59,11 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     policy_class: ClassVar[type]
     config: Any
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "config_class" in vars(cls):
+            cls.config_class.algorithm_class = cls  # type: ignore[attr-defined]
+
     @classmethod
     def get_default_config(cls) -> Any:
         return cls.config_class()

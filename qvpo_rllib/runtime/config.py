@@ -43,6 +43,7 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
 
     hyperparameters_class: ClassVar[type[Options]]
     algorithm_name: ClassVar[str]  # in messages and checkpoints
+    algorithm_class: ClassVar[type]  # is set by the algorithm that names this class
     # RLlib's settings that are made of the hyperparameters.
     derived: ClassVar[tuple[str, ...]] = ()
 
@@ -54,7 +55,7 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
             cls.training = training  # type: ignore[method-assign]
 
     def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class=algo_class)
+        super().__init__(algo_class or self.algorithm_class)
         self._set_options(defaults_of(self.hyperparameters_class))
         # `TorchPolicy` lives on RLlib's old API stack. Set directly: `api_stack()` would warn about
         # an exploration config, which is not how these policies explore.
@@ -192,7 +193,7 @@ class OffPolicyConfig(BaseConfig):
     }
 
     def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class=algo_class)
+        super().__init__(algo_class)
         self.env_runners(
             env_runner_cls=ColumnarRolloutWorker,
             num_envs_per_env_runner=1,
