@@ -1,14 +1,12 @@
 """RLlib's `on_episode_…` callbacks for a worker that steps its environments in a flat loop."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.evaluation.episode_v2 import EpisodeV2
+from ray.rllib.evaluation.rollout_worker import RolloutWorker
 
 from qvpo_rllib.rollout.episodes import Hooks, Reset
-
-if TYPE_CHECKING:
-    from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 
 EPISODE_CALLBACKS = ("on_episode_created", "on_episode_start", "on_episode_step", "on_episode_end")
 # What callbacks may read from an episode or leave on it.
@@ -27,7 +25,7 @@ EPISODE_STATE = (
 class EpisodeCallbacks(Hooks):
     """Calls the callbacks that the user overrides; where there are none it does nothing."""
 
-    def __init__(self, worker: "ColumnarRolloutWorker") -> None:
+    def __init__(self, worker: RolloutWorker) -> None:
         self.worker = worker
         self.wanted = {
             name
@@ -89,7 +87,7 @@ class EpisodeCallbacks(Hooks):
                 worker=worker,
                 env_runner=worker,
                 base_env=worker.async_env,
-                env=worker.envs[i],
+                env=worker.async_env.get_sub_environments()[i],
                 policies=worker.policy_map,
                 episode=self.episodes[i],
                 env_index=i,
