@@ -1,4 +1,4 @@
-"""Writing a directory all at once: after a crash it holds the old content or the new, never both.
+"""Replacing a directory's files all at once: after a crash it holds the old ones or the new ones.
 
     .saving      what is being written; worthless until it is renamed to
     .committed   a whole checkpoint, whose files are then put into their places in the directory
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qvpo_rllib.files import link_or_copy, sync
+from qvpo_rllib.files import link_or_copy, new_directory
 
 SAVING, COMMITTED, DONE = ".saving", ".committed", ".done"
 # Subdirectories whose files come and go: those that the new content lacks are deleted.
@@ -23,27 +23,19 @@ CHANGING = ("replay", "environments")
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """An empty directory to fill; its files replace those of `target` when the block ends.
+    """Yields an empty directory to fill; its files replace those of `target` when the block ends.
 
     If the block raises, or the process dies before it has ended, `target` is as it was. Other files
     in `target` are left alone.
     """
     _put_into_place(target)
-    saving = target / SAVING
-    shutil.rmtree(saving, ignore_errors=True)
-    saving.mkdir(parents=True)
-    try:
+    with new_directory(target / COMMITTED, target / SAVING) as saving:
         yield saving
-        sync(saving)
-    except BaseException:
-        shutil.rmtree(saving, ignore_errors=True)
-        raise
-    os.rename(saving, target / COMMITTED)
     _put_into_place(target)
 
 
 def committed(directory: Path) -> Path:
-    """Where the newest whole content of a directory written by `staged` is."""
+    """Returns where the newest whole content of a directory written by `staged` is."""
     newest = directory / COMMITTED
     return newest if newest.is_dir() else directory
 

@@ -241,12 +241,11 @@ def _run_training(training: Any, path: Path) -> int:
 
 def _record_placement(training: Any) -> None:
     """At the start and at the end: a worker whose node was lost may have come back elsewhere."""
-    from qvpo_rllib.training.records import PlacementRecord, describe
+    from qvpo_rllib.training.records import record_placement
 
     if training.plan.num_env_runners > 0:
-        record = PlacementRecord(training.directory.path)
-        snapshot = record.take(training.algorithm, training.env_steps)
-        print(describe(snapshot), flush=True)
+        path = training.directory.path
+        print(record_placement(path, training.algorithm, training.env_steps), flush=True)
 
 
 def _start_ray(plan: Any, address: str | None) -> None:

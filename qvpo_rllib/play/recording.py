@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from qvpo_rllib.files import replacing
 from qvpo_rllib.play.evaluation import Evaluation, evaluate_checkpoint
 
 FORMATS = (".mp4", ".gif")
@@ -69,7 +70,6 @@ def record_checkpoint(
             pictures. Nothing is left behind.
     """
     check_output(out)
-    temporary = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
     recorder: Recorder | None = None
 
     def record(env: gym.Env[Any, Any], env_id: str) -> Recorder:
@@ -77,15 +77,15 @@ def record_checkpoint(
         recorder = Recorder(env, env_id, temporary, episodes, report)
         return recorder
 
-    try:
-        result = evaluate_checkpoint(checkpoint, episodes=episodes, k=k, seed=seed, record=record)
-        assert recorder is not None
-        recorder.close()
-        os.replace(temporary, out)
-    finally:
-        if recorder is not None:
-            recorder.close()
-        temporary.unlink(missing_ok=True)
+    with replacing(out) as temporary:
+        try:
+            result = evaluate_checkpoint(
+                checkpoint, episodes=episodes, k=k, seed=seed, record=record
+            )
+        finally:
+            if recorder is not None:
+                recorder.close()
+    assert recorder is not None
     return result, recorder.num_frames
 
 

@@ -1,44 +1,41 @@
 """The learning curve of a run as a picture that stays readable in grey and in one column."""
 
-import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qvpo_rllib.files import write_atomically
+from qvpo_rllib.files import replacing
+from qvpo_rllib.training.rows import RETURN, Value, points
 
 EVALUATION_COLOR = "#0b3c6f"  # dark: stands out from the training line in grey too
 TRAINING_COLOR = "#b0b0b0"
 BEST_COLOR = "#c2410c"
 
 
-def plot_learning_curve(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+def plot_learning_curve(rows: Sequence[Mapping[str, Value]], path: Path, *, title: str) -> None:
     """Writes the learning curve of `rows` (see `learning_curve`) to the PNG file `path`.
 
     `path` is replaced in one step, so that a viewer never finds half a picture.
     """
-    picture = io.BytesIO()
-    learning_curve(rows, title=title).savefig(picture, format="png")
-    write_atomically(path, picture.getvalue())
+    with replacing(path) as temporary:
+        learning_curve(rows, title=title).savefig(temporary, format="png")
 
 
-def learning_curve(rows: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
-    """Evaluation return (mean, one standard deviation) and training return over env steps.
+def learning_curve(rows: Sequence[Mapping[str, Value]], *, title: str) -> Figure:
+    """Returns a figure of evaluation return (mean, one std) and training return over env steps.
 
-    Of each row it reads "env_steps", "evaluation/return_mean", "evaluation/return_std" and
+    Of each row are read "env_steps", "evaluation/return_mean", "evaluation/return_std" and
     "episode_return_mean"; values that are missing, null or not finite are left out.
     """
     # A figure of its own, not pyplot's: no display is needed and nothing outlives it.
     figure = Figure(figsize=(6.0, 3.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    training = _points(rows, "episode_return_mean")
-    evaluations = _points(rows, "evaluation/return_mean")
+    training = points(rows, "episode_return_mean")
+    evaluations = points(rows, RETURN)
     if training:
         axes.plot(
             *zip(*training, strict=True),
@@ -47,7 +44,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
             label="training episodes (mean)",
         )
     if evaluations:
-        _draw_evaluations(axes, evaluations, dict(_points(rows, "evaluation/return_std")))
+        _draw_evaluations(axes, evaluations, dict(points(rows, "evaluation/return_std")))
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("environment steps")
     axes.set_ylabel("return (sum of rewards per episode)", fontsize=9)
@@ -74,7 +71,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
 
 
 def short_count(count: float) -> str:
-    """`count` with a suffix for thousands or millions: 500, 10k, 2.5k, 1.5M."""
+    """Returns `count` with a suffix for thousands or millions: 500, 10k, 2.5k, 1.5M."""
     count = float(f"{count:.4g}")  # rounded first: 999999 is 1M, not 1000k
     for size, suffix in ((1e6, "M"), (1e3, "k")):
         if abs(count) >= size:
@@ -83,9 +80,14 @@ def short_count(count: float) -> str:
 
 
 def _draw_evaluations(
-    axes: Axes, evaluations: list[tuple[float, float]], stds: Mapping[float, float]
+    axes: Axes, evaluations: Sequence[tuple[int, float]], stds: Mapping[int, float]
 ) -> None:
-    """Line, band and the mark of the best. `stds`: standard deviation by env steps."""
+    """Draws line, band and the mark of the best.
+
+    Args:
+        evaluations: (env steps, mean return), by rising env steps.
+        stds: standard deviation by env steps.
+    """
     x = [steps for steps, _ in evaluations]
     mean = [value for _, value in evaluations]
     std = [stds.get(steps, 0.0) for steps in x]
@@ -144,12 +146,3 @@ def _draw_evaluations(
         zorder=6,
         path_effects=[withStroke(linewidth=2.5, foreground="white")],
     )
-
-
-def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(env_steps, value) of the rows in which `key` is a finite number."""
-    return [
-        (float(row["env_steps"]), float(row[key]))
-        for row in rows
-        if isinstance(row.get(key), int | float) and math.isfinite(row[key])
-    ]

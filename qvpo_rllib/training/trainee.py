@@ -11,8 +11,6 @@ from qvpo_rllib.checkpoints import metadata as checkpoint
 from qvpo_rllib.checkpoints.run_state import RunState
 from qvpo_rllib.checkpoints.staging import committed
 
-LEARNER_STATS = ("info", "learner", "default_policy", "learner_stats")
-
 
 class Trainee:
     """An algorithm of RLlib's own (`rivals.rllib_algorithm`)."""
@@ -58,17 +56,6 @@ class Trainee:
     def restore(self, directory: Path) -> None:
         self.algorithm.restore(str(directory))
 
-    def learner_metrics(self, result: dict[str, Any]) -> dict[str, float]:
-        """The learner's numbers in a result of `train()`; empty before the first update."""
-        stats: Any = result
-        for key in LEARNER_STATS:
-            stats = stats.get(key, {})
-        return {name: float(value) for name, value in stats.items()}
-
-    def worker_metrics(self, result: dict[str, Any]) -> dict[str, float]:
-        """How far remote workers were behind, and what went wrong with them."""
-        return {"faults/restarts": float(result["num_remote_worker_restarts"])}
-
 
 class OffPolicyTrainee(Trainee):
     """An algorithm on this package's replay and workers, such as QVPO."""
@@ -92,11 +79,3 @@ class OffPolicyTrainee(Trainee):
 
     def saved_in(self, directory: Path) -> None:
         self.algorithm.replay_files.moved(directory / checkpoint.REPLAY_DIRECTORY)
-
-    def worker_metrics(self, result: dict[str, Any]) -> dict[str, float]:
-        ledger = result["ledger"]
-        return {
-            "sampling/staleness_mean": ledger["staleness_mean"],
-            "sampling/staleness_max": ledger["staleness_max"],
-            **{f"faults/{name}": float(count) for name, count in result["faults"].items()},
-        }
