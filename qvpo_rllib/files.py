@@ -1,15 +1,8 @@
 """Writing, checking and locking files so that a crash or a second program does no harm.
 
-Every file that the package writes and reads again is written by this module:
-
-    write_atomically, write_json   replace a file: it has the old content or the new, never a part
-    replacing                      the same for a writer that wants a path: Parquet, pictures, video
-    new_directory                  makes a directory with all its files, or none of them
-    OutputDirectory                the results of one command, in a directory of their own
-    record_of, check_file          find files that were changed or cut short
-    DirectoryLock                  keeps two programs from writing to one directory
-
-A file is flushed to disk before it gets its name, so that a power cut leaves no empty one.
+Whatever the package writes goes through `write_atomically` and `write_json`, `replacing` for a
+writer that wants a path (Parquet, pictures, video), or `new_directory`. A file is flushed to disk
+before it gets its name: neither a crash nor a power cut leaves a part of one, or an empty one.
 """
 
 import contextlib
@@ -43,12 +36,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: object, *, allow_nan: bool = True) -> None:
-    """Replaces `path` by `value` as JSON, atomically.
-
-    Raises:
-        ValueError: `value` has a NaN or an infinity, and `allow_nan` is false.
-        TypeError: JSON cannot hold `value`. In both cases `path` is as it was.
-    """
+    """Replaces `path` by `value` as JSON; `ValueError` for a NaN unless `allow_nan`."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=allow_nan).encode() + b"\n")
 
 

@@ -153,7 +153,7 @@ def _start_ray(address: str | None, spec: Any) -> None:
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     # Tune warns when its state is saved often; every checkpoint saves it.
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    # Ctrl-C is ours (`experiments.interruption`); Tune then ends at SIGUSR1 alone.
+    # Ctrl-C is ours (`tuning.interruption`); Tune then ends at SIGUSR1 alone.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     start_ray(spec.num_cpus + spec.num_env_runners, address)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +15,8 @@ from qvpo_rllib.training.rows import RETURN, Value, points
 EVALUATION_COLOR = "#0b3c6f"  # dark: stands out from the training line in grey too
 TRAINING_COLOR = "#b0b0b0"
 BEST_COLOR = "#c2410c"
+
+Style = dict[str, Any]  # keyword arguments of matplotlib's
 
 
 def plot_learning_curve(rows: Sequence[Mapping[str, Value]], path: Path, *, title: str) -> None:
@@ -37,12 +40,12 @@ def learning_curve(rows: Sequence[Mapping[str, Value]], *, title: str) -> Figure
     training = points(rows, "episode_return_mean")
     evaluations = points(rows, RETURN)
     if training:
-        axes.plot(
-            *zip(*training, strict=True),
-            color=TRAINING_COLOR,
-            linewidth=0.9,
-            label="training episodes (mean)",
-        )
+        line: Style = {
+            "color": TRAINING_COLOR,
+            "linewidth": 0.9,
+            "label": "training episodes (mean)",
+        }
+        axes.plot(*zip(*training, strict=True), **line)
     if evaluations:
         _draw_evaluations(axes, evaluations, dict(points(rows, "evaluation/return_std")))
     axes.set_title(title, fontsize=10)
@@ -59,14 +62,8 @@ def learning_curve(rows: Sequence[Mapping[str, Value]], *, title: str) -> Figure
         axes.legend(loc="best", fontsize=8, framealpha=0.8, edgecolor="none")
     else:
         axes.set(xticks=[], yticks=[])
-        axes.text(
-            0.5,
-            0.5,
-            "no episode has ended yet",
-            transform=axes.transAxes,
-            ha="center",
-            color="#555555",
-        )
+        note: Style = {"transform": axes.transAxes, "ha": "center", "color": "#555555"}
+        axes.text(0.5, 0.5, "no episode has ended yet", **note)
     return figure
 
 
@@ -91,47 +88,20 @@ def _draw_evaluations(
     x = [steps for steps, _ in evaluations]
     mean = [value for _, value in evaluations]
     std = [stds.get(steps, 0.0) for steps in x]
-    label = "evaluation (mean ± 1 std)"
+    line: Style = {"color": EVALUATION_COLOR, "marker": "o", "label": "evaluation (mean ± 1 std)"}
     if len(x) == 1:
         # A band needs two points to have a width.
-        axes.errorbar(
-            x,
-            mean,
-            yerr=std,
-            color=EVALUATION_COLOR,
-            marker="o",
-            markersize=4,
-            capsize=3,
-            linestyle="none",
-            label=label,
-        )
+        axes.errorbar(x, mean, yerr=std, markersize=4, capsize=3, linestyle="none", **line)
     else:
         low = [m - s for m, s in zip(mean, std, strict=True)]
         high = [m + s for m, s in zip(mean, std, strict=True)]
         axes.fill_between(x, low, high, color=EVALUATION_COLOR, alpha=0.2, linewidth=0)
         # Many markers would merge into a thick line: about thirty are drawn.
-        axes.plot(
-            x,
-            mean,
-            color=EVALUATION_COLOR,
-            linewidth=1.6,
-            marker="o",
-            markersize=3.5,
-            markevery=max(1, len(x) // 30),
-            label=label,
-        )
+        every = max(1, len(x) // 30)
+        axes.plot(x, mean, linewidth=1.6, markersize=3.5, markevery=every, **line)
     best = max(range(len(x)), key=mean.__getitem__)
-    axes.plot(
-        x[best],
-        mean[best],
-        marker="*",
-        markersize=12,
-        color=BEST_COLOR,
-        markeredgecolor="white",
-        linestyle="none",
-        zorder=5,
-        label="best evaluation",
-    )
+    star: Style = {"marker": "*", "markersize": 12, "markeredgecolor": "white", "linestyle": "none"}
+    axes.plot(x[best], mean[best], color=BEST_COLOR, zorder=5, label="best evaluation", **star)
     value = f"{mean[best]:,.0f}" if abs(mean[best]) >= 100 else f"{mean[best]:.3g}"
     share = (x[best] - x[0]) / (x[-1] - x[0]) if x[-1] > x[0] else 0.5
     side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
