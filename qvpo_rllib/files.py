@@ -1,10 +1,14 @@
-"""Files that survive a crash: written whole or not at all, checked by digest, locked."""
+"""Writing, checking and locking files so that a crash or a second program does no harm.
+
+Whatever the package writes goes through `write_atomically` and `write_json`, `replacing` for a
+writer that wants a path (Parquet, pictures, video), or `new_directory`. A file is flushed to disk
+before it gets its name: neither a crash nor a power cut leaves a part of one, or an empty one.
+"""
 
 import contextlib
 import errno
 import fcntl
 import importlib.metadata
-import io
 import json
 import logging
 import mmap
@@ -13,24 +17,168 @@ import platform
 import shutil
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, NoReturn
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
+
+logger = logging.getLogger(__name__)
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces `path`: after a crash it holds the old content or the new, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, value: object, *, allow_nan: bool = True) -> None:
+    """Replaces `path` by `value` as JSON; `ValueError` for a NaN unless `allow_nan`."""
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=allow_nan).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write a file to, which replaces `path` at the block's end.
+
+    The yielded name has the suffix of `path`, and no other process gets the same. If the block
+    raises, `path` is as it was and the new file is deleted.
+    """
+    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, temporary: Path) -> Iterator[Path]:
+    """Yields the empty directory `temporary`, which is renamed to `path` at the block's end.
+
+    What the block wrote is on disk before the directory gets its name. If the block raises,
+    `temporary` is deleted.
+
+    Args:
+        path: must not exist, or be an empty directory: `OSError` otherwise.
+        temporary: on the same file system; whatever an earlier process left there is deleted.
+    """
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        sync(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync(path.parent)
+
+
+def sync(directory: Path) -> None:
+    """Waits until every file below `directory`, and its name, is on disk."""
+    for path in [directory, *directory.rglob("*")]:
+        fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Waits until the file's content, or the names in the directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link_or_copy(source: Path, place: Path) -> None:
+    """Makes a hard link at `place`, or a copy where the file system has none."""
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copy2(source, place)
+
+
+class OutputDirectory:
+    """A new directory for the files of one experiment; removed again if nothing came into it.
+
+    Args:
+        path: must not exist, or be an empty directory.
+
+    Raises:
+        ValueError: it holds something, is a file, or cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser()
+        if os.path.lexists(self.path):
+            if not self.path.is_dir():
+                self._refuse("is a file")
+            if any(self.path.iterdir()):
+                self._refuse("is a directory with files in it")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"The directory {str(self.path)!r} cannot be made: {error}. Give another --out."
+            ) from error
+        if not os.access(self.path, os.W_OK):
+            self._refuse("cannot be written to")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(
+            f"Cannot write results to {str(self.path)!r}: it {what}. Give another --out, which "
+            "must not exist yet or be empty; nothing was changed."
+        )
+
+    def __enter__(self) -> "OutputDirectory":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Writes `rows`, which share their keys, as the Parquet file `name`."""
+        import pyarrow as pa  # not needed to write a bundle, which uses the rest of this module
+        import pyarrow.parquet as pq
+
+        with replacing(self.path / name) as temporary:
+            pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), temporary)
+
+    def write_summary(self, name: str, summary: Mapping[str, object]) -> None:
+        """Writes `summary` as the JSON file `name`, with the versions that made it."""
+        versions = installed_versions("qvpo_rllib", "torch", "numpy")
+        write_json(self.path / name, {**summary, "versions": versions}, allow_nan=False)
+
+
+def installed_versions(*packages: str) -> dict[str, str | None]:
+    """Returns the versions of "python" and of `packages`; None for one that is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+# --- checking ----------------------------------------------------------------------------------
 
 
 class FileRecord(NamedTuple):
-    """What a whole file has. The digest finds accidents; it is no signature."""
+    """Length and digest of a file's content. The digest finds accidents; it is no signature."""
 
     num_bytes: int
     digest: str  # xxh3-128 of the content, hexadecimal
 
 
 def record_of(file: Path) -> FileRecord:
-    """Reads the file once, memory-mapped."""
+    """Returns the record of `file`, which is read once, memory-mapped."""
     num_bytes = file.stat().st_size
     if num_bytes == 0:
         return FileRecord(0, xxhash.xxh3_128_hexdigest(b""))
@@ -53,10 +201,10 @@ def check_file(file: Path, expected: FileRecord) -> None:
         raise ValueError(f"{str(file)!r} is damaged: its content has changed; {advice}")
 
 
+# --- locking -----------------------------------------------------------------------------------
+
 LOCK_FILE = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-
-logger = logging.getLogger(__name__)
 
 
 class DirectoryLock:
@@ -86,7 +234,7 @@ class DirectoryLock:
         self._own[self._key] = file, taken + 1
 
     def release(self) -> None:
-        """May be called twice. Leaves no file behind."""
+        """Gives the lock back and leaves no file behind. May be called twice."""
         if self._directory is None:
             return
         file, taken = self._own.pop(self._key)
@@ -107,10 +255,10 @@ class DirectoryLock:
 
 
 def _lock(directory: int, path: Path) -> int | None:
-    """The descriptor that holds the lock; None where there are no locks."""
+    """Returns the descriptor that holds the lock; None where there are no locks."""
     while True:
         try:
-            # To be written to: locks on NFS ask for that.
+            # Opened for writing, as locks on NFS demand.
             file = os.open(LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666, dir_fd=directory)
         except OSError as error:
             raise ValueError(
@@ -148,87 +296,3 @@ def _is_in_place(file: int, directory: int) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file), os.stat(LOCK_FILE, dir_fd=directory))
     return False
-
-
-PACKAGES = ("qvpo_rllib", "torch", "numpy")
-
-
-class OutputDirectory:
-    """A new directory for the files of one experiment; removed again if nothing came into it.
-
-    Args:
-        path: must not exist, or be an empty directory.
-
-    Raises:
-        ValueError: it holds something, is a file, or cannot be made.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path.expanduser()
-        if os.path.lexists(self.path):
-            if not self.path.is_dir():
-                self._refuse("is a file")
-            if any(self.path.iterdir()):
-                self._refuse("is a directory with files in it")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"The directory {str(self.path)!r} cannot be made: {error}. Give another --out."
-            ) from error
-        if not os.access(self.path, os.W_OK):
-            self._refuse("cannot be written to")
-
-    def _refuse(self, what: str) -> None:
-        raise ValueError(
-            f"Cannot write results to {str(self.path)!r}: it {what}. Give another --out, which "
-            "must not exist yet or be empty; nothing was changed."
-        )
-
-    def __enter__(self) -> "OutputDirectory":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
-
-    def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes `rows`, which share their keys, as the Parquet file `name`."""
-        file = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), file)
-        write_atomically(self.path / name, file.getvalue())
-
-    def write_summary(self, name: str, summary: Mapping[str, Any]) -> None:
-        """Writes `summary` as the JSON file `name`, with the versions that made it."""
-        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-        record = {**summary, "versions": {"python": platform.python_version(), **versions}}
-        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        write_atomically(self.path / name, text.encode())
-
-
-def sync(directory: Path) -> None:
-    """Waits until files and names are on disk, so that a power cut leaves no empty ones."""
-    for path in [directory, *directory.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def link_or_copy(source: Path, place: Path) -> None:
-    """A hard link at `place`, or a copy where the file system has none."""
-    try:
-        os.link(source, place)
-    except OSError:
-        shutil.copy2(source, place)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces `path`: after a crash it holds the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from qvpo_rllib.checkpoints.metadata import Metadata
 from qvpo_rllib.checkpoints.replay_files import Segment, read_segments
 from qvpo_rllib.cli.train import _interrupts_are_kept
 from qvpo_rllib.play.trained_policy import action_time_ms
-from qvpo_rllib.training.run import RETURN
+from qvpo_rllib.training.rows import RETURN
 
 TRAIN_OPTIONS = [
     "--algo", "--env", "--preset", "--seed", "--env-steps", "--num-env-runners",
@@ -429,3 +430,11 @@ def test_bad_input_has_exit_code_2_and_no_traceback(tmp_path: Path) -> None:
     assert error.startswith("qvpo: error: k_target=0 is not allowed")
     assert len(error.strip().splitlines()) <= 3
     assert not run.exists()
+
+
+def test_the_packages_warnings_are_plain_text_on_standard_error(capsys: Any) -> None:
+    cli._quiet()
+    cli._quiet()
+    logging.getLogger("qvpo_rllib.some.module").warning("Interrupted: %d trials", 2)
+    logging.getLogger("qvpo_rllib.some.module").info("a detail")
+    assert capsys.readouterr().err == "Interrupted: 2 trials\n"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qvpo_rllib import cli
-from qvpo_rllib.training.records import describe
+from qvpo_rllib.training.records import describe_placement
 from qvpo_rllib.training.run_directory import can_resume
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +133,7 @@ def test_the_line_that_says_where_workers_are() -> None:
         "workers": [{"worker": index, "node_ip": ip} for index, ip in nodes.items()],
     }
     expected = "Rollout workers: 1, 3 on 10.0.0.5; 2 on 10.0.0.6; learner on 10.0.0.5."
-    assert describe(snapshot) == expected
+    assert describe_placement(snapshot) == expected
 
 
 def _nobody(**options: Any) -> None:

@@ -69,7 +69,7 @@ def test_a_second_train_is_refused_until_the_first_has_died(tmp_path: Path, caps
         assert f"Another program is writing to {str(run)!r}: process {first.pid} on " in message
         with pytest.raises(ValueError, match="Another program"):
             RunDirectory.open(run, ["qvpo"])
-        assert RunDirectory(run, {}).rows() == []  # reading goes on
+        assert RunDirectory(run, {}).metrics.rows() == []  # reading goes on
         assert contents(run) == before
         first.send_signal(signal.SIGKILL)
         first.wait()

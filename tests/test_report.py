@@ -218,9 +218,13 @@ def test_train_runs_are_grouped_by_what_sets_them_apart(tmp_path: Path) -> None:
             "hyperparameters": {"tau": tau, "gamma": 0.9},
         }  # fmt: skip
         with RunDirectory.create(tmp_path / f"{seed}-{tau}", config, ["qvpo"]) as run:
-            run.append({"env_steps": 100, "evaluation/return_mean": 1.0, "time_total_s": 1.0})
+            run.metrics.append(
+                {"env_steps": 100, "evaluation/return_mean": 1.0, "time_total_s": 1.0}
+            )
             if seed == 0:
-                run.append({"env_steps": 200, "evaluation/return_mean": 2.0, "time_total_s": 2.0})
+                run.metrics.append(
+                    {"env_steps": 200, "evaluation/return_mean": 2.0, "time_total_s": 2.0}
+                )
     runs = load_runs(sorted(p for p in tmp_path.iterdir() if p.is_dir()))
     labels = [(run.label, run.seed, run.status) for run in runs]
     assert labels == [

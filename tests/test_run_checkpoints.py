@@ -107,6 +107,26 @@ def test_a_failed_write_changes_nothing(run: RunDirectory) -> None:
     assert check_whole(run) == 3
 
 
+def test_every_file_is_flushed_once_before_the_checkpoint_has_its_name(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    directory = commit(run, 3)
+    checkpoints = directory.parent
+    below = [path.removeprefix(str(checkpoints)) for path in flushed]
+    temporary = f"/.tmp-3-{os.getpid()}"
+    files = [f"/{path.relative_to(directory)}" for path in directory.rglob("*")]
+    assert sorted(below[: len(files) + 1]) == sorted([temporary + file for file in ["", *files]])
+    assert below[len(files) + 1 :] == ["", ""]  # the directory's name, then the links
+
+
 def test_open_cleans_leftovers_and_keeps_what_is_not_its_own(run: RunDirectory) -> None:
     commit(run, 3)
     checkpoints = run.path / "checkpoints"

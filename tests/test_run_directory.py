@@ -58,7 +58,7 @@ def test_create_refuses_other_files_and_accepts_an_empty_directory(tmp_path: Pat
         RunDirectory.create(tmp_path / "thesis.tex", {}, COMMAND)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
     (tmp_path / "empty").mkdir()
-    assert RunDirectory.create(tmp_path / "empty", {}, COMMAND).rows() == []
+    assert RunDirectory.create(tmp_path / "empty", {}, COMMAND).metrics.rows() == []
 
 
 def test_open_refuses_what_is_no_run_and_says_what_is_missing(
@@ -95,9 +95,9 @@ def test_rows_come_back_as_written(run: RunDirectory) -> None:
         "task": "Hopper",
         "none": None,
     }
-    run.append(row)
-    run.append({"env_steps": np.int64(20), "loss": np.float32(0.5), "é": 1e-30})
-    assert run.rows() == [
+    run.metrics.append(row)
+    run.metrics.append({"env_steps": np.int64(20), "loss": np.float32(0.5), "é": 1e-30})
+    assert run.metrics.rows() == [
         {"env_steps": 10, "loss": None, "q": None, "task": "Hopper", "none": None},
         {"env_steps": 20, "loss": 0.5, "é": 1e-30},
     ]
@@ -115,34 +115,34 @@ def test_a_bad_row_is_refused_and_not_written(
     run: RunDirectory, row: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        run.append(row)
-    assert run.rows() == []
+        run.metrics.append(row)
+    assert run.metrics.rows() == []
 
 
 @pytest.mark.parametrize("torn", ['{"env_steps": 3, "lo', '{"env_steps": 3}', "\0\0\0\n", "{"])
 def test_a_torn_last_line_is_ignored_then_cut(run: RunDirectory, torn: str) -> None:
     commit(run, 3)
     for step in (1, 2):
-        run.append({"env_steps": step})
+        run.metrics.append({"env_steps": step})
     whole = (run.path / "metrics.jsonl").read_text()
     (run.path / "metrics.jsonl").write_text(whole + torn)
-    assert [row["env_steps"] for row in run.rows()] == [1, 2]
+    assert [row["env_steps"] for row in run.metrics.rows()] == [1, 2]
     resumed = reopen(run)
     assert (run.path / "metrics.jsonl").read_text() == whole
-    resumed.append({"env_steps": 4})
-    assert [row["env_steps"] for row in resumed.rows()] == [1, 2, 4]
+    resumed.metrics.append({"env_steps": 4})
+    assert [row["env_steps"] for row in resumed.metrics.rows()] == [1, 2, 4]
 
 
 def test_a_damaged_line_in_the_middle_is_named(run: RunDirectory) -> None:
     (run.path / "metrics.jsonl").write_text('{"env_steps": 1}\ngarbage\n{"env_steps": 2}\n')
     with pytest.raises(ValueError, match=r"Line 2 of .*garbage"):
-        run.rows()
+        run.metrics.rows()
 
 
 def test_a_full_disk_leaves_no_half_line(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run.append({"env_steps": 1})
+    run.metrics.append({"env_steps": 1})
     real_open = Path.open
 
     class FullDisk:
@@ -162,26 +162,26 @@ def test_a_full_disk_leaves_no_half_line(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda path, mode: FullDisk(path))
         with pytest.raises(OSError, match="No space left"):
-            run.append({"env_steps": 2})
-    run.append({"env_steps": 3})
-    assert [row["env_steps"] for row in run.rows()] == [1, 3]
+            run.metrics.append({"env_steps": 2})
+    run.metrics.append({"env_steps": 3})
+    assert [row["env_steps"] for row in run.metrics.rows()] == [1, 3]
 
 
 def test_truncation_on_resume_drops_only_later_rows(run: RunDirectory) -> None:
     for step in range(0, 60, 10):
-        run.append({"env_steps": step, "loss": step / 10})
-    run.compact()
-    run.truncate_after(30)
-    assert [row["env_steps"] for row in run.rows()] == [0, 10, 20, 30]
+        run.metrics.append({"env_steps": step, "loss": step / 10})
+    run.metrics.compact()
+    run.metrics.truncate_after(30)
+    assert [row["env_steps"] for row in run.metrics.rows()] == [0, 10, 20, 30]
     parquet = pq.read_table(run.path / "metrics.parquet")
     assert parquet["env_steps"].to_pylist() == [0, 10, 20, 30]
 
 
 def test_parquet_holds_every_key_of_every_row(run: RunDirectory) -> None:
-    run.append({"env_steps": 1, "loss": 1, "phase": "warm-up"})
-    run.append({"env_steps": 2, "loss": 0.5, "phase": 7, "evaluation/return_mean": 3.0})
-    run.append({"env_steps": 3, "empty": None})
-    table = pq.read_table(run.compact())
+    run.metrics.append({"env_steps": 1, "loss": 1, "phase": "warm-up"})
+    run.metrics.append({"env_steps": 2, "loss": 0.5, "phase": 7, "evaluation/return_mean": 3.0})
+    run.metrics.append({"env_steps": 3, "empty": None})
+    table = pq.read_table(run.metrics.compact())
     assert table.to_pydict() == {
         "env_steps": [1, 2, 3],
         "loss": [1.0, 0.5, None],
@@ -194,18 +194,20 @@ def test_parquet_holds_every_key_of_every_row(run: RunDirectory) -> None:
 
 
 def test_parquet_of_no_rows_is_an_empty_table(run: RunDirectory) -> None:
-    table = pq.read_table(run.compact())
+    table = pq.read_table(run.metrics.compact())
     assert (table.column_names, table.num_rows) == (["env_steps"], 0)
 
 
 def test_tensorboard_shows_each_number_once_even_after_a_resume(run: RunDirectory) -> None:
     with run:
         for step in (10, 20, 30):
-            run.append({"env_steps": step, "critic_loss": step / 4, "task": "x", "nan": np.nan})
+            run.metrics.append(
+                {"env_steps": step, "critic_loss": step / 4, "task": "x", "nan": np.nan}
+            )
     commit(run, 21)
     with reopen(run) as resumed:
-        resumed.truncate_after(20)
-        resumed.append({"env_steps": 30, "critic_loss": 99.0, "updates": 5})
+        resumed.metrics.truncate_after(20)
+        resumed.metrics.append({"env_steps": 30, "critic_loss": 99.0, "updates": 5})
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["critic_loss", "updates"]

@@ -13,7 +13,7 @@ from qvpo_rllib import cli
 from qvpo_rllib.algorithms import entry_of
 from qvpo_rllib.checkpoints.metadata import Metadata
 from qvpo_rllib.runtime.ray_private import LOOK_EVERY_S
-from qvpo_rllib.tuning.ledger import result_row
+from qvpo_rllib.training.rows import metrics_row
 from qvpo_rllib.tuning.results import read_rows, read_trials
 from qvpo_rllib.tuning.spec import ExperimentSpec
 from qvpo_rllib.tuning.tuner import fixed_config
@@ -48,7 +48,7 @@ def checkpoints(part: Path) -> dict[str, list[int]]:
 def uninterrupted(file: Path) -> list[dict[str, Any]]:
     """The rows of the trial with seed 0, trained in this process."""
     algorithm = entry_of("qvpo").load()(config=fixed_config(ExperimentSpec.load(file), "qvpo"))
-    rows = [result_row(algorithm.train()) for _ in range(STEPS // INTERVAL)]
+    rows = [metrics_row(algorithm.train()) for _ in range(STEPS // INTERVAL)]
     algorithm.stop()
     return rows
 

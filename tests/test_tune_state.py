@@ -1,13 +1,24 @@
 """Ray Tune's state files: a driver killed while it writes them loses nothing."""
 
+import inspect
 import json
 import os
 import pickle
 from pathlib import Path
 
 import pytest
+import ray.tune.tune
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
 
-from qvpo_rllib.tuning.tune_state import KEPT_DIRECTORY, TUNE_DIRECTORY, back_up, repair
+from qvpo_rllib.tuning.tune_state import (
+    KEPT_DIRECTORY,
+    TUNE_DIRECTORY,
+    back_up,
+    has_state,
+    mark_ended,
+    repair,
+)
 
 STATE, SEARCH = "experiment_state-2026-01-01.json", "basic-variant-state-2026-01-01.json"
 
@@ -64,3 +75,41 @@ def test_what_was_never_whole_is_refused(part: Path) -> None:
     with pytest.raises(ValueError, match=r"experiment_state-.*cut short.*another --storage"):
         repair(part)
     assert [file.name for file in (part / KEPT_DIRECTORY).iterdir()] == [SEARCH]
+
+
+def test_what_was_left_of_a_crash_while_a_state_was_replaced_is_no_state(part: Path) -> None:
+    back_up(part)
+    for name in (STATE, SEARCH):
+        (part / TUNE_DIRECTORY / f".{Path(name).stem}.tmp-12.json").write_text("{")
+    repair(part)
+    back_up(part)
+    assert steps(part) == [1, 1]
+    assert {file.name for file in (part / KEPT_DIRECTORY).iterdir()} == {STATE, SEARCH}
+
+
+def test_a_trial_that_has_ended_is_not_run_again(part: Path) -> None:
+    assert has_state(part)
+    trials = {"a": "RUNNING", "b": "RUNNING", "c": "ERROR"}
+    data = [[json.dumps({"trial_id": n, "status": s, "x": 1}), "{}"] for n, s in trials.items()]
+    file = part / TUNE_DIRECTORY / STATE
+    file.write_text(json.dumps({"trial_data": data, "stats": 7}))
+    mark_ended(part, {"a", "c"})
+    state = json.loads(file.read_text())
+    assert state["stats"] == 7
+    found = [json.loads(trial) for trial, _ in state["trial_data"]]
+    assert [trial["status"] for trial in found] == ["TERMINATED", "RUNNING", "TERMINATED"]
+    assert all(trial["x"] == 1 for trial in found)
+    file.unlink()
+    assert not has_state(part)
+
+
+def test_ray_tune_has_what_is_relied_upon() -> None:
+    """A Ray that fails here needs another `tuning/tune_state.py`."""
+    assert list(inspect.signature(TuneController.pause_trial).parameters)[:2] == ["self", "trial"]
+    assert list(inspect.signature(TuneController.get_trials).parameters) == ["self"]
+    assert isinstance(Trial.is_saving, property)
+    assert (Trial.RUNNING, Trial.TERMINATED) == ("RUNNING", "TERMINATED")
+    assert TuneController.CKPT_FILE_TMPL == "experiment_state-{}.json"
+    source = inspect.getsource(TuneController.save_to_dir)
+    assert '"trial_data": list(self._get_trial_checkpoints().values())' in source
+    assert "signal.SIGUSR1" in inspect.getsource(ray.tune.tune._setup_signal_catching)

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qvpo_rllib.files import link_or_copy, sync
+from qvpo_rllib.files import link_or_copy, new_directory
 
 SAVING, COMMITTED, DONE = ".saving", ".committed", ".done"
 # Subdirectories whose files come and go: those that the new content lacks are deleted.
@@ -29,16 +29,8 @@ def staged(target: Path) -> Iterator[Path]:
     in `target` are left alone.
     """
     _put_into_place(target)
-    saving = target / SAVING
-    shutil.rmtree(saving, ignore_errors=True)
-    saving.mkdir(parents=True)
-    try:
+    with new_directory(target / COMMITTED, target / SAVING) as saving:
         yield saving
-        sync(saving)
-    except BaseException:
-        shutil.rmtree(saving, ignore_errors=True)
-        raise
-    os.rename(saving, target / COMMITTED)
     _put_into_place(target)
 
 

@@ -87,7 +87,14 @@ def _report(error: Exception, code: int) -> int:
 
 
 def _quiet() -> None:
-    """RLlib announces on every start that the old API stack will go; the version is capped."""
+    """Shows this package's warnings as plain text on standard error, and hides Ray's.
+
+    RLlib announces on every start that the old API stack will go; the version is capped.
+    """
+    # Python's last resort, a handler that writes to `sys.stderr`, whatever that is by then. Named
+    # here, it does its work also where a library has given the root logger another format.
+    if logging.lastResort is not None:
+        logging.getLogger("qvpo_rllib").addHandler(logging.lastResort)
     # Ray will stop hiding GPUs from actors that ask for none, and says so unless told which it is.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -236,12 +236,11 @@ def _run_training(training: "TrainingRun") -> int:
 
 def _record_placement(training: "TrainingRun") -> None:
     """Records and prints where the workers are; one whose node was lost may have moved since."""
-    from qvpo_rllib.training.records import PlacementRecord, describe
+    from qvpo_rllib.training.records import record_placement
 
     if training.plan.num_env_runners > 0:
-        record = PlacementRecord(training.directory.path)
-        snapshot = record.take(training.algorithm, training.env_steps)
-        print(describe(snapshot), flush=True)
+        path = training.directory.path
+        print(record_placement(path, training.algorithm, training.env_steps), flush=True)
 
 
 def _start_ray(plan: "TrainingPlan", address: str | None) -> None:

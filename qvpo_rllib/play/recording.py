@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from qvpo_rllib.files import replacing
 from qvpo_rllib.play.evaluation import Evaluation, evaluate_checkpoint
 
 FORMATS = (".mp4", ".gif")
@@ -69,17 +70,14 @@ def record_checkpoint(
             pictures. Nothing is left behind.
     """
     check_output(out)
-    temporary = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
-    recorder = Recorder(temporary, episodes, report)
-    try:
-        result = evaluate_checkpoint(
-            checkpoint, episodes=episodes, k=k, seed=seed, record=recorder.watch
-        )
-        recorder.close()
-        os.replace(temporary, out)
-    finally:
-        recorder.close()
-        temporary.unlink(missing_ok=True)
+    with replacing(out) as temporary:
+        recorder = Recorder(temporary, episodes, report)
+        try:
+            result = evaluate_checkpoint(
+                checkpoint, episodes=episodes, k=k, seed=seed, record=recorder.watch
+            )
+        finally:
+            recorder.close()
     return result, recorder.num_frames
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qvpo_rllib.algorithms import entry_of
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
-from qvpo_rllib.training.run_directory import RunDirectory
+from qvpo_rllib.training.metrics_log import MetricsLog
 from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, read_rows, read_trials
 
 MISSING, UNFINISHED = "not started", "unfinished"
@@ -163,7 +163,7 @@ def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
     runs = []
     for path, config in trained:
         label = entry_of(_algorithm(config)).label
-        rows = [row for row in _recorded(path, config) if row.get(RETURN) is not None]
+        rows = [row for row in _recorded(path) if row.get(RETURN) is not None]
         done = bool(rows) and int(rows[-1]["env_steps"]) >= config["env_steps"]
         setting = {"algorithm": label} if several else {}
         setting |= {"preset": config["preset"]}
@@ -195,10 +195,10 @@ def _metrics_of(path: Path) -> bool:
     return any((path / n).is_file() for n in ("run.json", "metrics.jsonl", "metrics.parquet"))
 
 
-def _recorded(path: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+def _recorded(path: Path) -> list[dict[str, Any]]:
     """All rows; of a run kept as its table alone, such as in tune_configs/results, the table's."""
     if (path / "metrics.jsonl").exists() or not (path / "metrics.parquet").exists():
-        return [dict(row) for row in RunDirectory(path, config).rows()]
+        return [dict(row) for row in MetricsLog(path).rows()]
     import pyarrow.parquet as pq
 
     rows: list[dict[str, Any]] = pq.read_table(path / "metrics.parquet").to_pylist()

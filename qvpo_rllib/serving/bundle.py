@@ -10,8 +10,6 @@ can write them too. What no bundle can do is run code: it is parsed, never unpic
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,20 +69,14 @@ def write_bundle(
         files[ONNX_FILE] = onnx
     digests = {name: digest(content) for name, content in files.items()}
     files[DESCRIPTION_FILE] = description_json.encode(description, digests)
-    temporary = None
+    from qvpo_rllib.files import new_directory  # a server, which writes none, does without
+
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        temporary.chmod(0o755)
-        for name, content in files.items():
-            with (temporary / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        os.rename(temporary, directory)  # fails if somebody has filled it meanwhile
+        with new_directory(directory, temporary):  # fails if somebody has filled it meanwhile
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
     except OSError as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(
             f"The bundle {str(directory)!r} cannot be written: {error}. Give another directory."
         ) from error

@@ -1,73 +1,59 @@
 """What a run records of its surroundings: how it was started, and where its workers are."""
 
-import importlib.metadata
 import json
 import os
 import platform
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.files import write_atomically
+from qvpo_rllib.files import installed_versions, write_json
 
 PACKAGES = ("qvpo_rllib", "torch", "ray", "gymnasium", "mujoco", "numpy", "pyarrow")
 
 
 def describe_start(command: Sequence[str]) -> dict[str, Any]:
-    """Command line, time, versions and machine."""
+    """Returns what `run.json` says of a start: command line, time, versions and machine."""
     import torch
 
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     return {
         "command": list(command),
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
+        "versions": installed_versions(*PACKAGES),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
     }
 
 
-FILE = "workers.json"
+def record_placement(run_path: Path, algorithm: Any, env_steps: int) -> str:
+    """Asks the remote workers that are alive where they are; adds that to `workers.json`.
 
+    The file is a list of snapshots, oldest first, over all starts of the run. A snapshot is
+    `{"env_steps": int, "driver": {…}, "workers": [{…}, …]}`; the entries say `worker` (index from
+    1), `node_id` (Ray's), `node_ip`, `hostname` and `pid`.
 
-class PlacementRecord:
-    """`workers.json` of a run directory: a list of snapshots, oldest first, over all its starts.
-
-    A snapshot is `{"env_steps": int, "driver": {…}, "workers": [{…}, …]}`; the entries say
-    `worker` (index from 1), `node_id` (Ray's), `node_ip`, `hostname` and `pid`.
+    Returns:
+        The snapshot in words, see `describe_placement`.
     """
-
-    def __init__(self, run_path: Path) -> None:
-        self._file = run_path / FILE
-
-    def snapshots(self) -> list[dict[str, Any]]:
-        return list(json.loads(self._file.read_text())) if self._file.exists() else []
-
-    def take(self, algorithm: Any, env_steps: int) -> dict[str, Any]:
-        """Asks the remote workers that are alive where they are, and writes it down."""
-        workers = algorithm.env_runner_group.foreach_env_runner(
-            _worker_whereabouts, local_env_runner=False
-        )
-        snapshot = {
-            "env_steps": env_steps,
-            "driver": _whereabouts(),
-            "workers": sorted(workers, key=lambda entry: int(entry["worker"])),
-        }
-        text = json.dumps([*self.snapshots(), snapshot], indent=1)
-        write_atomically(self._file, text.encode() + b"\n")
-        return snapshot
+    workers = algorithm.env_runner_group.foreach_env_runner(
+        lambda worker: {"worker": worker.worker_index, **_whereabouts()}, local_env_runner=False
+    )
+    snapshot = {
+        "env_steps": env_steps,
+        "driver": _whereabouts(),
+        "workers": sorted(workers, key=lambda entry: int(entry["worker"])),
+    }
+    file = run_path / "workers.json"
+    before = json.loads(file.read_text()) if file.exists() else []
+    write_json(file, [*before, snapshot])
+    return describe_placement(snapshot)
 
 
-def describe(snapshot: dict[str, Any]) -> str:
-    """`Rollout workers: 1, 3 on 10.0.0.5; 2 on 10.0.0.6; learner on 10.0.0.5.`"""
+def describe_placement(snapshot: Mapping[str, Any]) -> str:
+    """Returns "Rollout workers: 1, 3 on 10.0.0.5; 2 on 10.0.0.6; learner on 10.0.0.5."."""
     by_node: dict[str, list[str]] = {}
     for entry in snapshot["workers"]:
         by_node.setdefault(entry["node_ip"], []).append(str(entry["worker"]))
@@ -76,11 +62,7 @@ def describe(snapshot: dict[str, Any]) -> str:
     return f"Rollout workers: {'; '.join(places)}."
 
 
-def _worker_whereabouts(worker: Any) -> dict[str, Any]:
-    return {"worker": worker.worker_index, **_whereabouts()}
-
-
-def _whereabouts() -> dict[str, Any]:
+def _whereabouts() -> dict[str, str | int]:
     import ray
 
     return {

@@ -1,21 +1,21 @@
 """A training run from a plan to a run directory: the loop behind `qvpo train`."""
 
 import contextlib
+import logging
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
 
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.training.learning_curve import plot_learning_curve
 from qvpo_rllib.training.plan import TrainingPlan
-from qvpo_rllib.training.rows import evaluation_columns, learner_metrics, worker_metrics
+from qvpo_rllib.training.rows import RETURN, Row, evaluation_columns, metrics_row, number, points
 from qvpo_rllib.training.run_directory import RunDirectory
 from qvpo_rllib.training.status import TrainingStatus
 
-RETURN = "evaluation/return_mean"
+logger = logging.getLogger(__name__)
 
 
 class TrainingRun:
@@ -37,7 +37,7 @@ class TrainingRun:
         self._evaluating = False
         if resume:
             self.algorithm.restore(directory.checkpoint("last"))
-            directory.truncate_after(self.env_steps)
+            directory.metrics.truncate_after(self.env_steps)
             self._read_history()
             directory.change_config(plan.to_dict())
         self.status = TrainingStatus(
@@ -75,7 +75,7 @@ class TrainingRun:
                         next_evaluation = self._next_evaluation()
                         self._record_evaluation(row)
                     else:
-                        self.directory.append(row)
+                        self.directory.metrics.append(row)
                         if self._clock.is_due(self.env_steps, time.monotonic()):
                             self._save(is_best=False)
             except KeyboardInterrupt:
@@ -95,8 +95,7 @@ class TrainingRun:
     def _evaluation_was_interrupted(self) -> bool:
         """The run was stopped at env steps whose evaluation had not ended."""
         evaluated_at = max(
-            (int(r["env_steps"] or 0) for r in self.directory.rows() if r.get(RETURN) is not None),
-            default=0,
+            (at for at, _ in points(self.directory.metrics.rows(), RETURN)), default=0
         )
         interval, end = self.plan.eval_interval, self.plan.env_steps
         at_the_end = self.env_steps >= end and evaluated_at < self.env_steps
@@ -111,31 +110,27 @@ class TrainingRun:
         finally:
             self.status.stop()
 
-    def _train(self) -> dict[str, Any]:
-        result = self.algorithm.train()
-        stats = learner_metrics(result)
-        episode_return = result["env_runners"].get("episode_return_mean")
-        episode_length = result["env_runners"].get("episode_len_mean")
-        losses = {n: stats[n] for n in self.plan.algorithm.hyperparameters.losses if n in stats}
-        self.status.update(self.env_steps, self.algorithm.updates, episode_return, losses)
-        return {
-            "env_steps": self.env_steps,
-            "updates": self.algorithm.updates,
-            "time_total_s": self._time_before_s + result["time_total_s"],
-            "episode_return_mean": _number(episode_return),
-            "episode_length_mean": _number(episode_length),
-            **{f"learner/{name}": value for name, value in stats.items()},
-            **(worker_metrics(result) if self.plan.num_env_runners else {}),
-        }
+    def _train(self) -> Row:
+        """Trains for one iteration, shows it, and returns its metrics row."""
+        row = metrics_row(self.algorithm.train(), self._time_before_s)
+        shown = self.plan.algorithm.hyperparameters.losses
+        losses = {name: number(row, f"learner/{name}") for name in shown}
+        self.status.update(
+            self.env_steps,
+            self.algorithm.updates,
+            number(row, "episode_return_mean"),
+            {name: value for name, value in losses.items() if value is not None},
+        )
+        return row
 
-    def _record_evaluation(self, row: dict[str, Any]) -> None:
+    def _record_evaluation(self, row: Row) -> None:
         is_best = self._evaluate(row)
-        self.directory.append(row)
+        self.directory.metrics.append(row)
         self._save(is_best=is_best)
         self._draw()
 
-    def _evaluate(self, row: dict[str, Any]) -> bool:
-        """Adds an evaluation to `row` and says whether it is the best so far."""
+    def _evaluate(self, row: Row) -> bool:
+        """Adds an evaluation to `row`; returns whether it is the best so far."""
         # It may take minutes, and what is trained stays as it is: it can be stopped at any moment.
         self._evaluating = True
         try:
@@ -157,13 +152,13 @@ class TrainingRun:
         return is_best
 
     def _read_history(self) -> None:
-        """The best and last evaluation and the time of a run that is resumed."""
-        rows: list[dict[str, Any]] = [dict(row) for row in self.directory.rows()]
-        returns = [r[RETURN] for r in rows if RETURN in r]
+        """Reads the best and last evaluation and the time of a run that is resumed."""
+        rows = self.directory.metrics.rows()
+        returns = [value for _, value in points(rows, RETURN)]
         if returns:
             self.best, self.last = max(returns), returns[-1]
         if rows:
-            self._time_before_s = float(rows[-1]["time_total_s"])
+            self._time_before_s = number(rows[-1], "time_total_s") or 0.0
 
     def _save(self, *, is_best: bool) -> None:
         self.algorithm.drain()  # first, since it adds env steps
@@ -181,9 +176,9 @@ class TrainingRun:
         self._clock.saved(self.env_steps, time.monotonic())
 
     def _draw(self) -> None:
-        self.directory.compact()
+        self.directory.metrics.compact()
         plot_learning_curve(
-            self.directory.rows(),
+            self.directory.metrics.rows(),
             self.directory.path / "learning_curve.png",
             title=self.plan.title,
         )
@@ -200,9 +195,9 @@ def _interrupts(
     A second one ends the process at once, saving nothing: its state may be half updated.
     """
 
-    def handle(signum: int, frame: Any) -> None:
+    def handle(signum: int, frame: FrameType | None) -> None:
         if algorithm.stop_requested:
-            print("Stopped at once: checkpoints/last is as it was.", file=sys.stderr)
+            logger.warning("Stopped at once: checkpoints/last is as it was.")
             raise SystemExit(130)
         algorithm.stop_requested = True
         if at_once():
@@ -214,10 +209,6 @@ def _interrupts(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 @dataclass

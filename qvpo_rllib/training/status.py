@@ -11,14 +11,22 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 WARMING_UP = "warming up (random actions)"
+PLAIN_INTERVAL_S = 10.0  # shortest time between two plain lines of progress
+WINDOW_S = 30.0  # rates are means over so long
 
 
 class TrainingStatus:
     """Progress, rates, losses and evaluations of one run, as they are reported to it.
 
     In a terminal: five lines, one of them a bar, stay at the bottom; evaluations and notes scroll
-    above. Elsewhere (a file, a pipe): at most one line per `plain_interval_s`, and always one for
+    above. Elsewhere (a file, a pipe): at most one line per `PLAIN_INTERVAL_S`, and always one for
     the start, an evaluation, a note and the end.
+
+    Args:
+        total_env_steps: environment steps at which the run ends.
+        title: names the run, on every line.
+        stream: where to write; standard output unless given.
+        clock: seconds since any fixed moment.
     """
 
     def __init__(
@@ -28,18 +36,7 @@ class TrainingStatus:
         title: str,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
-        plain_interval_s: float = 10.0,
-        window_s: float = 30.0,
     ) -> None:
-        """
-        Args:
-            total_env_steps: environment steps at which the run ends.
-            title: names the run, on every line.
-            stream: where to write; standard output unless given.
-            clock: seconds since any fixed moment.
-            plain_interval_s: shortest time between two plain lines of progress, in seconds.
-            window_s: rates are means over this many seconds.
-        """
         if total_env_steps < 1:
             raise ValueError(
                 f"total_env_steps={total_env_steps} is not allowed: it must be 1 or more."
@@ -48,8 +45,6 @@ class TrainingStatus:
         self._title = title
         self._stream = sys.stdout if stream is None else stream
         self._clock = clock
-        self._plain_interval_s = plain_interval_s
-        self._window_s = window_s
         # (seconds, env_steps, updates) of each report, oldest first. Replaced and never changed,
         # as the terminal's refresh thread reads it at any time.
         self._samples: tuple[tuple[float, int, int], ...] = ()
@@ -81,8 +76,9 @@ class TrainingStatus:
     def start(self, env_steps_done: int = 0, best_return: float | None = None) -> None:
         """Begins to show.
 
-        A run that is resumed has done `env_steps_done` environment steps, and its best evaluation
-        so far had a mean return of `best_return`.
+        Args:
+            env_steps_done: environment steps of a run that is resumed.
+            best_return: mean return of its best evaluation so far.
         """
         self._running = True
         self._started_s = self._clock()
@@ -116,13 +112,13 @@ class TrainingStatus:
         # Steps of the warm-up are many times faster: they would spoil rates and ETA.
         samples = () if updates > 0 and self._updates == 0 else self._samples
         # One report from before the window is kept, as reports may be rare.
-        within = [sample for sample in samples if sample[0] > now - self._window_s]
+        within = [sample for sample in samples if sample[0] > now - WINDOW_S]
         before = samples[: len(samples) - len(within)][-1:]
         self._samples = (*before, *within, (now, env_steps, updates))
         self._env_steps, self._updates = env_steps, updates
         self._episode_return = episode_return
         self._losses = dict(losses)
-        due = self._last_line_s is None or now - self._last_line_s >= self._plain_interval_s
+        due = self._last_line_s is None or now - self._last_line_s >= PLAIN_INTERVAL_S
         if self._live is None and due:
             self._last_line_s = now
             parts = [f"{self._steps_text()} ({self._percent():.0f}%)", *self._progress_parts()]
@@ -159,16 +155,12 @@ class TrainingStatus:
         self._write(", ".join(filter(None, [*parts, self._best_evaluation])))
 
     def _rates(self) -> tuple[float, float] | None:
-        """(env steps, updates) per second over the window; none while it holds no time."""
+        """Returns (env steps, updates) per second over the window; None while it holds no time."""
         samples = self._samples
-        if len(samples) < 2 or samples[-1][0] <= samples[0][0]:
+        if not samples or samples[-1][0] <= samples[0][0]:
             return None
-        (start, first_steps, first_updates), (end, last_steps, last_updates) = (
-            samples[0],
-            samples[-1],
-        )
-        seconds = end - start
-        return (last_steps - first_steps) / seconds, (last_updates - first_updates) / seconds
+        seconds, env_steps, updates = (b - a for a, b in zip(samples[0], samples[-1], strict=True))
+        return env_steps / seconds, updates / seconds
 
     def _percent(self) -> float:
         return min(100.0, 100.0 * self._env_steps / self._total)
@@ -202,7 +194,7 @@ class TrainingStatus:
         return parts + self._loss_texts()
 
     def _panel(self) -> Group:
-        """Five rows, each cut to the terminal's width, so that the panel's height never changes."""
+        """Returns five rows, each cut to the terminal's width, so that the height is constant."""
         self._progress.update(
             self._bar,
             completed=min(self._env_steps, self._total),
@@ -232,7 +224,7 @@ class TrainingStatus:
         print(self._encodable(f"{self._title}: {text}"), file=self._stream, flush=True)
 
     def _encodable(self, text: str) -> str:
-        """`text` with "?" for what the stream cannot write: a status must never end a training."""
+        """Returns `text` with "?" for what the stream cannot write: no status may end a run."""
         encoding = self._stream.encoding or "utf-8"
         return text.encode(encoding, "replace").decode(encoding)
 

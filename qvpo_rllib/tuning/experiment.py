@@ -1,9 +1,9 @@
-"""Running an experiment to its end, however often it is cut short: the code of `qvpo tune`.
+"""Running an experiment to its end, however often it is cut short: the code behind `qvpo tune`.
 
 <storage>/<name>/
   experiment.json        the experiment, resolved, every planned trial, and for each start
                          command line, versions and machine
-  <algorithm>/           the files of `TrialLedger`
+  <algorithm>/           the files of `results`, and copies of Tune's state (`tune_state`)
     tune/                Ray Tune's: trials with TensorBoard files and checkpoints
   <algorithm>-confirm/   the same for the second stage, if there is one
 
@@ -13,7 +13,7 @@ Tune copies the files of its directory back and forth: ours are kept out of it.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,35 @@ from ray import tune
 
 from qvpo_rllib.algorithms import entry_of
 from qvpo_rllib.core.options import Setting
-from qvpo_rllib.files import LOCK_FILE, DirectoryLock, write_atomically
+from qvpo_rllib.files import LOCK_FILE, DirectoryLock, write_json
 from qvpo_rllib.training.records import describe_start
+from qvpo_rllib.training.rows import RETURN, points
 from qvpo_rllib.tuning.interruption import INTERRUPTION
 from qvpo_rllib.tuning.ledger import TrialLedger
-from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, read_rows, read_trials
+from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, Entry, read_rows, read_trials
 from qvpo_rllib.tuning.spec import ExperimentSpec
-from qvpo_rllib.tuning.tune_state import TUNE_DIRECTORY, repair
+from qvpo_rllib.tuning.tune_state import TUNE_DIRECTORY, has_state, mark_ended, repair
 from qvpo_rllib.tuning.tuner import build_tuner, confirmation_spec, planned_trials
 
 EXPERIMENT_FILE = "experiment.json"
-FORMAT = 1
-STATE_FILES = "experiment_state-*.json"
 LAST_EVALUATIONS = 3  # whose mean says how good a setting is
 
 
 @dataclass(frozen=True)
 class Part:
-    """One Tune experiment: an algorithm's trials, or the confirmation of its best settings."""
+    """One Tune experiment: an algorithm's trials, or the confirmation of its best settings.
+
+    Attributes:
+        name: of its directory within the experiment's.
+        algorithm: a name in `ALGORITHMS`.
+        spec: what its trials are.
+        stage: "search" or "confirm".
+    """
 
     name: str
     algorithm: str
     spec: ExperimentSpec
-    stage: str  # "search" or "confirm"
+    stage: str
 
     @property
     def num_trials(self) -> int:
@@ -53,9 +59,10 @@ class Part:
 
 
 class Experiment:
-    """An experiment in a directory of its own. Raises `ValueError` if another one is there.
+    """An experiment in a directory of its own. Before `run`, enter `writing`.
 
-    Before `run`, enter `writing`.
+    Raises:
+        ValueError: the directory holds another experiment, or other files.
     """
 
     def __init__(self, spec: ExperimentSpec) -> None:
@@ -67,10 +74,11 @@ class Experiment:
 
     @property
     def complete(self) -> bool:
+        """Whether all trials have ended well."""
         return all(self._part_complete(part) for part in self.all_parts())
 
     def all_parts(self) -> list[Part]:
-        """The parts known so far: a confirmation is known once its search has ended."""
+        """Returns the parts known so far: a confirmation is known once its search has ended."""
         parts = list(self.parts)
         if self.spec.confirm is not None:
             parts += [self._confirmation(p) for p in self.parts if self._part_complete(p)]
@@ -95,9 +103,9 @@ class Experiment:
                     made.rmdir()
 
     def run(self, callbacks: Sequence[tune.Callback] = (), command: Sequence[str] = ()) -> bool:
-        """Runs what is left; says whether all trials have ended well.
+        """Runs what is left; returns whether all trials have ended well.
 
-        `INTERRUPTION` ends it early; `complete` is then false.
+        An interruption (`INTERRUPTION`) ends it early; then not all have.
 
         Args:
             callbacks: of Ray Tune.
@@ -109,23 +117,21 @@ class Experiment:
             if not self._run_part(part, callbacks):
                 return False
             if self.spec.confirm is not None:
-                second = self._confirmation(part)
                 self._record(self.all_parts())
-                if not self._run_part(second, callbacks):
+                if not self._run_part(self._confirmation(part), callbacks):
                     return False
         return True
 
     def failures(self) -> list[str]:
-        """A line for every failed trial."""
+        """Returns a line for every failed trial."""
         return [
             f"{entry['name']}: {entry.get('error', 'unknown error')}"
             for part in self.all_parts()
-            for entry in read_trials(self.directory / part.name).values()
-            if entry["status"] == FAILED
+            for entry in self._entries(part, FAILED).values()
         ]
 
     def _adopt(self) -> None:
-        """The directory is new, or holds this very experiment."""
+        """Reads the starts so far; `ValueError` if the directory is something else's."""
         file = self.directory / EXPERIMENT_FILE
         if not file.exists():
             found = self.directory.iterdir() if self.directory.exists() else ()
@@ -137,10 +143,8 @@ class Experiment:
             return
         record = json.loads(file.read_text())
         self._starts, found = record["starts"], record["spec"]
-        own = _json(self.spec.to_dict())
-        # What an older version did not know is unchanged while it is empty.
-        asked = [n for n in own if n != "storage" and (n in found or own[n])]
-        changed = [n for n in asked if found.get(n) != own[n]]
+        own = json.loads(json.dumps(self.spec.to_dict()))  # as it comes back: tuples are lists
+        changed = [n for n in own if n != "storage" and found.get(n) != own[n]]
         if changed:
             raise ValueError(
                 f"{str(self.directory)!r} holds an experiment with other values of "
@@ -151,7 +155,6 @@ class Experiment:
     def _record(self, parts: Sequence[Part]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         record = {
-            "format": FORMAT,
             "starts": self._starts,
             "spec": self.spec.to_dict(),
             "parts": [
@@ -167,8 +170,7 @@ class Experiment:
                 for part in parts
             ],
         }
-        text = json.dumps(_json(record), indent=1)
-        write_atomically(self.directory / EXPERIMENT_FILE, text.encode() + b"\n")
+        write_json(self.directory / EXPERIMENT_FILE, record)
 
     def _run_part(self, part: Part, callbacks: Sequence[tune.Callback]) -> bool:
         if self._part_complete(part):
@@ -195,36 +197,38 @@ class Experiment:
         )
 
     def _restored(self, part: Part) -> tune.Tuner | None:
-        directory = self.directory / part.name / TUNE_DIRECTORY
-        if not (directory / "tuner.pkl").exists() or not any(directory.glob(STATE_FILES)):
+        directory = self.directory / part.name
+        if not has_state(directory):
             return None
-        repair(directory.parent)
-        _mark_ended(directory, read_trials(directory.parent))
+        repair(directory)
+        mark_ended(directory, self._entries(part, FINISHED, STOPPED).keys())
         return tune.Tuner.restore(
-            str(directory), entry_of(part.algorithm).load(), resume_errored=True
+            str(directory / TUNE_DIRECTORY), entry_of(part.algorithm).load(), resume_errored=True
         )
 
     def _title(self, part: Part) -> str:
         return self.spec.name if len(self.all_parts()) == 1 else f"{self.spec.name}/{part.name}"
 
+    def _entries(self, part: Part, *statuses: str) -> dict[str, Entry]:
+        """Returns trial id → entry of the trials with one of these statuses."""
+        trials = read_trials(self.directory / part.name)
+        return {trial: entry for trial, entry in trials.items() if entry["status"] in statuses}
+
     def _part_complete(self, part: Part) -> bool:
-        entries = read_trials(self.directory / part.name).values()
-        ended = [entry for entry in entries if entry["status"] in (FINISHED, STOPPED)]
-        return len(ended) >= part.num_trials
+        return len(self._entries(part, FINISHED, STOPPED)) >= part.num_trials
 
     def _confirmation(self, part: Part) -> Part:
         spec = confirmation_spec(part.spec, self._best_settings(part))
         return Part(f"{part.algorithm}-confirm", part.algorithm, spec, "confirm")
 
     def _best_settings(self, part: Part) -> list[Setting]:
-        """By the mean of the last evaluations, among the trials that were trained longest."""
+        """Returns those to confirm: best by the mean of the last evaluations of a whole trial."""
         assert self.spec.confirm is not None
-        directory = self.directory / part.name
         scores = []
-        for trial, entry in read_trials(directory).items():
-            rows = read_rows(directory, trial)
-            returns = [row["evaluation/return_mean"] for row in rows][-LAST_EVALUATIONS:]
-            if entry["status"] == FINISHED and returns:
+        for trial, entry in self._entries(part, FINISHED).items():
+            evaluations = points(read_rows(self.directory / part.name, trial), RETURN)
+            returns = [value for _, value in evaluations[-LAST_EVALUATIONS:]]
+            if returns:
                 setting = {name: entry["config"][name] for name in part.spec.swept}
                 scores.append((sum(returns) / len(returns), setting))
         scores.sort(key=lambda scored: -scored[0])
@@ -233,23 +237,3 @@ class Experiment:
             if setting not in best:
                 best.append(setting)
         return best[: self.spec.confirm.top]
-
-
-def _mark_ended(directory: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Tells Tune's saved state of trials that ended after it was saved.
-
-    Tune saves its state now and then: after a crash it would train such a trial again.
-    """
-    ended = {trial for trial, e in entries.items() if e["status"] in (FINISHED, STOPPED)}
-    file = max(directory.glob(STATE_FILES))
-    state = json.loads(file.read_text())
-    for pair in state["trial_data"]:
-        trial = json.loads(pair[0])
-        if trial["trial_id"] in ended and trial["status"] != "TERMINATED":
-            pair[0] = json.dumps({**trial, "status": "TERMINATED"})
-    write_atomically(file, json.dumps(state).encode())
-
-
-def _json(value: Any) -> Any:
-    """As it comes back from a file: tuples are lists."""
-    return json.loads(json.dumps(value))

@@ -8,11 +8,12 @@ The rest is Tune's own way to end early; a paused trial is one that it takes up 
 import contextlib
 import logging
 import signal
-import sys
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
@@ -22,10 +23,13 @@ from ray.tune.schedulers import (
 )
 
 from qvpo_rllib.runtime.ray_private import ask_trials_to_stop
+from qvpo_rllib.tuning.tune_state import end_experiment, pause, running_trials
 
 # For all trials together. Slurm gives 120 s here (cluster/slurm.sh), and Ray's end takes its part.
 TIME_LIMIT_S = 90.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+logger = logging.getLogger(__name__)
 
 
 class Interruption:
@@ -38,19 +42,19 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.asked = False
         self.unsaved: list[str] = []
         self._ends_s = float("inf")
-        self._waited_for: set[str] | None = None
-        self._pausing: set[str] = set()
+        self._waited_for: set[str] | None = None  # ids of the trials that are to save
+        self._pausing: set[str] = set()  # ids of those that have been told to
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Signals are kept here instead of ending what happens to be going on."""
-        self._begin()
+        """Notes the signals, in the block, instead of letting them end what is going on."""
+        self._reset()
         previous = {number: signal.getsignal(number) for number in SIGNALS}
         self.listen()
         try:
@@ -60,60 +64,56 @@ class Interruption:
                 signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Again after `ray.init`, which takes SIGTERM for itself."""
+        """Takes the signals; call it again after `ray.init`, which takes SIGTERM for itself."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._ends_s == 0:
             raise KeyboardInterrupt  # the third one: Tune does not react any more
         self._ends_s = 0 if self.asked else time.monotonic() + TIME_LIMIT_S
         self.asked = True
 
-    def go_on(self, controller: Any) -> None:
+    def pause_trials(self, controller: TuneController) -> None:
         """Pauses the trials, and ends the experiment when they have saved or the time is up.
 
-        Args:
-            controller: of Ray Tune, as schedulers get it. To be called at each of its steps.
+        To be called at each step of the controller.
         """
-        running = [trial for trial in controller.get_trials() if trial.status == Trial.RUNNING]
+        running = running_trials(controller)
         if self._waited_for is None:
             ask_trials_to_stop()
             # Trials that start from now on, on what others leave, have nothing to lose.
             self._waited_for = {trial.trial_id for trial in running}
-            print(
-                f"Interrupted: {len(running)} trials save where they are and stop, within "
-                f"{TIME_LIMIT_S:g} s. Once more ends them at once.",
-                file=sys.stderr,
-                flush=True,
+            logger.warning(
+                "Interrupted: %d trials save where they are and stop, within %g s. Once more ends "
+                "them at once.",
+                len(running),
+                TIME_LIMIT_S,
             )
         waited_for = [trial for trial in running if trial.trial_id in self._waited_for]
         for trial in waited_for:
-            # A save after an iteration may be underway; it says nothing of what came since.
-            if trial.trial_id not in self._pausing and not trial.is_saving:
+            if trial.trial_id not in self._pausing and pause(controller, trial):
                 self._pausing.add(trial.trial_id)
-                controller.pause_trial(trial)
         if not waited_for or time.monotonic() > self._ends_s:
             self.unsaved = [str(trial) for trial in waited_for]
-            # It would report as an error that trials are not complete.
-            logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
-            # Tune's own signal for it, which it takes at the end of this step; see `cli.tune`.
-            signal.raise_signal(signal.SIGUSR1)
+            end_experiment()
 
 
 INTERRUPTION = Interruption()
 
 
 class _Pausing:
-    """To be put before one of Ray Tune's schedulers."""
+    """Pauses trials on an interruption; a class to be put before one of Ray Tune's schedulers."""
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+    def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
         if INTERRUPTION.asked:
-            INTERRUPTION.go_on(tune_controller)
+            INTERRUPTION.pause_trials(tune_controller)
             return None
         return super().choose_trial_to_run(tune_controller)  # type: ignore[misc]
 
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+    def on_trial_result(
+        self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]
+    ) -> str:
         decision: str = super().on_trial_result(tune_controller, trial, result)  # type: ignore[misc]
         if INTERRUPTION.asked and decision == TrialScheduler.CONTINUE:
             return str(TrialScheduler.PAUSE)
@@ -121,12 +121,12 @@ class _Pausing:
 
 
 class PausingFIFO(_Pausing, FIFOScheduler):  # type: ignore[misc]
-    """Trials in their order."""
+    """Runs trials in their order."""
 
 
 class PausingASHA(_Pausing, AsyncHyperBandScheduler):  # type: ignore[misc]
-    """ASHA."""
+    """Stops trials early that are behind (ASHA)."""
 
 
 class PausingPBT(_Pausing, PopulationBasedTraining):  # type: ignore[misc]
-    """PBT."""
+    """Lets trials copy better ones (population based training)."""

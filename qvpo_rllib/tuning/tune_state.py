@@ -1,22 +1,33 @@
-"""Ray Tune's saved state of an experiment, of which the last whole copy is kept.
+"""What `qvpo tune` relies on in Ray Tune beyond its documented interface.
 
-Tune overwrites these files in place, a megabyte now and then: a driver that is killed meanwhile
-leaves one that is cut short, and without it nothing can go on.
+Tune's saved state of an experiment: Tune overwrites these files in place, a megabyte now and then.
+A driver that is killed meanwhile leaves one that is cut short, and without it nothing can go on:
+so the last whole copy is kept.
+
+Tune's controller, which schedulers are handed: what it runs, and how to pause a trial and to end
+the experiment early.
 """
 
 import json
+import logging
+import signal
+from collections.abc import Collection
 from pathlib import Path
+
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
 
 from qvpo_rllib.files import write_atomically
 
 TUNE_DIRECTORY, KEPT_DIRECTORY = "tune", "tune_state"  # in that of a part of the experiment
-FILES = "*state*-*"  # of the experiment, the search and the callbacks: JSON, or pickled
+TRIALS_STATE = "experiment_state-*.json"
+STATES = "[!.]*state*-*"  # of the experiment, the search and the callbacks: JSON, or pickled
 
 
 def back_up(part: Path) -> None:
-    """Copies what is whole and has changed since the last copy."""
+    """Copies the state files that are whole and have changed since the last copy."""
     kept = part / KEPT_DIRECTORY
-    for file in (part / TUNE_DIRECTORY).glob(FILES):
+    for file in (part / TUNE_DIRECTORY).glob(STATES):
         copy = kept / file.name
         if copy.exists() and copy.stat().st_mtime_ns >= file.stat().st_mtime_ns:
             continue
@@ -26,13 +37,19 @@ def back_up(part: Path) -> None:
             write_atomically(copy, data)
 
 
+def has_state(part: Path) -> bool:
+    """Returns whether Tune has written down the trials of `part`, so that it can go on."""
+    directory = part / TUNE_DIRECTORY
+    return (directory / "tuner.pkl").exists() and any(directory.glob(TRIALS_STATE))
+
+
 def repair(part: Path) -> None:
-    """Puts the kept copies in the place of files that are cut short.
+    """Puts the kept copies in the place of state files that are cut short.
 
     Raises:
         ValueError: there is no copy of one.
     """
-    for file in (part / TUNE_DIRECTORY).glob(FILES):
+    for file in (part / TUNE_DIRECTORY).glob(STATES):
         if _is_whole(file.read_bytes()):
             continue
         copy = part / KEPT_DIRECTORY / file.name
@@ -43,6 +60,44 @@ def repair(part: Path) -> None:
                 "give another --storage, or delete the experiment's directory."
             )
         write_atomically(file, copy.read_bytes())
+
+
+def mark_ended(part: Path, ended: Collection[str]) -> None:
+    """Tells Tune's saved state that the trials with the ids `ended` have ended.
+
+    Tune saves its state now and then: after a crash it would train such a trial again.
+    """
+    file = max((part / TUNE_DIRECTORY).glob(TRIALS_STATE))
+    state = json.loads(file.read_text())
+    for pair in state["trial_data"]:
+        trial = json.loads(pair[0])
+        if trial["trial_id"] in ended:
+            pair[0] = json.dumps({**trial, "status": Trial.TERMINATED})
+    write_atomically(file, json.dumps(state).encode())
+
+
+def running_trials(controller: TuneController) -> list[Trial]:
+    """Returns the trials that train, or save, at this moment."""
+    return [trial for trial in controller.get_trials() if trial.status == Trial.RUNNING]
+
+
+def pause(controller: TuneController, trial: Trial) -> bool:
+    """Lets a trial save and stop; returns False, doing nothing, if it is saving already.
+
+    A save after an iteration says nothing of what came since: try again at the next step.
+    """
+    if trial.is_saving:
+        return False
+    controller.pause_trial(trial)
+    return True
+
+
+def end_experiment() -> None:
+    """Ends `Tuner.fit` after the controller's present step; trials that are paused can go on."""
+    # It would report as an error that trials are not complete.
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
+    # Tune's own signal for it. SIGINT is not: see TUNE_DISABLE_SIGINT_HANDLER in `cli.tune`.
+    signal.raise_signal(signal.SIGUSR1)
 
 
 def _is_whole(data: bytes) -> bool:
