@@ -130,8 +130,12 @@ def test_act_and_replay_as_tables():
     assert [line.split()[1] for line in lines[2:]] == ["add", "sample"]
 
 
+def options(part, *arguments):
+    return cli.build_parser().parse_args(["bench", part, *arguments])
+
+
 def test_rollouts_beside_the_stock_worker(ray_session):
-    (row,) = rollout.run(task="hopper", num_envs=[8], setting="light", repeats=2)
+    (row,) = rollout.run(options("rollout", "--num-envs", "8", "--repeats", "2"))
     assert row["speedup"] > 1.5  # four times and more on a quiet machine
     low, high = row["columnar_per_s_range"]
     assert low <= row["columnar_per_s"] <= high
@@ -139,10 +143,8 @@ def test_rollouts_beside_the_stock_worker(ray_session):
 
 
 def test_the_runtimes_time_is_accounted_for(ray_session):
-    local, beside = runtime.run(
-        task="hopper", setting="light", num_envs=8, num_workers=[1], modes=["async"],
-        engine="eager", seconds=1.0, repeats=1,
-    )  # fmt: skip
+    arguments = ("--mode", "async", "--engine", "eager", "--seconds", "1", "--repeats", "1")
+    local, beside = runtime.rounds(options("runtime", *arguments))
     assert local["limit"] == "update"
     assert 0 <= local["other_share"] < 0.15
     assert 0 < beside["update_share"] + beside["waiting_share"] <= 1
@@ -179,7 +181,7 @@ def test_bad_input(arguments, message, capsys):
 MEMORY = """
 import pathlib, torch
 from qvpo_rllib.bench.sizes import TASKS, hyperparameters
-from qvpo_rllib.core.qvpo import Learner, Networks
+from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 
 def peak():
@@ -191,7 +193,7 @@ hp = hyperparameters("paper", task, engine="eager")
 replay = ReplayBuffer(2000, task.obs_dim, task.act_dim, seed=0, device="cpu")
 replay.add(Transitions(*(torch.randn(2000, *c.shape[1:]) for c in replay.columns)))
 before = peak()
-learner = Learner(Networks(task.obs_dim, task.act_dim, hp), hp, seed=0, device="cpu")
+learner = QVPOLearner(QVPONetworks(task.obs_dim, task.act_dim, hp), hp, seed=0, device="cpu")
 learner.train(replay, 2)
 print(peak() - before)
 """
