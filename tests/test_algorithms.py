@@ -1,5 +1,6 @@
 """Every algorithm through the one harness: the table, `--algo`, experiments of several, reports."""
 
+import argparse
 import json
 import os
 import re
@@ -226,9 +227,8 @@ def test_an_experiment_of_several_runs_to_its_report(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_times_an_update_and_an_action_of_each_algorithm() -> None:
-    rows = {
-        row["algorithm"]: row for row in rivals.run(tasks=["hopper"], settings=["light"], repeats=1)
-    }
+    options = argparse.Namespace(task=["hopper"], setting=["light"], repeats=1)
+    rows = {row["algorithm"]: row for row in rivals.run(options)}
     assert set(rows) == {entry.label for entry in ALGORITHMS.values()}
     for row in rows.values():
         assert min(row["explore_ms"], row["evaluate_ms"]) > 0

@@ -130,8 +130,12 @@ def test_act_and_replay_as_tables():
     assert [line.split()[1] for line in lines[2:]] == ["add", "sample"]
 
 
+def options(part, *arguments):
+    return cli.build_parser().parse_args(["bench", part, *arguments])
+
+
 def test_rollouts_beside_the_stock_worker(ray_session):
-    (row,) = rollout.run(task="hopper", num_envs=[8], setting="light", repeats=2)
+    (row,) = rollout.run(options("rollout", "--num-envs", "8", "--repeats", "2"))
     assert row["speedup"] > 1.5  # four times and more on a quiet machine
     low, high = row["columnar_per_s_range"]
     assert low <= row["columnar_per_s"] <= high
@@ -139,10 +143,8 @@ def test_rollouts_beside_the_stock_worker(ray_session):
 
 
 def test_the_runtimes_time_is_accounted_for(ray_session):
-    local, beside = runtime.run(
-        task="hopper", setting="light", num_envs=8, num_workers=[1], modes=["async"],
-        engine="eager", seconds=1.0, repeats=1,
-    )  # fmt: skip
+    arguments = ("--mode", "async", "--engine", "eager", "--seconds", "1", "--repeats", "1")
+    local, beside = runtime.rounds(options("runtime", *arguments))
     assert local["limit"] == "update"
     assert 0 <= local["other_share"] < 0.15
     assert 0 < beside["update_share"] + beside["waiting_share"] <= 1

@@ -1,1 +1,1 @@
-"""What `qvpo bench` measures. Only `serve` needs more than torch and NumPy."""
+"""What `qvpo bench` measures: a module for each part, as `options.py` describes it."""

@@ -1,51 +1,64 @@
-"""`qvpo bench act`: selecting the best of K actions, as a rollout worker does."""
+"""`qvpo bench act`: choosing the best of K actions, as a rollout worker does."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import itertools
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 
-import torch
-
+from qvpo_rllib.bench.options import Row, add_device, add_engines, add_settings, add_tasks, positive
 from qvpo_rllib.bench.sizes import TASKS, Task, acting_flops, hyperparameters
-from qvpo_rllib.bench.straightforward import Straightforward
-from qvpo_rllib.bench.timing import matrix_product, measure, ratio
-from qvpo_rllib.core.engine import acting_engine, kernels_of
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
-from qvpo_rllib.core.qvpo import QVPONetworks
-from qvpo_rllib.core.sampler import ActionSelector, draw_noise
+
+HELP = "the best of K actions, on one thread"
+COLUMNS = {
+    "setting": "setting",
+    "task": "task",
+    "engine": "engine",
+    "observations": "obs",
+    "k": "K",
+    "act_ms": "ms per call",
+    "straightforward_ms": "straightforward ms",
+    "speedup": "times as fast",
+    "matmul_bound": "matrix-product bound",
+}
 
 
-def run(
-    *,
-    tasks: Sequence[str],
-    settings: Sequence[str],
-    engines: Sequence[str],
-    batch_sizes: Sequence[int],
-    ks: Sequence[int],
-    device: torch.device,
-    repeats: int,
-) -> Iterator[dict[str, Any]]:
-    """A row per combination. Times include drawing the noise; see `learner.run` for the columns.
+def add_arguments(parser: ArgumentParser) -> None:
+    add_tasks(parser, threads=1)
+    add_device(parser)
+    add_settings(parser)
+    add_engines(parser)
+    parser.add_argument(
+        "--observations", nargs="+", type=positive, default=[1, 8, 32, 64], metavar="N"
+    )
+    parser.add_argument("--k", nargs="+", type=positive, default=[4, 32], metavar="K")
 
-    The weights stay as they are from call to call, as between two of a worker's weight updates.
+
+def run(options: Namespace) -> Iterator[Row]:
+    """Yields a row per combination of options; see `timing.compare` for the columns.
+
+    Times include drawing the noise. The weights stay as they are from call to call, as between two
+    of a worker's weight updates.
     """
-    for setting in settings:
-        for name in tasks:
-            for engine in engines:
-                hp = hyperparameters(setting, TASKS[name], engine=engine)
-                for k in ks:
-                    for batch_size in batch_sizes:
-                        row = {"setting": setting, "task": name}
-                        yield row | _row(TASKS[name], hp, batch_size, k, device, repeats)
+    for setting, task, engine, k, batch_size in itertools.product(
+        options.setting, options.task, options.engine, options.k, options.observations
+    ):
+        hp = hyperparameters(setting, TASKS[task], engine=engine)
+        row = _row(TASKS[task], hp, batch_size, k, options.device, options.repeats)
+        yield {"setting": setting, "task": task} | row
 
 
 def _row(
-    task: Task,
-    hp: QVPOHyperparameters,
-    batch_size: int,
-    k: int,
-    device: torch.device,
-    repeats: int,
-) -> dict[str, Any]:
+    task: Task, hp: QVPOHyperparameters, batch_size: int, k: int, device_name: str, repeats: int
+) -> Row:
+    import torch
+
+    from qvpo_rllib.bench.straightforward import Straightforward
+    from qvpo_rllib.bench.timing import compare
+    from qvpo_rllib.core.engine import acting_engine, kernels_of
+    from qvpo_rllib.core.qvpo import QVPONetworks
+    from qvpo_rllib.core.sampler import ActionSelector, draw_noise
+
+    device = torch.device(device_name)
     torch.manual_seed(0)
     networks = QVPONetworks(task.obs_dim, task.act_dim, hp).to(device)
     straightforward = Straightforward(networks, hp)
@@ -58,30 +71,12 @@ def _row(
     def noise() -> torch.Tensor:
         return draw_noise(hp.diffusion_steps, batch_size, k, task.act_dim, generator, device)
 
-    product, product_flops = matrix_product(device)
-    times = measure(
-        {
-            "act": lambda: selector.act(obs, noise()),
-            "straightforward": lambda: straightforward.select(
-                straightforward.actor, straightforward.critic, obs, noise()
-            ),
-            "product": product,
-        },
+    compared = compare(
+        "act",
+        lambda: selector.act(obs, noise()),
+        lambda: straightforward.select(straightforward.actor, straightforward.critic, obs, noise()),
+        acting_flops(task, hp, batch_size, k),
         repeats=repeats,
         device=device,
     )
-    flops = acting_flops(task, hp, batch_size, k)
-    speedup = ratio(times["straightforward"], times["act"])
-    bound = ratio(times["product"], times["act"])
-    return {
-        "engine": engine,
-        "observations": batch_size,
-        "k": k,
-        "act_ms": 1e3 * times["act"].median,
-        "act_ms_range": [1e3 * t for t in times["act"].spread],
-        "straightforward_ms": 1e3 * times["straightforward"].median,
-        "speedup": speedup.median,
-        "speedup_range": list(speedup.spread),
-        "matmul_bound": bound.median * flops / product_flops,
-        "matmul_bound_range": [b * flops / product_flops for b in bound.spread],
-    }
+    return {"engine": engine, "observations": batch_size, "k": k} | compared

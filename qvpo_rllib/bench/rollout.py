@@ -1,35 +1,56 @@
 """`qvpo bench rollout`: env steps of the columnar worker beside RLlib's stock `RolloutWorker`."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-import gymnasium as gym
-import numpy as np
-import torch
-
-from qvpo_rllib.algorithms.qvpo import QVPOConfig, QVPOTorchPolicy
+from qvpo_rllib.bench.options import Row, add_sampling, positive
 from qvpo_rllib.bench.sizes import TASKS, Task, hyperparameters
-from qvpo_rllib.bench.timing import Times, measure, ratio
-from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 
+if TYPE_CHECKING:
+    import gymnasium as gym
+    from ray.rllib.evaluation.rollout_worker import RolloutWorker
+
+    from qvpo_rllib.bench.timing import Times
+    from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
+
+HELP = "env steps of a rollout worker beside RLlib's stock worker, random actions"
+COLUMNS = {
+    "task": "task",
+    "num_envs": "environments",
+    "environment_per_s": "environments alone, steps/s",
+    "columnar_per_s": "columnar worker, steps/s",
+    "stock_per_s": "stock worker, steps/s",
+    "speedup": "times as fast",
+    "acting_per_s": "best of K_b, steps/s",
+    "limit": "most time",
+}
 FRAGMENT_STEPS = 1024  # env steps of a measured fragment
 
 
-def run(
-    *, task: str, num_envs: Sequence[int], setting: str, repeats: int
-) -> Iterator[dict[str, Any]]:
-    """A row per number of environments, all in this process; PyTorch on one thread.
+def add_arguments(parser: ArgumentParser) -> None:
+    add_sampling(parser)
+    parser.add_argument("--num-envs", nargs="+", type=positive, default=[1, 8, 64], metavar="N")
+
+
+def run(options: Namespace) -> Iterator[Row]:
+    """Yields a row per number of environments, all in this process; PyTorch on one thread.
 
     Rates are env steps/s: `environment`: the environments alone, stepped in a plain loop with
     actions drawn beforehand; `columnar` and `stock`: the two workers with random actions, the
     columnar one stepping environments in threads where that is faster (OMP_NUM_THREADS=1: never);
     `acting`: the columnar worker with the best of K_b actions.
     """
-    for n in num_envs:
-        yield {"task": task, "num_envs": n} | _row(TASKS[task], n, setting, repeats)
+    for n in options.num_envs:
+        row = _row(TASKS[options.task], n, options.setting, options.repeats)
+        yield {"task": options.task, "num_envs": n} | row
 
 
-def _row(task: Task, num_envs: int, setting: str, repeats: int) -> dict[str, Any]:
+def _row(task: Task, num_envs: int, setting: str, repeats: int) -> Row:
+    import torch
+
+    from qvpo_rllib.bench.timing import Times, measure, ratio
+
     length = max(1, FRAGMENT_STEPS // num_envs)
     columnar = columnar_worker(task, num_envs, length, setting)
     stock = stock_worker(task, num_envs, length)
@@ -45,22 +66,16 @@ def _row(task: Task, num_envs: int, setting: str, repeats: int) -> dict[str, Any
     )
     columnar.stop()
     stock.stop()
-    steps = length * num_envs
-    speedup = ratio(times["stock"], times["columnar"])
-    share = ratio(times["environment"], times["columnar"])
-    return {
-        **{f"{name}_per_s": steps / t.median for name, t in times.items()},
-        **{f"{name}_per_s_range": _rates(steps, t) for name, t in times.items()},
-        "speedup": speedup.median,
-        "speedup_range": list(speedup.spread),
-        "environment_share": share.median,
-        "environment_share_range": list(share.spread),
-        "limit": _limit(times),
-    }
+    row: Row = {"limit": _limit(times)}
+    for name, found in times.items():
+        rates = Times([length * num_envs / seconds for seconds in found.rounds])
+        row |= rates.columns(f"{name}_per_s")
+    row |= ratio(times["stock"], times["columnar"]).columns("speedup")
+    return row | ratio(times["environment"], times["columnar"]).columns("environment_share")
 
 
-def _limit(times: dict[str, Times]) -> str:
-    """What takes the most of a step of training: the environment, choosing actions, or the rest."""
+def _limit(times: "dict[str, Times]") -> str:
+    """Returns what takes most of a training step: environment, choosing actions, or the rest."""
     parts = {
         "environment": times["environment"].median,
         "columns": times["columnar"].median - times["environment"].median,
@@ -69,13 +84,13 @@ def _limit(times: dict[str, Times]) -> str:
     return max(parts, key=lambda name: parts[name])
 
 
-def _rates(steps: int, times: Times) -> list[float]:
-    fastest, slowest = times.spread
-    return [steps / slowest, steps / fastest]
+def columnar_worker(
+    task: Task, num_envs: int, length: int, setting: str
+) -> "ColumnarRolloutWorker":
+    """Returns this package's worker, without an algorithm around it."""
+    from qvpo_rllib.algorithms.qvpo import QVPOConfig, QVPOTorchPolicy
+    from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 
-
-def columnar_worker(task: Task, num_envs: int, length: int, setting: str) -> ColumnarRolloutWorker:
-    """This package's worker, without an algorithm around it."""
     options = hyperparameters(setting, task, engine="eager").to_dict()
     config = QVPOConfig().environment(task.env).training(**options).debugging(seed=0)
     config.env_runners(num_envs_per_env_runner=num_envs, rollout_fragment_length=length)
@@ -84,8 +99,8 @@ def columnar_worker(task: Task, num_envs: int, length: int, setting: str) -> Col
     )
 
 
-def stock_worker(task: Task, num_envs: int, length: int) -> Any:
-    """RLlib's worker with its own policy of random actions."""
+def stock_worker(task: Task, num_envs: int, length: int) -> "RolloutWorker":
+    """Returns RLlib's worker with its own policy of random actions."""
     from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
     from ray.rllib.evaluation.rollout_worker import RolloutWorker
     from ray.rllib.examples._old_api_stack.policy.random_policy import RandomPolicy
@@ -99,7 +114,10 @@ def stock_worker(task: Task, num_envs: int, length: int) -> Any:
 
 
 def environments_alone(task: Task, num_envs: int, length: int) -> Callable[[], object]:
-    """Steps and resets of the same environments with ready actions, and nothing else."""
+    """Returns a call that steps and resets the same environments with ready actions."""
+    import gymnasium as gym
+    import numpy as np
+
     envs = [gym.make(task.env) for _ in range(num_envs)]
     space = envs[0].action_space
     assert isinstance(space, gym.spaces.Box)
@@ -117,5 +135,7 @@ def environments_alone(task: Task, num_envs: int, length: int) -> Callable[[], o
     return step_all
 
 
-def _creator(task: Task) -> Callable[[Any], gym.Env[Any, Any]]:
+def _creator(task: Task) -> "Callable[[Any], gym.Env[Any, Any]]":
+    import gymnasium as gym
+
     return lambda context: gym.make(task.env)

@@ -2,12 +2,34 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from qvpo_rllib.algorithms.qvpo import QVPOConfig
-from qvpo_rllib.bench.sizes import TASKS, Task, hyperparameters
+from qvpo_rllib.bench.options import ENGINES, Row, add_sampling, positive
+from qvpo_rllib.bench.sizes import TASKS, hyperparameters
 
+if TYPE_CHECKING:
+    from qvpo_rllib.algorithms.qvpo import QVPO
+
+HELP = (
+    "where the time goes: in one process, and with workers beside a stand-in for the learner that "
+    "takes 1 ms per update"
+)
+COLUMNS = {
+    "mode": "mode",
+    "workers": "workers",
+    "num_envs": "environments",
+    "env_steps_per_s": "env steps/s",
+    "updates_per_s": "updates/s",
+    "update_share": "updating",
+    "environment_share": "environment",
+    "action_share": "choosing",
+    "waiting_share": "collecting",
+    "other_share": "other",
+    "staleness_max": "staleness",
+    "limit": "limit",
+}
 STAND_IN_S = 0.001  # an update of the learner's stand-in
 WARMUP_STEPS = 500
 
@@ -34,46 +56,59 @@ class Clock:
         setattr(owner, method, timed)
 
 
-def run(
-    *,
-    task: str,
-    setting: str,
-    num_envs: int,
-    num_workers: Sequence[int],
-    modes: Sequence[str],
-    engine: str,
-    seconds: float,
-    repeats: int,
-) -> Iterator[dict[str, Any]]:
-    """Rows in the order of `repeats` rounds that visit every kind in turn.
+def add_arguments(parser: ArgumentParser) -> None:
+    add_sampling(parser)
+    parser.add_argument("--num-envs", type=positive, default=8, metavar="N", help="per worker")
+    parser.add_argument("--num-env-runners", nargs="+", type=positive, default=[1], metavar="N")
+    parser.add_argument("--mode", nargs="+", default=["async", "sync"], choices=("async", "sync"))
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        choices=ENGINES,
+        help="of the learner in one process (default auto)",
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each row (default 10)")
+
+
+def run(options: Namespace) -> Iterator[Row]:
+    """Yields `rounds` on a Ray of its own."""
+    import ray
+
+    from qvpo_rllib.ray_session import start_ray
+
+    if not 0 < options.seconds <= 3600:
+        raise ValueError(f"--seconds {options.seconds:g} is not allowed: from 0 to 3600.")
+    start_ray(max(options.num_env_runners) + 1)
+    try:
+        yield from rounds(options)
+    finally:
+        ray.shutdown()
+
+
+def rounds(options: Namespace) -> Iterator[Row]:
+    """Yields rows in the order of `repeats` rounds that visit every kind in turn.
 
     "local": environments and the real learner in this process. "sync" and "async": remote workers
     and a stand-in for the learner that sleeps a millisecond for each update, as one would that
     waits for a GPU. Shares are of the wall-clock time after the warm-up.
     """
-    kinds = [("local", 0)] + [(mode, n) for n in num_workers for mode in modes]
-    for _ in range(repeats):
+    kinds = [("local", 0)] + [(mode, n) for n in options.num_env_runners for mode in options.mode]
+    for _ in range(options.repeats):
         for mode, n in kinds:
-            row = {"mode": mode, "workers": n, "num_envs": num_envs}
-            yield row | _measure(TASKS[task], setting, num_envs, mode, n, engine, seconds)
+            row = {"mode": mode, "workers": n, "num_envs": options.num_envs}
+            yield row | _measure(mode, n, options)
 
 
-def _measure(
-    task: Task,
-    setting: str,
-    num_envs: int,
-    mode: str,
-    num_workers: int,
-    engine: str,
-    seconds: float,
-) -> dict[str, Any]:
-    local = mode == "local"
+def _measure(mode: str, num_workers: int, options: Namespace) -> Row:
+    from qvpo_rllib.algorithms.qvpo import QVPOConfig
+
+    local, task, num_envs = mode == "local", TASKS[options.task], options.num_envs
     hp = hyperparameters(
-        setting,
+        options.setting,
         task,
         warmup_steps=WARMUP_STEPS,
         replay_capacity=100_000,
-        engine=engine if local else "native",  # workers act by it; the stand-in has none
+        engine=options.engine if local else "native",  # workers act by it; the stand-in has none
         sampling_mode="sync" if local else mode,
     )
     config = QVPOConfig().environment(task.env).training(**hp.to_dict())
@@ -85,12 +120,12 @@ def _measure(
         clock = _instrument(algorithm, stand_in=not local)
         while algorithm.ledger.done < 200:  # past the warm-up, and compiled
             algorithm.train()
-        return _shares(algorithm, clock, seconds, _limit_of(mode))
+        return _shares(algorithm, clock, options.seconds)
     finally:
         algorithm.stop()
 
 
-def _instrument(algorithm: Any, *, stand_in: bool) -> Clock:
+def _instrument(algorithm: "QVPO", *, stand_in: bool) -> Clock:
     clock = Clock()
     if stand_in:
         learner = algorithm.learner
@@ -116,9 +151,7 @@ def _zero(name: str) -> float:
     return 0.0
 
 
-def _shares(
-    algorithm: Any, clock: Clock, seconds: float, limit: Callable[[dict[str, float]], str]
-) -> dict[str, Any]:
+def _shares(algorithm: "QVPO", clock: Clock, seconds: float) -> Row:
     clock.seconds.clear()
     steps, updates = algorithm.ledger.ingested, algorithm.ledger.done
     staleness = [0.0]
@@ -139,11 +172,12 @@ def _shares(
         "waiting_share": "" if local else share["collect"],
         "other_share": 1 - (inside if local else share["update"] + share["collect"]),
         "staleness_max": max(staleness),
-        "limit": limit(share),
+        "limit": _limit(share),
     }
 
 
-def _limit_of(mode: str) -> Callable[[dict[str, float]], str]:
-    if mode == "local":
-        return lambda share: max(("update", "environment", "action"), key=lambda name: share[name])
-    return lambda share: "learner" if share["update"] > share["collect"] else "workers"
+def _limit(share: dict[str, float]) -> str:
+    """Returns what takes most: a part of the one process, or the learner's or the workers' side."""
+    if "environment" in share:
+        return max(("update", "environment", "action"), key=lambda name: share[name])
+    return "learner" if share["update"] > share["collect"] else "workers"

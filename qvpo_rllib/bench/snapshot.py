@@ -3,42 +3,66 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-import psutil
-import torch
-
+from qvpo_rllib.bench.learner import random_transitions
+from qvpo_rllib.bench.options import Row, add_tasks, positive
 from qvpo_rllib.bench.sizes import TASKS, Task
-from qvpo_rllib.checkpoints.replay_files import ReplayFiles, Segment, check_segments, read_segments
-from qvpo_rllib.core.replay import ReplayBuffer, Transitions, replay_bytes
-from qvpo_rllib.files import sync
 
+if TYPE_CHECKING:
+    from qvpo_rllib.core.replay import ReplayBuffer
+
+HELP = "the replay to disk and back"
+COLUMNS = {
+    "task": "task",
+    "operation": "operation",
+    "transitions": "transitions",
+    "megabytes": "MB",
+    "seconds": "seconds",
+    "memory_share": "memory/announced",
+}
 CHUNK = 10_000  # transitions
+T = TypeVar("T")
 
 
-def run(
-    *, tasks: Sequence[str], capacity: int, increment: int, directory: Path | None, repeats: int
-) -> Iterator[dict[str, Any]]:
-    """Rows "full", "increment" and "load" of a full replay, with the file system's `fsync`.
+def add_arguments(parser: ArgumentParser) -> None:
+    add_tasks(parser)
+    parser.add_argument("--capacity", type=positive, default=1_000_000, metavar="N")
+    parser.add_argument(
+        "--increment", type=positive, default=50_000, metavar="N", help="new transitions"
+    )
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="on the disk to measure")
+
+
+def run(options: Namespace) -> Iterator[Row]:
+    """Yields rows "full", "increment" and "load" of a full replay, with the file system's `fsync`.
 
     Every repetition writes the full snapshot anew, adds `increment` transitions, writes the next
-    one, which shares the rest with the first, and reads that back with all its checks.
-
-    Args:
-        directory: under which a temporary one is made; the system's if None.
+    one, which shares the rest with the first, and reads that back with all its checks. The files
+    lie in a temporary directory under `directory`, or under the system's.
     """
-    for name in tasks:
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            yield from _rows(name, capacity, increment, Path(scratch), repeats)
+    for name in options.task:
+        with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
+            yield from _rows(name, options, Path(scratch))
 
 
-def _rows(
-    name: str, capacity: int, increment: int, scratch: Path, repeats: int
-) -> Iterator[dict[str, Any]]:
-    task = TASKS[name]
+def _rows(name: str, options: Namespace, scratch: Path) -> Iterator[Row]:
+    import psutil
+
+    from qvpo_rllib.bench.timing import Times
+    from qvpo_rllib.checkpoints.replay_files import (
+        ReplayFiles,
+        Segment,
+        check_segments,
+        read_segments,
+    )
+    from qvpo_rllib.core.replay import ReplayBuffer, replay_bytes
+    from qvpo_rllib.files import sync
+
+    task, capacity = TASKS[name], options.capacity
     process = psutil.Process()
     # What PyTorch takes once, at first use, is not the replay's.
     _add(ReplayBuffer(CHUNK, task.obs_dim, task.act_dim, seed=0, device="cpu"), task, CHUNK)
@@ -46,58 +70,55 @@ def _rows(
     replay = ReplayBuffer(capacity, task.obs_dim, task.act_dim, seed=0, device="cpu")
     _add(replay, task, capacity)
     taken = process.memory_info().rss - before
-    announced = replay_bytes(capacity, task.obs_dim, task.act_dim)
+    first, second = scratch / "first", scratch / "second"
+
+    def save(files: ReplayFiles, place: Path) -> list[Segment]:
+        segments = files.write(place, replay)
+        sync(place)
+        files.link_from(place, segments)
+        return segments
+
+    def load(segments: list[Segment]) -> None:
+        check_segments(second, segments)
+        replay.load(replay.state_dict(), read_segments(second, segments, replay.oldest))
+
     times: dict[str, list[float]] = {"full": [], "increment": [], "load": []}
-    written: dict[str, int] = {}
-    for _ in range(repeats):
+    for _ in range(options.repeats):
         files = ReplayFiles()
-        first, second = scratch / "first", scratch / "second"
-
-        def save(place: Path, files: ReplayFiles = files) -> list[Segment]:
-            segments = files.write(place, replay)
-            sync(place)
-            files.link_from(place, segments)
-            return segments
-
-        seconds, segments = _timed(lambda place=first: save(place))  # type: ignore[misc]
-        times["full"].append(seconds)
-        written["full"] = sum(s.num_bytes for s in segments)
-        _add(replay, task, increment)
-        seconds, later = _timed(lambda place=second: save(place))  # type: ignore[misc]
-        times["increment"].append(seconds)
-        old = {s.file for s in segments}
-        written["increment"] = sum(s.num_bytes for s in later if s.file not in old)
-        seconds, _ = _timed(lambda place=second, held=later: _load(place, held, replay))  # type: ignore[misc]
-        times["load"].append(seconds)
-        written["load"] = sum(s.num_bytes for s in later)
+        old = _timed(times["full"], save, files, first)
+        _add(replay, task, options.increment)
+        new = _timed(times["increment"], save, files, second)
+        _timed(times["load"], load, new)
         shutil.rmtree(first)
         shutil.rmtree(second)
-    for operation, seconds_of in times.items():
+    shared = {segment.file for segment in old}
+    operations = {
+        "full": (capacity, old),
+        "increment": (options.increment, [s for s in new if s.file not in shared]),
+        "load": (capacity, new),
+    }
+    for operation, (count, segments) in operations.items():
         yield {
             "task": name,
             "operation": operation,
-            "transitions": {"full": capacity, "increment": increment, "load": capacity}[operation],
-            "megabytes": written[operation] / 1e6,
-            "seconds": float(np.median(seconds_of)),
-            "seconds_range": [min(seconds_of), max(seconds_of)],
-            "memory_share": taken / announced,
+            "transitions": count,
+            "megabytes": sum(segment.num_bytes for segment in segments) / 1e6,
+            **Times(times[operation]).columns("seconds"),
+            "memory_share": taken / replay_bytes(capacity, task.obs_dim, task.act_dim),
         }
 
 
-def _add(replay: ReplayBuffer, task: Task, count: int) -> None:
+def _add(replay: "ReplayBuffer", task: Task, count: int) -> None:
+    import torch
+
     generator = torch.Generator().manual_seed(replay.num_added)
-    shapes = ((task.obs_dim,), (task.act_dim,), (), (task.obs_dim,), ())
     for start in range(0, count, CHUNK):
-        rows = min(CHUNK, count - start)
-        replay.add(Transitions(*(torch.rand(rows, *s, generator=generator) for s in shapes)))
+        replay.add(random_transitions(task, min(CHUNK, count - start), generator))
 
 
-def _load(place: Path, segments: list[Segment], replay: ReplayBuffer) -> None:
-    check_segments(place, segments)
-    replay.load(replay.state_dict(), read_segments(place, segments, replay.oldest))
-
-
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(seconds: list[float], call: Callable[..., T], *arguments: object) -> T:
+    """Returns what the call returns, and adds the time that it took to `seconds`."""
     start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
+    result = call(*arguments)
+    seconds.append(time.perf_counter() - start)
+    return result

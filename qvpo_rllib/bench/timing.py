@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from qvpo_rllib.bench.options import Row
 from qvpo_rllib.core.kernels import linear
 
 # A measured call lasts at least this long, so that the clock's resolution does not matter.
@@ -16,7 +17,7 @@ MATRIX_ROWS = {"cpu": 1024, "cuda": 16_384}
 
 
 class Times(NamedTuple):
-    """Seconds per call, one entry per round."""
+    """Seconds per call, or a ratio or a rate of such, one entry per round."""
 
     rounds: list[float]
 
@@ -26,13 +27,49 @@ class Times(NamedTuple):
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Smallest and largest."""
+        """The smallest and the largest."""
         return min(self.rounds), max(self.rounds)
+
+    def columns(self, name: str, scale: float = 1.0) -> Row:
+        """Returns the median as `name` and the spread as `name`_range, times `scale`."""
+        return {name: scale * self.median, f"{name}_range": [scale * t for t in self.spread]}
 
 
 def ratio(slow: Times, fast: Times) -> Times:
-    """`slow` over `fast`, round by round."""
+    """Returns `slow` over `fast`, round by round."""
     return Times([s / f for s, f in zip(slow.rounds, fast.rounds, strict=True)])
+
+
+def compare(
+    name: str,
+    call: Callable[[], object],
+    straightforward: Callable[[], object],
+    flops: int,
+    *,
+    repeats: int,
+    device: torch.device,
+) -> Row:
+    """Returns what `call` and a straightforward version of the same take, as columns of a row.
+
+    `name`_ms and straightforward_ms are milliseconds, speedup the straightforward version's time
+    over the call's, and matmul_bound the share of the call's time that its `flops` would take at
+    the rate of this machine's own matrix product.
+    """
+    product, product_flops = matrix_product(device)
+    times = measure(
+        {"call": call, "straightforward": straightforward, "product": product},
+        repeats=repeats,
+        device=device,
+    )
+    bound = ratio(times["product"], times["call"])
+    return {
+        **times["call"].columns(f"{name}_ms", 1e3),
+        "straightforward_ms": 1e3 * times["straightforward"].median,
+        **ratio(times["straightforward"], times["call"]).columns("speedup"),
+        "matmul_gflop_per_s": product_flops / times["product"].median / 1e9,
+        "gflop": flops / 1e9,
+        **bound.columns("matmul_bound", flops / product_flops),
+    }
 
 
 def measure(
@@ -48,10 +85,10 @@ def measure(
 
 
 def matrix_product(device: torch.device) -> tuple[Callable[[], object], int]:
-    """This machine's own matrix product, at the size of a chunk's hidden layer, and its FLOPs.
+    """Returns a call of a matrix product of the size of a chunk's hidden layer, and its FLOPs.
 
-    The faster of PyTorch's product and the package's `linear`: the yardstick is not to be flattered
-    by a slow library.
+    It is the faster of PyTorch's product and the package's `linear`, so that a slow library does
+    not make the yardstick easy to reach.
     """
     rows = MATRIX_ROWS[device.type]
     x = torch.randn(rows, MATRIX_WIDTH, device=device)
