@@ -103,13 +103,14 @@ def stock_worker(task: Task, num_envs: int, length: int) -> "RolloutWorker":
     """Returns RLlib's worker with its own policy of random actions."""
     from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
     from ray.rllib.evaluation.rollout_worker import RolloutWorker
-    from ray.rllib.examples._old_api_stack.policy.random_policy import RandomPolicy
+
+    from qvpo_rllib.runtime.ray_private import random_policy
 
     config = AlgorithmConfig().environment(task.env).debugging(seed=0).framework("torch")
     config.enable_rl_module_and_learner = config.enable_env_runner_and_connector_v2 = False
     config.env_runners(num_envs_per_env_runner=num_envs, rollout_fragment_length=length)
     return RolloutWorker(
-        env_creator=_creator(task), default_policy_class=RandomPolicy, config=config
+        env_creator=_creator(task), default_policy_class=random_policy(), config=config
     )
 
 

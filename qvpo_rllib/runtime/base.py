@@ -32,11 +32,10 @@ from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
 from qvpo_rllib.checkpoints.metadata import Metadata, plain
 from qvpo_rllib.checkpoints.run_state import RunState
 from qvpo_rllib.checkpoints.staging import committed, staged
-from qvpo_rllib.checkpoints.tune_storage import is_local, save_in_place
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.runtime.evaluation import Share, Summary, evaluate_shares, summarize
-from qvpo_rllib.runtime.ray_private import StopSignal
+from qvpo_rllib.runtime.ray_private import StopSignal, is_local, save_in_place
 
 # The evaluation return at the top level of a result, by which Ray Tune keeps the best checkpoint.
 SCORE = "evaluation_return_mean"

@@ -6,16 +6,21 @@ An upgrade of Ray fails here in one place: `tests/test_private_ray.py` asserts w
 import contextlib
 import difflib
 import time
+from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import psutil
 import ray
 import torch
+from pyarrow.fs import LocalFileSystem
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.train._internal.checkpoint_manager import _TrainingResult
+from ray.tune import Checkpoint
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
 KV_NAMESPACE = "qvpo_rllib"
@@ -67,6 +72,14 @@ def available_bytes(device: torch.device) -> int:
     return int(max(0, min(psutil.virtual_memory().available, in_container)))
 
 
+def random_policy() -> type:
+    """Returns RLlib's policy that acts at random, on its old API stack."""
+    from ray.rllib.examples._old_api_stack.policy.random_policy import RandomPolicy
+
+    found: type = RandomPolicy
+    return found
+
+
 def check_environment_id(env_id: str) -> None:
     """Raises `ValueError` with the nearest names if neither Gymnasium nor Ray knows `env_id`."""
     if _global_registry.contains(ENV_CREATOR, env_id) or env_id in gym.registry:
@@ -97,3 +110,28 @@ def check_setting(name: str, config: AlgorithmConfig) -> None:
 def is_frozen(config: AlgorithmConfig) -> bool:
     """Returns whether `config` can be changed no more."""
     return bool(config._is_frozen)
+
+
+def is_local(storage: Any) -> bool:
+    """Returns whether a trainable can write its storage's files itself; None is no storage."""
+    return storage is not None and isinstance(storage.storage_filesystem, LocalFileSystem)
+
+
+def save_in_place(algorithm: Any) -> Any:
+    """Saves a trial as `Trainable.save()` does and returns the same, but writes to where it stays.
+
+    Tune's own writes a checkpoint to a temporary directory and copies all of it to the trial's: a
+    replay of gigabytes twice each time, though little of it is new. `save_checkpoint` links what
+    the trial's checkpoint before it has (`replay_files`).
+
+    Raises:
+        RuntimeError: from Tune: the storage's directory is not the one of the driver's machine.
+    """
+    storage, metrics = algorithm._storage, dict(algorithm._last_result or {})
+    storage._check_validation_file()
+    storage._update_checkpoint_index(metrics)
+    directory = Path(storage.checkpoint_fs_path)
+    algorithm.save_checkpoint(str(directory))
+    storage.persist_artifacts(force=storage.sync_config.sync_artifacts_on_checkpoint)
+    saved = Checkpoint(str(directory), storage.storage_filesystem)
+    return _TrainingResult(checkpoint=saved, metrics=metrics)
