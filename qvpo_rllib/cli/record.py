@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 
 
 def _record(options: argparse.Namespace) -> int:
-    from qvpo_rllib.cli.progress import progress_line
+    from qvpo_rllib.cli.terminal import progress_line
     from qvpo_rllib.play.renderer import VARIABLE, choose_renderer
 
     # Before anything imports MuJoCo, which reads it once.

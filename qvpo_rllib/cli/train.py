@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.algorithms import ALGORITHMS, RUN_DEFAULTS, entry_of
-from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED
 
 # Numbers in a hidden layer for all the samples of an update from which a second thread is worth its
 # synchronisation: beside other programs an update of `quick` takes 15 ms on two threads and 6 ms on
