@@ -11,20 +11,19 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qvpo_rllib.cli import (
-    bandit,
     bench,
+    paper,
     play,
     report,
     serve,
-    theorem2,
     train,
     tune,
 )
-from qvpo_rllib.cli.exit_codes import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.cli.terminal import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.ray_session import keep_private
 
-COMMANDS = (train, play, tune, report, serve, bandit, theorem2, bench)
+COMMANDS = (train, play, tune, report, serve, paper, bench)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -105,7 +105,7 @@ def _add_record(commands: Any) -> None:
 
 
 def _record(options: argparse.Namespace) -> int:
-    from qvpo_rllib.cli.progress import progress_line
+    from qvpo_rllib.cli.terminal import progress_line
     from qvpo_rllib.play.renderer import VARIABLE, choose_renderer
 
     # Before anything imports MuJoCo, which reads it once.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvpo_rllib.algorithms import ALGORITHMS, entry_of
-from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.options import RUN_DEFAULTS
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvpo_rllib.cli.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.options import require_at_least
 from qvpo_rllib.ray_session import start_ray
 

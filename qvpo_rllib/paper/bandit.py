@@ -5,11 +5,9 @@ state, weighs them by the reward and trains the policy, as in QVPO; the two rows
 but ω_ent.
 """
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ from torch import Generator, Tensor
 
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.seeding import Stream, spawn_seed
-from qvpo_rllib.files import write_atomically
 from qvpo_rllib.paper.single_state import SingleStatePolicy
 
 PEAKS = ((-1.35, 0.65), (-0.65, 1.35), (-1.61, 1.61))  # the paper's μ_i
@@ -45,7 +42,7 @@ NUM_MEASURED_SAMPLES = 2000
 
 
 def reward(actions: Tensor, variance: float = VARIANCE) -> Tensor:
-    """R(x) = Σ_i w / (2πσ²) · exp(-‖x - μ_i‖² / (2σ²)), section 4.3. [..., 2] → [...]."""
+    """Returns R(x) = Σ_i w / (2πσ²) · exp(-‖x - μ_i‖² / (2σ²)), section 4.3; [..., 2] → [...]."""
     distance2 = (actions[..., None, :] - torch.tensor(PEAKS)).square().sum(dim=-1)
     bumps = torch.exp(-distance2 / (2 * variance))
     return PEAK_WEIGHT / (2 * math.pi * variance) * bumps.sum(dim=-1)
@@ -60,12 +57,19 @@ class Measurement:
     reward_mean: float
     samples: Tensor  # [NUM_MEASURED_SAMPLES, 2] in the box
 
+    def __str__(self) -> str:
+        shares = " ".join(f"{share:4.0%}" for share in self.peak_shares)
+        return (
+            f"{self.updates:5,} updates, near the peaks {shares}, {self.num_covered} covered, "
+            f"reward {self.reward_mean:.2f}"
+        )
+
     @property
     def num_covered(self) -> int:
         return sum(share >= COVERED_SHARE for share in self.peak_shares)
 
     def to_row(self) -> dict[str, float | int]:
-        """The numbers, without the samples."""
+        """Returns the numbers, without the samples."""
         shares = {f"peak_{i}_share": share for i, share in enumerate(self.peak_shares, start=1)}
         return {
             "updates": self.updates,
@@ -88,8 +92,13 @@ class BanditRun:
     def final(self) -> Measurement:
         return self.measurements[-1]
 
+    def to_rows(self) -> list[dict[str, float | int]]:
+        """Returns a row of numbers per measurement."""
+        about = {"seed": self.seed, "entropy_weight": self.entropy_weight}
+        return [about | found.to_row() for found in self.measurements]
+
     def snapshots(self) -> list[Measurement]:
-        """The measurements that the figure shows: those nearest to SNAPSHOTS."""
+        """Returns the measurements that the figure shows: those nearest to SNAPSHOTS."""
         total = self.final.updates
         return [
             min(self.measurements, key=lambda m: abs(m.updates - share * total))
@@ -133,7 +142,7 @@ def train(
 
 
 def measure(samples: Tensor, updates: int, variance: float) -> Measurement:
-    """The numbers of `samples` [N, 2] in the box."""
+    """Returns the numbers of `samples` [N, 2] in the box."""
     distance = torch.cdist(samples, torch.tensor(PEAKS))
     shares = (distance <= PEAK_RADIUS).float().mean(dim=0)
     return Measurement(
@@ -151,15 +160,8 @@ SAMPLE_COLOR = "#0b3c6f"
 PEAK_COLOR = "#c2410c"
 
 
-def plot_bandit(without: BanditRun, with_entropy: BanditRun, path: Path) -> None:
-    """Writes the PNG file `path`, in one step."""
-    picture = io.BytesIO()
-    bandit_figure(without, with_entropy).savefig(picture, format="png")
-    write_atomically(path, picture.getvalue())
-
-
 def bandit_figure(without: BanditRun, with_entropy: BanditRun) -> Figure:
-    """Policy samples over the reward's contours, both runs at the same four times."""
+    """Returns policy samples over the reward's contours, both runs at the same four times."""
     figure = Figure(figsize=(7.0, 3.75), dpi=200, layout="constrained")
     axes = figure.subplots(2, 4, sharex=True, sharey=True)
     labels = (

@@ -6,7 +6,7 @@ is left of an update, weights, loss and optimiser step, is made of the parts tha
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,14 +45,21 @@ OBS_DIM = 1  # one constant dummy observation
 
 
 def toy_hyperparameters(
-    base: Mapping[str, Any], settings: Mapping[str, Any]
+    base: Mapping[str, Any], settings: Mapping[str, Any], *, fixed: Sequence[str] = ()
 ) -> QVPOHyperparameters:
-    """The hyperparameters of a toy: `settings` (from `--set`) over the experiment's own values.
+    """Returns a toy's hyperparameters: `settings` (from `--set`) over the experiment's `base`.
+
+    Args:
+        fixed: options that `settings` may not name, as the experiment's trainings differ in them.
 
     Raises:
         ValueError: an unknown option, one without effect here, or a value that is not allowed.
     """
     for name in settings:
+        if name in fixed:
+            raise ValueError(
+                f"{name} cannot be set here: it is what the trainings differ in. Leave it out."
+            )
         check_name(name, QVPOHyperparameters)
         if name not in APPLICABLE:
             raise ValueError(
@@ -60,6 +67,11 @@ def toy_hyperparameters(
                 f"The options that have: {', '.join(APPLICABLE)}."
             )
     return QVPOHyperparameters(**{**base, **settings})
+
+
+def applicable(hp: QVPOHyperparameters, *, fixed: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the options that have an effect on a toy, without the `fixed` ones."""
+    return {name: getattr(hp, name) for name in APPLICABLE if name not in fixed}
 
 
 class ImprovementNoise(NamedTuple):
@@ -94,11 +106,11 @@ class SingleStatePolicy:
     def sample(
         self, num_states: int, num_samples: int, generator: Generator | None = None
     ) -> Tensor:
-        """Actions [num_states, num_samples, A] in [-1, 1] from the reverse process.
+        """Returns actions [num_states, num_samples, A] in [-1, 1] from the reverse process.
 
         Args:
-            generator: of the noise; the policy's own if None. One apart lets a measurement leave
-                the training as it would have been.
+            generator: of the noise; the policy's own if None. With another one, a measurement does
+                not change the training.
         """
         noise = draw_noise(
             self.hp.diffusion_steps,

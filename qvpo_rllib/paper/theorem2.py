@@ -6,10 +6,9 @@ qadv, on all samples or on the best of N_d, give other densities, which are know
 Kolmogorov-Smirnov distance says how near the trained policy's samples are to each.
 """
 
-import io
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from torch import Generator, Tensor
 from qvpo_rllib.core.diffusion import NoiseSchedule, q_posterior
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.seeding import Stream, sequence, spawn_seed
-from qvpo_rllib.files import write_atomically
 from qvpo_rllib.paper.single_state import SingleStatePolicy
 
 Array = NDArray[np.float64]
@@ -42,6 +40,7 @@ HYPERPARAMETERS: dict[str, Any] = {
     "num_uniform_samples": 0,
     "entropy_weight": 0.0,
 }
+FIXED = ("q_weights", "num_chosen_samples", "batch_size")  # what each training sets itself
 NUM_UPDATES = 3000
 ROWS_PER_UPDATE = 512  # trained samples of one update
 NUM_MEASURED_SAMPLES = 20_000
@@ -66,7 +65,7 @@ VARIANTS = (
 
 
 def q_function(action: Any) -> Any:
-    """Q(a) = sin(2πa) + a/2 + 1/2 of an array or a tensor: hills of unequal height, and V = 1/2.
+    """Returns Q(a) = sin(2πa) + a/2 + 1/2 of an array or a tensor: unequal hills, and V = 1/2.
 
     V is not 0, so that qadv asks for something else than Eq. 7.
     """
@@ -75,12 +74,12 @@ def q_function(action: Any) -> Any:
 
 
 def behavior_density() -> Array:
-    """π on GRID."""
+    """Returns π on GRID."""
     return np.asarray(BEHAVIOR.pdf(GRID))
 
 
 def expected_density(variant: Variant, hp: QVPOHyperparameters) -> Array:
-    """The density on GRID that the weighted samples have, and the policy should learn.
+    """Returns the density on GRID that the weighted samples have, and the policy should learn.
 
     All samples: p ∝ π·ω(Q). The best of N: its density is N·π·F(Q)^(N-1), F being the distribution
     function of Q under π, and p ∝ ω(Q) times that. V, for qadv, is the mean of Q under π (in
@@ -103,16 +102,20 @@ def expected_density(variant: Variant, hp: QVPOHyperparameters) -> Array:
 
 
 def ks_distance(samples: Array, density: Array) -> float:
-    """Kolmogorov-Smirnov distance of `samples` [N] to the `density` on GRID, in [0, 1]."""
+    """Returns the Kolmogorov-Smirnov distance, in [0, 1], of `samples` [N] to `density` on GRID."""
     cumulative = cumulative_trapezoid(density, GRID, initial=0)
     cumulative /= cumulative[-1]
     return float(kstest(samples, lambda a: np.interp(a, GRID, cumulative)).statistic)
 
 
 def chain_distance(
-    density: Array, hp: QVPOHyperparameters, *, seed: int, num_samples: int
+    density: Array,
+    hp: QVPOHyperparameters,
+    *,
+    seed: int,
+    num_samples: int = NUM_MEASURED_SAMPLES,
 ) -> float:
-    """The Kolmogorov-Smirnov distance that the chain of T steps itself makes.
+    """Returns the Kolmogorov-Smirnov distance that the chain of T steps itself makes.
 
     Samples are drawn with the exact posterior mean E[x_0 | x_t], by quadrature, in place of a
     network: what remains is the error of T Gaussian reverse steps, which no training removes.
@@ -143,13 +146,19 @@ class VariantResult:
     ks_theorem2: float  # to Eq. 7's
     ks_behavior: float  # to π
 
+    def __str__(self) -> str:
+        return (
+            f"{self.variant.title:18} KS to what it asks for {self.ks_expected:.3f}, to Eq. 7's "
+            f"density {self.ks_theorem2:.3f}, to the behaviour policy {self.ks_behavior:.3f}"
+        )
+
     @property
     def negative_share(self) -> float:
-        """Share of the samples whose Q is negative."""
+        """The share of the samples whose Q is negative."""
         return float((q_function(self.samples) < 0).mean())
 
     def to_row(self) -> dict[str, Any]:
-        """The numbers, without samples and density."""
+        """Returns the numbers, without samples and density."""
         return {
             "q_weights": self.variant.q_weights,
             "trained_on": "best" if self.variant.best_only else "all",
@@ -162,15 +171,13 @@ class VariantResult:
 
 
 def variant_hyperparameters(variant: Variant, hp: QVPOHyperparameters) -> QVPOHyperparameters:
-    """`hp` with the variant's weights, and a batch that trains ROWS_PER_UPDATE samples."""
+    """Returns `hp` with the variant's weights, and a batch that trains ROWS_PER_UPDATE samples."""
     chosen = 1 if variant.best_only else hp.num_policy_samples
-    return QVPOHyperparameters(
-        **{
-            **hp.to_dict(),
-            "q_weights": variant.q_weights,
-            "num_chosen_samples": chosen,
-            "batch_size": max(1, ROWS_PER_UPDATE // chosen),
-        }
+    return dataclasses.replace(
+        hp,
+        q_weights=variant.q_weights,
+        num_chosen_samples=chosen,
+        batch_size=max(1, ROWS_PER_UPDATE // chosen),
     )
 
 
@@ -223,14 +230,8 @@ THEOREM_COLOR = "#c2410c"
 BINS = 80
 
 
-def plot_theorem2(results: Sequence[VariantResult], path: Path) -> None:
-    """Writes the PNG file `path`, in one step. The first of the five results is Eq. 7's."""
-    picture = io.BytesIO()
-    theorem2_figure(results).savefig(picture, format="png")
-    write_atomically(path, picture.getvalue())
-
-
 def theorem2_figure(results: Sequence[VariantResult]) -> Figure:
+    """Returns the five policies' samples and densities; the first result is Eq. 7's."""
     figure = Figure(figsize=(7.0, 4.2), dpi=200, layout="constrained")
     panels = figure.subplots(2, 3, sharex=True).flatten()
     _draw_setting(panels[0])

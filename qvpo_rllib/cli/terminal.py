@@ -1,24 +1,22 @@
-"""A progress line for commands that take seconds to minutes."""
+"""What `qvpo` tells a terminal and a shell: a progress line, and exit codes (0 is success)."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 class ProgressLine:
     """A bar on a terminal, and plain lines of what was found; elsewhere the lines alone."""
 
-    def __init__(self, progress: Progress, bar: TaskID) -> None:
+    def __init__(self, progress: "Progress", bar: "TaskID") -> None:
         self._progress, self._bar = progress, bar
 
     def advance(self, done: int, description: str) -> None:
@@ -34,13 +32,18 @@ class ProgressLine:
 @contextmanager
 def progress_line(total: int, unit: str) -> Iterator[ProgressLine]:
     """Shows progress of `total` in `unit` (a plural) while the block runs."""
+    from rich import progress as bars
+    from rich.console import Console
+
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn(unit),
+        bars.TimeRemainingColumn(),
     )
-    terminal = sys.stdout.isatty()
-    with Progress(*columns, console=Console(), transient=True, disable=not terminal) as progress:
-        yield ProgressLine(progress, progress.add_task("", total=total))
+    shown = bars.Progress(
+        *columns, console=Console(), transient=True, disable=not sys.stdout.isatty()
+    )
+    with shown:
+        yield ProgressLine(shown, shown.add_task("", total=total))
