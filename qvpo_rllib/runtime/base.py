@@ -276,11 +276,6 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         algorithm.restore_run(found)
         return algorithm
 
-    @classmethod
-    def check_checkpoint(cls, directory: Path) -> None:
-        """Raises `ValueError` unless every file of the checkpoint is whole."""
-        RunState.read(committed(directory))
-
     def restore(self, checkpoint_path: Any) -> None:
         """Goes on from a checkpoint: a directory, or what `save()` returned."""
         directory = _directory_of(checkpoint_path)
