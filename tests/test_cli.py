@@ -436,5 +436,5 @@ def test_the_packages_warnings_are_plain_text_on_standard_error(capsys: Any) -> 
     cli._quiet()
     cli._quiet()
     logging.getLogger("qvpo_rllib.some.module").warning("Interrupted: %d trials", 2)
-    logging.getLogger("qvpo_rllib.some.module").info("a detail")
+    logging.getLogger("qvpo_rllib.some.module").debug("a detail")
     assert capsys.readouterr().err == "Interrupted: 2 trials\n"

@@ -14,7 +14,9 @@ from ray._private.utils import get_used_memory
 from ray.experimental import internal_kv
 from ray.rllib.algorithms import algorithm as rllib
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.evaluation.rollout_worker import RolloutWorker
+from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.train._internal.storage import StorageContext
 from ray.tune.execution.tune_controller import TuneController
@@ -54,6 +56,7 @@ RELIED_ON: list[tuple[str, Callable[..., Any], tuple[str, ...]]] = [
     (PRIVATE, StorageContext._check_validation_file, ("self",)),
     (PRIVATE, StorageContext._update_checkpoint_index, ("self", "metrics")),
     (PRIVATE, StorageContext.persist_artifacts, ("self", "force")),
+    (PRIVATE, FaultTolerantActorManager.set_actor_state, ("self", "actor_id", "healthy")),
     (TUNE, TuneController.get_trials, ("self",)),
     (TUNE, TuneController.pause_trial, ("self", "trial", "should_checkpoint")),
 ]
@@ -63,7 +66,7 @@ ATTRIBUTES = {
         "_counters", "_env_id", "_episode_history", "_iteration", "_last_result", "_storage",
         "_time_total", "_timers",
     },
-    PRIVATE: {"_last_result", "_storage"},
+    PRIVATE: {"_is_frozen", "_last_result", "_storage", "_worker_manager"},
 }  # fmt: skip
 
 
@@ -84,7 +87,8 @@ def test_signatures_that_are_relied_on(
 
 @pytest.mark.parametrize("file", ATTRIBUTES)
 def test_attributes_that_are_relied_on(file: str) -> None:
-    missing = ATTRIBUTES[file] - _own_private_names(rllib, Trainable)
+    owners = (rllib, Trainable, AlgorithmConfig, EnvRunnerGroup)
+    missing = ATTRIBUTES[file] - _own_private_names(*owners)
     assert not missing, f"Ray {ray.__version__} has no {missing}: open qvpo_rllib/{file}."
 
 
@@ -97,7 +101,7 @@ def test_private_api_is_used_in_three_files() -> None:
 
 def _private_uses() -> Iterator[tuple[str, str]]:
     """(file, what it uses) for every use of Ray's private API that can be seen in the source."""
-    of_ray = _own_private_names(rllib, Trainable, RolloutWorker, AlgorithmConfig)
+    of_ray = _own_private_names(rllib, Trainable, RolloutWorker, AlgorithmConfig, EnvRunnerGroup)
     for path in sorted(PACKAGE.rglob("*.py")):
         file, tree = path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
         ours = {n.attr for n in ast.walk(tree) if _is_assigned(n)}  # type: ignore[attr-defined]

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:
         _subparser(options).error(f"unrecognized arguments: {' '.join(unknown)}")
-    _set_up_logging()
+    _quiet()
     keep_private(getattr(options, "address", None))
     try:
         code: int = options.run(options)
@@ -95,7 +95,7 @@ class _ToStderr(logging.Handler):
 TO_STDERR = _ToStderr()
 
 
-def _set_up_logging() -> None:
+def _quiet() -> None:
     """Shows this package's messages on standard error, and hides Ray's.
 
     RLlib announces on every start that the old API stack will go; the version is capped.

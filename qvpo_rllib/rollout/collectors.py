@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.evaluation.metrics import RolloutMetrics
 from ray.rllib.policy.sample_batch import SampleBatch
+from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from qvpo_rllib.core.replay import UpdateLedger
 from qvpo_rllib.rollout.pool import Answer, Faults, Request, SamplingConfig, WorkerPool
@@ -81,7 +81,8 @@ class Collector:
 
 
 def make_collector(
-    group: EnvRunnerGroup,
+    workers: FaultTolerantActorManager,
+    local_worker: ColumnarRolloutWorker,
     config: SamplingConfig,
     ledger: UpdateLedger,
     get_weights: GetWeights,
@@ -90,15 +91,16 @@ def make_collector(
     """Returns the collector that `config` asks for.
 
     Args:
-        group: the algorithm's workers.
+        workers: the remote workers, as RLlib manages them.
+        local_worker: collects where there are none.
         ledger: of the run; it is read, never written.
         get_weights: returns copies of the behaviour policy's weights.
         interrupted: whether to stop waiting, with `KeyboardInterrupt`.
     """
-    if group.num_remote_env_runners() == 0:
-        return LocalCollector(group.local_env_runner, ledger)
+    if workers.num_actors() == 0:
+        return LocalCollector(local_worker, ledger)
     kind = AsyncCollector if config.sampling_mode == "async" else SyncCollector
-    return kind(group, config, ledger, get_weights, interrupted)
+    return kind(workers, config, ledger, get_weights, interrupted)
 
 
 class LocalCollector(Collector):
@@ -117,14 +119,14 @@ class _RemoteCollector(Collector):
 
     def __init__(
         self,
-        group: EnvRunnerGroup,
+        workers: FaultTolerantActorManager,
         config: SamplingConfig,
         ledger: UpdateLedger,
         get_weights: GetWeights,
         interrupted: Callable[[], bool],
     ) -> None:
         super().__init__(ledger)
-        self.pool = WorkerPool(group, config, lambda: ledger.ingested)
+        self.pool = WorkerPool(workers, config, lambda: ledger.ingested)
         self.faults = self.pool.faults
         self._config, self._get_weights, self._interrupted = config, get_weights, interrupted
         self._steps = config.get_rollout_fragment_length() * config.num_envs_per_env_runner

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
-from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.rollout.worker import Fragment
@@ -82,16 +82,19 @@ class WorkerPool:
     starts from random streams of its own, so that no episode is collected twice.
 
     Args:
-        group: RLlib's group of workers.
+        manager: RLlib's of the remote workers, which is told who is healthy.
         env_steps: returns the env steps taken in so far, which name a restarted worker's streams.
     """
 
     def __init__(
-        self, group: EnvRunnerGroup, config: SamplingConfig, env_steps: Callable[[], int]
+        self,
+        manager: FaultTolerantActorManager,
+        config: SamplingConfig,
+        env_steps: Callable[[], int],
     ) -> None:
         self.config = config
         self.faults = Faults()
-        self._manager = group._worker_manager
+        self._manager = manager
         self._env_steps = env_steps
         actors = self._manager.actors()
         self._workers = {i: _Worker(i, actor) for i, actor in actors.items()}

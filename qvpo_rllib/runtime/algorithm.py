@@ -18,7 +18,7 @@ from qvpo_rllib.rollout.collectors import Collector, make_collector
 from qvpo_rllib.rollout.policy import AnyPolicy, to_transitions
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.runtime.config import OffPolicyConfig
-from qvpo_rllib.runtime.ray_private import available_bytes
+from qvpo_rllib.runtime.ray_private import available_bytes, worker_manager
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class OffPolicyAlgorithm(BaseAlgorithm):
         self.replay_missing = False
         self._parts = RunParts(self.ledger, self.replay, ReplayFiles(), self.env_runner_group)
         self.collector: Collector = make_collector(
-            self.env_runner_group,
+            worker_manager(self.env_runner_group),
+            self.env_runner_group.local_env_runner,
             self.config,
             self.ledger,
             self.policy.get_weights,

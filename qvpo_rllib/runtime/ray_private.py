@@ -19,6 +19,8 @@ from ray._private.utils import get_used_memory
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.tune import Checkpoint
 from ray.tune.registry import ENV_CREATOR, _global_registry
@@ -78,6 +80,11 @@ def random_policy() -> type:
 
     found: type = RandomPolicy
     return found
+
+
+def worker_manager(group: EnvRunnerGroup) -> FaultTolerantActorManager:
+    """Returns what holds the handles of a group's remote workers, and knows who is healthy."""
+    return group._worker_manager
 
 
 def check_environment_id(env_id: str) -> None:
