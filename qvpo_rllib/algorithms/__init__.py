@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.core.options import Options, nearest
@@ -24,10 +23,6 @@ class AlgorithmEntry:
     def load(self) -> Any:
         """Returns the RLlib algorithm's class."""
         return _load(self.home)
-
-    def check_checkpoint(self, directory: Path) -> None:
-        """Raises `ValueError` unless a run can go on from the checkpoint in `directory`."""
-        self.load().check_checkpoint(directory)
 
     @cached_property
     def hyperparameters(self) -> type[Options]:

@@ -14,6 +14,7 @@ from qvpo_rllib.checkpoints import metadata as names
 from qvpo_rllib.checkpoints import worker_state
 from qvpo_rllib.checkpoints.metadata import Metadata
 from qvpo_rllib.checkpoints.replay_files import ReplayFiles, Segment, check_segments, read_segments
+from qvpo_rllib.checkpoints.staging import committed
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions, UpdateLedger
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,11 @@ class RunState:
         else:
             results = [call(group.local_env_runner) for call in calls]
         return texts + [text for result in results for text in result]
+
+
+def check_whole(directory: Path) -> None:
+    """Raises `ValueError` unless every file of the checkpoint in `directory` is whole."""
+    RunState.read(committed(directory))
 
 
 def _worker_file(directory: Path, index: int) -> Path:

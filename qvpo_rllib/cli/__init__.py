@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:
         _subparser(options).error(f"unrecognized arguments: {' '.join(unknown)}")
-    _quiet()
+    _set_up_logging()
     keep_private(getattr(options, "address", None))
     try:
         code: int = options.run(options)
@@ -85,15 +85,24 @@ def _report(error: Exception, code: int) -> int:
     return code
 
 
-def _quiet() -> None:
-    """Shows this package's warnings as plain text on standard error, and hides Ray's.
+class _ToStderr(logging.Handler):
+    """Writes messages as plain text to `sys.stderr`, whatever that is by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr, flush=True)
+
+
+TO_STDERR = _ToStderr()
+
+
+def _set_up_logging() -> None:
+    """Shows this package's messages on standard error, and hides Ray's.
 
     RLlib announces on every start that the old API stack will go; the version is capped.
     """
-    # Python's last resort, a handler that writes to `sys.stderr`, whatever that is by then. Named
-    # here, it does its work also where a library has given the root logger another format.
-    if logging.lastResort is not None:
-        logging.getLogger("qvpo_rllib").addHandler(logging.lastResort)
+    own = logging.getLogger("qvpo_rllib")
+    own.addHandler(TO_STDERR)  # once, however often it is called
+    own.setLevel(logging.INFO)
     # Ray will stop hiding GPUs from actors that ask for none, and says so unless told which it is.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvpo_rllib.algorithms import ALGORITHMS, entry_of
+from qvpo_rllib.algorithms import ALGORITHMS
 from qvpo_rllib.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.options import RUN_DEFAULTS
 
@@ -120,6 +120,7 @@ def add(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from qvpo_rllib.checkpoints.run_state import check_whole
     from qvpo_rllib.training.plan import TrainingPlan, make_plan
     from qvpo_rllib.training.run_directory import RunDirectory, can_resume
 
@@ -131,7 +132,7 @@ def _train(options: argparse.Namespace) -> int:
         )
     if options.resume is not None:
         _check_resume(options)
-        directory = RunDirectory.open(options.resume, command, check=_check_checkpoint)
+        directory = RunDirectory.open(options.resume, command, check=check_whole)
         anew = {} if options.env_steps is None else {"env_steps": options.env_steps}
         plan = TrainingPlan(**{**directory.config, **anew})
     else:
@@ -145,11 +146,6 @@ def _train(options: argparse.Namespace) -> int:
             directory = RunDirectory.create(path, plan.to_dict(), command)
     with directory:
         return _run_plan(plan, directory, options.resume is not None, options.address)
-
-
-def _check_checkpoint(config: Mapping[str, Any], directory: Path) -> None:
-    """Raises `ValueError` unless every file is whole, before Ray and the algorithm are started."""
-    entry_of(config["algo"]).check_checkpoint(directory)
 
 
 def _check_resume(options: argparse.Namespace) -> None:

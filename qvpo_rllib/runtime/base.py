@@ -43,15 +43,15 @@ UNFINISHED = "unfinished_iteration"
 
 
 class BaseAlgorithm(Algorithm):  # type: ignore[misc]
-    """Stops, evaluation, streams and checkpoints, the same for every algorithm.
+    """Handles stops, evaluation, random streams and checkpoints for every algorithm.
 
-    It stands before RLlib's own algorithm in a subclass's bases. A subclass names its configuration
+    List it before RLlib's own algorithm in a subclass's bases. A subclass names its configuration
     and its policy.
 
-    Whoever sets `stop_requested` gets a `KeyboardInterrupt` from `train` between two training steps
-    or in the midst of an evaluation. As a trial of Ray Tune, whose driver asks by a `StopSignal`,
-    `train` returns no result at all instead, and the trial waits to be saved: its checkpoint holds
-    how far the iteration is, and the first `train` after a restore finishes it.
+    After `stop_requested = True`, `train` raises `KeyboardInterrupt` between two training steps or
+    during an evaluation. In a trial of Ray Tune whose driver asked to stop (`StopSignal`), it
+    returns [] instead, and the trial waits to be saved: its checkpoint holds the unfinished
+    iteration, which the first `train` after a restore finishes.
     """
 
     config_class: ClassVar[type]
@@ -82,12 +82,12 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         if in_actor:
             # PyTorch gets one thread inside an actor; the learner gets the cores it was assigned.
             torch.set_num_threads(max(1, int(self.config.num_cpus_for_main_process)))
-        # A signal handler may set it; it may be read often.
+        # A signal handler may set this flag; reading it is cheap.
         self._stop_requested = False
         self._signal = StopSignal() if in_actor else None
-        # Counters at its beginning, and results so far; None between iterations.
+        # Counters at the iteration's beginning, and results so far; None between iterations.
         self._iteration_so_far: tuple[dict[str, int], dict[str, Any] | None] | None = None
-        # Is set once a running evaluation needs nothing of the learner any more.
+        # Is set when the running evaluation no longer needs the learner.
         self._evaluation_is_underway = threading.Event()
         super().setup(config)
 
@@ -111,10 +111,10 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         self._counters[NUM_AGENT_STEPS_TRAINED] += trained
 
     def drain(self) -> None:
-        """Takes in what is still being sampled; may add env steps."""
+        """Takes in fragments in flight, which can add env steps. The default has none."""
 
     def non_finite(self, quantity: str, value: float, advice: str) -> NonFiniteError:
-        """Returns the error for a loss that is no number."""
+        """Returns the error for a loss that is NaN or infinite."""
         return NonFiniteError(
             f"{self.config.env}: {quantity} became {value} at env step {self.env_steps} (update "
             f"{self.updates}). Training stops here; the last checkpoint is untouched. {advice}"
@@ -135,8 +135,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
             raise KeyboardInterrupt
 
     def train(self) -> Any:
-        """Returns a result, or none (Tune takes a list of results too) if the driver asked to
-        stop."""
+        """Returns the iteration's result, or [] if Tune's driver asked to stop."""
         started_s = time.time()
         if self._signal is not None:
             self._signal.look()
@@ -147,7 +146,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
             if not (isinstance(error, KeyboardInterrupt) and self._signal and self._signal.asked):
                 self._iteration_so_far = None
                 raise
-        # What Tune is to know of the checkpoint that it makes next. Its policy was not evaluated.
+        # Tune stores this with its next checkpoint: -inf, since that policy was not evaluated.
         last: dict[str, Any] = self._last_result or {}  # type: ignore[has-type]
         self._last_result = {
             **last,
@@ -158,7 +157,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         return []
 
     def _run_one_training_iteration_old_api_stack(self) -> tuple[dict[str, Any], Any]:
-        """RLlib's own, but that an iteration which was interrupted goes on where it was."""
+        """Runs RLlib's loop of training steps, but continues an interrupted iteration."""
         with self._timers[TRAINING_ITERATION_TIMER], TrainIterCtx(algo=self) as context:
             if self._iteration_so_far is None:
                 counters = {n: v for n, v in vars(context).items() if n.startswith("init_")}
@@ -195,7 +194,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         return results | self.run_results()
 
     def run_results(self) -> dict[str, Any]:
-        """Returns what a result says of the run beside RLlib's own keys."""
+        """Returns the keys that this package adds to RLlib's result."""
         return {
             "ledger": {"ingested": self.env_steps, "done": self.updates},
             "faults": {"restarts": self.env_runner_group.num_remote_worker_restarts()},
@@ -245,8 +244,8 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     def _run_one_training_iteration_and_evaluation_in_parallel(self) -> tuple[Any, Any, Any]:
         """Evaluates the policy that the iteration begins with, on the evaluation workers.
 
-        RLlib's own trains in the second thread, which reads the weights and the env steps in the
-        midst of an update, and leaves the learner without its number of threads.
+        RLlib trains in the second thread: evaluation then reads weights in the middle of an update,
+        and the learner loses its number of threads.
         """
         self._evaluation_is_underway.clear()
         with ThreadPoolExecutor(1) as executor:
@@ -270,22 +269,17 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     def from_checkpoint(cls, path: Any, *args: Any, **kwargs: Any) -> Self:
         """Returns a new algorithm from a checkpoint, its replay included where it has one.
 
-        RLlib's `Algorithm.from_checkpoint` works too, but cannot know of the replay.
+        RLlib's `Algorithm.from_checkpoint` restores all but the replay.
         """
         found = RunState.read(committed(_directory_of(path)))
         algorithm: Self = super().from_checkpoint(str(found.directory), *args, **kwargs)
         algorithm.restore_run(found)
         return algorithm
 
-    @classmethod
-    def check_checkpoint(cls, directory: Path) -> None:
-        """Raises `ValueError` unless every file of the checkpoint is whole."""
-        RunState.read(committed(directory))
-
     def restore(self, checkpoint_path: Any) -> None:
         """Goes on from a checkpoint: a directory, or what `save()` returned."""
         directory = _directory_of(checkpoint_path)
-        # Before Tune's part of the restore sets iteration and times to the checkpoint's.
+        # Checked first, since Tune's part of the restore sets iteration and times.
         RunState.read(committed(directory), own=self.metadata())
         local = tune.Checkpoint.from_directory(str(directory))
         metrics = getattr(checkpoint_path, "metrics", None)  # Tune's: iteration and times so far
@@ -305,16 +299,16 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         self.checkpoint_moved(target)
 
     def write_checkpoint(self, directory: Path) -> None:
-        """Writes a checkpoint into `directory`, an empty one; a crash leaves a part of it."""
+        """Writes a checkpoint into the empty `directory`; a crash leaves it incomplete."""
         super().save_checkpoint(str(directory))
         self.write_run(directory).write(directory)
 
     def checkpoint_moved(self, directory: Path) -> None:
-        """The checkpoint just written is in `directory` now."""
+        """Notes that the checkpoint just written is in `directory` now."""
 
     @staticmethod
     def prune(directory: Path) -> None:
-        """Takes out of a checkpoint that is kept for its policy what only training needs."""
+        """Removes from a checkpoint what only training needs. The default removes nothing."""
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         found = RunState.read(committed(Path(checkpoint_dir)), own=self.metadata())
@@ -323,11 +317,11 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         self.restore_run(found)
 
     def write_run(self, directory: Path) -> Metadata:
-        """Writes what a run has beside RLlib's state, and returns what `qvpo.json` says of it."""
+        """Writes the state that RLlib does not save; returns the metadata for `qvpo.json`."""
         return self.metadata()
 
     def restore_run(self, found: RunState) -> None:
-        """Puts back what `write_run` wrote; RLlib's state has been restored."""
+        """Restores what `write_run` wrote, after RLlib's own state."""
 
     def metadata(self) -> Metadata:
         """Returns what `qvpo.json` says of this run now."""
@@ -348,7 +342,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         state[UNFINISHED] = self._iteration_so_far
-        # Smoothed results look back at the first of these; the others are in no result yet.
+        # Smoothed results need the first of these; the second are in no result yet.
         state["episodes"] = (self._episode_history, self.waiting_episodes)
         return state
 
@@ -379,7 +373,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         return True
 
     def release(self) -> None:
-        """Frees what is large before `reset_config` makes it anew: there may be no room for two."""
+        """Frees large objects before `reset_config` makes new ones: both may not fit."""
 
 
 def _plain_env_config(env_config: Any) -> dict[str, Any] | None:
@@ -393,7 +387,7 @@ def _plain_env_config(env_config: Any) -> dict[str, Any] | None:
 def _directory_of(saved: Any) -> Path:
     """Returns the directory of a path, a Tune checkpoint, or what `save()` returned.
 
-    A checkpoint in a cloud is downloaded. RLlib takes relative paths for addresses.
+    A checkpoint in a cloud is downloaded. RLlib would read a relative path as an address.
     """
     saved = getattr(saved, "checkpoint", saved)
     if isinstance(saved, tune.Checkpoint) and not isinstance(saved.filesystem, LocalFileSystem):

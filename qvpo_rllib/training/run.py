@@ -1,4 +1,4 @@
-"""A training run from a plan to a run directory: the loop behind `qvpo train`."""
+"""Runs the loop of `qvpo train`, from a plan to a run directory."""
 
 import contextlib
 import logging
@@ -65,7 +65,7 @@ class TrainingRun:
                             "time_total_s": self._time_before_s,
                         }
                     )
-                # A run interrupted between two iterations meets the evaluations' env steps again.
+                # After an interrupted iteration: evaluations then keep their env steps.
                 aligned = -(-self.env_steps // iteration_steps) * iteration_steps
                 while self.env_steps < min(aligned, self.plan.env_steps):
                     self.algorithm.training_step()
@@ -88,12 +88,12 @@ class TrainingRun:
         self.algorithm.stop()
 
     def _next_evaluation(self) -> int:
-        """The env steps of the next evaluation; the last one is at the run's end."""
+        """Returns the env steps of the next evaluation, at most the run's."""
         interval = self.plan.eval_interval
         return min((self.env_steps // interval + 1) * interval, self.plan.env_steps)
 
     def _evaluation_was_interrupted(self) -> bool:
-        """The run was stopped at env steps whose evaluation had not ended."""
+        """Returns whether an evaluation was due before the run was stopped and did not end."""
         evaluated_at = max(
             (at for at, _ in points(self.directory.metrics.rows(), RETURN)), default=0
         )
@@ -131,7 +131,7 @@ class TrainingRun:
 
     def _evaluate(self, row: Row) -> bool:
         """Adds an evaluation to `row`; returns whether it is the best so far."""
-        # It may take minutes, and what is trained stays as it is: it can be stopped at any moment.
+        # An evaluation can take minutes and changes no weights: a signal may end it at once.
         self._evaluating = True
         try:
             episodes = self.algorithm.evaluate()["env_runners"]
@@ -164,7 +164,7 @@ class TrainingRun:
         self.algorithm.drain()  # first, since it adds env steps
         if self.env_steps == self._saved_at and not is_best:
             return
-        # Only the last ones are trained on, so `best` can do without what only training needs.
+        # A run resumes from `last`, so `best` needs no replay.
         saved = self.directory.commit_checkpoint(
             self.env_steps,
             self.algorithm.write_checkpoint,
@@ -188,11 +188,10 @@ class TrainingRun:
 def _interrupts(
     algorithm: BaseAlgorithm, at_once: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end training between two training steps, with everything saved.
+    """Turns SIGINT and SIGTERM in the block into a request to stop after the training step.
 
-    Where `at_once()` is true nothing is being changed: there they end it on the spot.
-
-    A second one ends the process at once, saving nothing: its state may be half updated.
+    Where `at_once()` is true nothing is being changed, and they raise `KeyboardInterrupt` at once.
+    A second signal exits without saving: the algorithm may be half updated.
     """
 
     def handle(signum: int, frame: FrameType | None) -> None:
@@ -213,11 +212,11 @@ def _interrupts(
 
 @dataclass
 class CheckpointClock:
-    """Neither interval: never due; a run saves at its evaluations anyway.
+    """Tells when a checkpoint is due between two evaluations: never without an interval.
 
     Args:
         env_steps: a checkpoint whenever a multiple of these has been passed.
-        minutes: a checkpoint so long after the one before.
+        minutes: the time between two checkpoints.
     """
 
     env_steps: int | None
@@ -226,7 +225,7 @@ class CheckpointClock:
     saved_at_s: float = 0.0
 
     def saved(self, env_steps: int, now_s: float) -> None:
-        """There is a checkpoint of this moment."""
+        """Records that a checkpoint was saved now."""
         self.saved_at_env_steps, self.saved_at_s = env_steps, now_s
 
     def is_due(self, env_steps: int, now_s: float) -> bool:

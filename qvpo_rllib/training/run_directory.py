@@ -83,13 +83,13 @@ class RunDirectory:
         cls,
         path: Path,
         command: Sequence[str],
-        check: Callable[[Mapping[str, Any], Path], None] | None = None,
+        check: Callable[[Path], None] | None = None,
     ) -> Self:
         """Returns the run in `path`, to be resumed; repairs what a crash left half done.
 
         Args:
-            check: is called with the configuration and the directory of `checkpoints/last` before
-                anything is changed, and raises `ValueError` unless a run can go on from it.
+            check: is called with the directory of `checkpoints/last` before anything is changed,
+                and raises `ValueError` unless a run can go on from it.
 
         Raises:
             ValueError: `path` holds no run, or a run without a whole `checkpoints/last`, or another
@@ -111,7 +111,7 @@ class RunDirectory:
         with run._locked():
             last_checkpoint = run.checkpoint("last")
             if check is not None:
-                check(run.config, last_checkpoint)
+                check(last_checkpoint)
             run.metrics.repair()
             last = run._target("last")
             if last is not None and (run._checkpoints / last / BEST_MARK).exists():
