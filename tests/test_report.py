@@ -214,7 +214,7 @@ def test_diagnostics_are_drawn_where_runs_have_them() -> None:
 def test_train_runs_are_grouped_by_what_sets_them_apart(tmp_path: Path) -> None:
     for seed, tau in itertools.product((0, 1), (0.1, 0.2)):
         config = {
-            "env": "Ant-v5", "preset": "light", "seed": seed, "env_steps": 200,
+            "algo": "qvpo", "env": "Ant-v5", "preset": "light", "seed": seed, "env_steps": 200,
             "hyperparameters": {"tau": tau, "gamma": 0.9},
         }  # fmt: skip
         with RunDirectory.create(tmp_path / f"{seed}-{tau}", config, ["qvpo"]) as run:
@@ -252,3 +252,11 @@ def test_a_directory_without_results_is_refused(tmp_path: Path, capsys: Any) -> 
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "holds no results" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_of_something_else_is_refused(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"env": "Ant-v5", "preset": "light", "seed": 0}')
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "lacks algo, env_steps, hyperparameters" in message

@@ -5,10 +5,10 @@ import torch
 
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
-from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
+from qvpo_rllib.core.qvpo import ImprovementNoise, QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.core.sampler import min_q, sample_actions
-from qvpo_rllib.paper.single_state import ImprovementNoise, SingleStatePolicy, toy_hyperparameters
+from qvpo_rllib.paper.single_state import SingleStatePolicy, toy_hyperparameters
 
 SMALL = {
     "hidden": (16, 16),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 import itertools
 import math
 import time
@@ -114,7 +113,8 @@ def _bandit(options: Namespace) -> int:
             f"Peaks covered at the end, by seed: {without} without the entropy term, "
             f"{with_entropy} with it."
         )
-        contents = (f"Figure 2 (seed {seeds[0]})", "every measurement", "settings, final numbers")
+        first = f"Figure 2 (seed {seeds[0]})"
+        contents = (first, "every measurement", "settings and final numbers")
         rows = [row for run in runs for row in run.to_rows()]
         _write(out, "bandit", bandit.bandit_figure(*runs[:2]), rows, summary, contents)
     return 0
@@ -241,11 +241,10 @@ def _write(
     contents: tuple[str, str, str],
 ) -> None:
     """Writes picture, table and summary, and prints where each is and what it holds."""
-    from qvpo_rllib.files import write_atomically
+    from qvpo_rllib.files import replacing
 
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_atomically(out.path / f"{name}.png", picture.getvalue())
+    with replacing(out.path / f"{name}.png") as temporary:
+        figure.savefig(temporary)
     out.write_table(f"{name}.parquet", rows)
     out.write_summary(f"{name}.json", summary)
     for suffix, content in zip(("png", "parquet", "json"), contents, strict=True):

@@ -34,6 +34,14 @@ class UpdateNoise(NamedTuple):
     forward: Tensor  # [B·(k + N_e), A] standard normal: the noise to be predicted
 
 
+class ImprovementNoise(NamedTuple):
+    """The last three of `UpdateNoise`: what training the policy on given samples takes."""
+
+    uniform: Tensor
+    step: Tensor
+    forward: Tensor
+
+
 class QVPONetworks(ActorCritic):
     """Diffusion actor, twin critics, a target of each, and the noise schedule."""
 
@@ -96,22 +104,21 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         return {"entropy_weight": float(self.entropy_weight)}
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
-        hp, act_dim, device = self.hp, self.networks.act_dim, self.device
-        rows = batch_size * (hp.num_chosen_samples + hp.num_uniform_samples)
-        generator = self.generator
+        hp, act_dim = self.hp, self.networks.act_dim
         assert hp.k_target is not None
+        target, policy = (
+            draw_noise(hp.diffusion_steps, batch_size, n, act_dim, self.generator, self.device)
+            for n in (hp.k_target, hp.num_policy_samples)
+        )
+        return UpdateNoise(target, policy, *self.draw_improvement_noise(batch_size))
 
-        def noise(num_samples: int) -> Tensor:
-            return draw_noise(
-                hp.diffusion_steps, batch_size, num_samples, act_dim, generator, device
-            )
-
-        return UpdateNoise(
-            target=noise(hp.k_target),
-            policy=noise(hp.num_policy_samples),
-            uniform=torch.empty(
-                batch_size, hp.num_uniform_samples, act_dim, device=device
-            ).uniform_(-1, 1, generator=generator),
+    def draw_improvement_noise(self, batch_size: int) -> ImprovementNoise:
+        """Returns the random numbers of one `improve_policy`, from the learner's generator."""
+        hp, act_dim, device, generator = self.hp, self.networks.act_dim, self.device, self.generator
+        rows = batch_size * (hp.num_chosen_samples + hp.num_uniform_samples)
+        uniform = torch.empty(batch_size, hp.num_uniform_samples, act_dim, device=device)
+        return ImprovementNoise(
+            uniform=uniform.uniform_(-1, 1, generator=generator),
             step=torch.randint(hp.diffusion_steps, (rows,), generator=generator, device=device),
             forward=torch.randn(rows, act_dim, generator=generator, device=device),
         )
@@ -166,9 +173,24 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         return self.fit_critics(batch, next_q.amax(dim=1))
 
     def _update_policy(self, obs: Tensor, noise: UpdateNoise) -> dict[str, Tensor]:
+        samples = self._sample_actions(self.networks.actor, obs, noise.policy)  # [B, N_d, A]
+        q = min_q(self.networks.critic, obs, samples, self.kernels.sampler)  # [B, N_d]
+        return self.improve_policy(obs, samples, q, noise)
+
+    def improve_policy(
+        self, obs: Tensor, samples: Tensor, q: Tensor, noise: UpdateNoise | ImprovementNoise
+    ) -> dict[str, Tensor]:
+        """Takes one step of the actor on Eq. 6 plus Eq. 10.
+
+        Args:
+            obs: [B, O].
+            samples: [B, N, A] in [-1, 1], the actions to choose from.
+            q: [B, N], their Q.
+
+        Returns:
+            Detached scalar tensors, as `update` does.
+        """
         nets, hp = self.networks, self.hp
-        samples = self._sample_actions(nets.actor, obs, noise.policy)  # [B, N_d, A]
-        q = min_q(nets.critic, obs, samples, self.kernels.sampler)  # [B, N_d]
         value = q.mean(dim=1)
         self.q_mean.lerp_(q.mean(), Q_STATISTICS_RATE)
         self.q_std.lerp_(q.std(correction=0), Q_STATISTICS_RATE)

@@ -1,25 +1,22 @@
 """A diffusion policy for one state and a Q that is known: the policy half of a QVPO update.
 
-The toy experiments (the bandit of Figure 2, Theorem 2) have no environment, replay or critic. What
-is left of an update, weights, loss and optimiser step, is made of the parts that train QVPO;
-`tests/test_single_state.py` holds it against `QVPOLearner.update`, number by number.
+The toy experiments (the bandit of Figure 2, Theorem 2) have no environment, replay or critic. A
+`QVPOLearner` improves the policy on samples and a Q that the experiment gives; its critics are not
+used.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from qvpo_rllib.core import losses
-from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
-from qvpo_rllib.core.losses import actor_objective
-from qvpo_rllib.core.networks import NoisePredictor
 from qvpo_rllib.core.options import check_name
-from qvpo_rllib.core.qvpo import Q_STATISTICS_RATE
+from qvpo_rllib.core.qvpo import ImprovementNoise, QVPOLearner, QVPONetworks
 from qvpo_rllib.core.sampler import draw_noise, sample_actions
 from qvpo_rllib.core.seeding import Stream, spawn_seed
 
@@ -74,14 +71,6 @@ def applicable(hp: QVPOHyperparameters, *, fixed: Sequence[str] = ()) -> dict[st
     return {name: getattr(hp, name) for name in APPLICABLE if name not in fixed}
 
 
-class ImprovementNoise(NamedTuple):
-    """Every random number of one `improve`, for B states, k chosen and N_e uniform actions."""
-
-    uniform: Tensor  # [B, N_e, A] uniform in [-1, 1]
-    step: Tensor  # [B·(k + N_e)] int64 in [0, T): the diffusion step of each trained row
-    forward: Tensor  # [B·(k + N_e), A] standard normal: the noise to be predicted
-
-
 class SingleStatePolicy:
     """π_θ(a) of one state, with its optimiser and its random numbers. On the CPU.
 
@@ -92,16 +81,14 @@ class SingleStatePolicy:
     """
 
     def __init__(self, act_dim: int, hp: QVPOHyperparameters, *, seed: int) -> None:
-        self.act_dim, self.hp = act_dim, hp
+        hp = dataclasses.replace(hp, k_target=1, engine="eager")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spawn_seed(seed, Stream.NETWORKS))
-            self.actor = NoisePredictor(OBS_DIM, act_dim, hp.hidden, hp.diffusion_steps)
-        self.schedule = NoiseSchedule(hp.noise_schedule, hp.diffusion_steps)
-        self.optimizer = torch.optim.Adam(
-            self.actor.parameters(), lr=hp.actor_lr, eps=hp.adam_eps, fused=True
+            networks = QVPONetworks(OBS_DIM, act_dim, hp)
+        self.actor, self.schedule = networks.actor, networks.schedule
+        self.learner = QVPOLearner(
+            networks, hp, seed=spawn_seed(seed, Stream.LEARNER), device="cpu"
         )
-        self.generator = Generator().manual_seed(spawn_seed(seed, Stream.LEARNER))
-        self.q_mean, self.q_std = torch.zeros(()), torch.ones(())
 
     def sample(
         self, num_states: int, num_samples: int, generator: Generator | None = None
@@ -113,27 +100,22 @@ class SingleStatePolicy:
                 not change the training.
         """
         noise = draw_noise(
-            self.hp.diffusion_steps,
+            self.schedule.diffusion_steps,
             num_states,
             num_samples,
-            self.act_dim,
-            self.generator if generator is None else generator,
+            self.learner.networks.act_dim,
+            self.learner.generator if generator is None else generator,
             torch.device("cpu"),
         )
-        return sample_actions(self.actor, self.schedule, self._obs(num_states), noise)
+        return sample_actions(self.actor, self.schedule, torch.zeros(num_states, OBS_DIM), noise)
 
-    def draw_improvement_noise(self, num_states: int) -> ImprovementNoise:
-        hp, generator = self.hp, self.generator
-        rows = num_states * (hp.num_chosen_samples + hp.num_uniform_samples)
-        uniform = torch.empty(num_states, hp.num_uniform_samples, self.act_dim)
-        return ImprovementNoise(
-            uniform=uniform.uniform_(-1, 1, generator=generator),
-            step=torch.randint(hp.diffusion_steps, (rows,), generator=generator),
-            forward=torch.randn(rows, self.act_dim, generator=generator),
-        )
+    def set_learning_rate(self, actor_lr: float) -> None:
+        """Sets the learning rate of the updates to come."""
+        for group in self.learner.actor_optimizer.param_groups:
+            group["lr"] = actor_lr
 
     def improve(self, samples: Tensor, q: Tensor, noise: ImprovementNoise | None = None) -> float:
-        """One step of Adam on Eq. 6 + Eq. 10.
+        """Takes one step of Adam on Eq. 6 + Eq. 10.
 
         Args:
             samples: [B, N, A] in [-1, 1], from this policy or from a behaviour policy.
@@ -143,42 +125,11 @@ class SingleStatePolicy:
         Returns:
             The loss. Raises `NonFiniteError` if it is a NaN or infinite.
         """
-        hp, num_states = self.hp, samples.shape[0]
+        num_states = samples.shape[0]
         if noise is None:
-            noise = self.draw_improvement_noise(num_states)
-        self.q_mean.lerp_(q.mean(), Q_STATISTICS_RATE)
-        self.q_std.lerp_(q.std(correction=0), Q_STATISTICS_RATE)
-        chosen_q, chosen = losses.best_of(q, samples, hp.num_chosen_samples)
-        weights = losses.q_weights(
-            hp.q_weights,
-            chosen_q,
-            q.mean(dim=1),
-            q_cut=hp.q_cut,
-            q_mean=self.q_mean,
-            q_std=self.q_std,
-        )
-        loss, _, _ = actor_objective(
-            self.actor,
-            self.schedule,
-            self._obs(num_states),
-            chosen,
-            weights,
-            noise.uniform,
-            losses.entropy_weights(weights, hp.entropy_weight),
-            noise.step,
-            noise.forward,
-            hp.entropy_reduction,
-            hp.vlo_coefficient,
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        limit = float("inf") if hp.grad_clip is None else hp.grad_clip
-        nn.utils.clip_grad_norm_(self.actor.parameters(), limit, foreach=True)
-        self.optimizer.step()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteError(f"The policy's loss is {value}. Lower actor_lr.")
-        return value
-
-    def _obs(self, count: int) -> Tensor:
-        return torch.zeros(count, OBS_DIM)
+            noise = self.learner.draw_improvement_noise(num_states)
+        obs = torch.zeros(num_states, OBS_DIM)
+        loss = float(self.learner.improve_policy(obs, samples, q, noise)["actor_loss"])
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"The policy's loss is {loss}. Lower actor_lr.")
+        return loss

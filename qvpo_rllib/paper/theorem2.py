@@ -202,8 +202,7 @@ def train(
     cumulative = BEHAVIOR.cdf(GRID)
     for update in range(1, num_updates + 1):
         # A learning rate that falls to zero takes Adam's noise out of the final policy.
-        for group in policy.optimizer.param_groups:
-            group["lr"] = hp.actor_lr * (1 - (update - 1) / num_updates)
+        policy.set_learning_rate(hp.actor_lr * (1 - (update - 1) / num_updates))
         # By the inverse of π's distribution function, interpolated: scipy's own takes longer than
         # the update.
         uniform = drawn.random(shape)

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import json
 import re
 import time
@@ -12,15 +11,22 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from qvpo_rllib.files import write_atomically
+from qvpo_rllib.files import replacing, write_atomically
 from qvpo_rllib.report import figures
-from qvpo_rllib.report.comparison import against_best, candidates, comparison_table, verdict
+from qvpo_rllib.report.comparison import (
+    Candidate,
+    against_best,
+    candidates,
+    comparison_table,
+    verdict,
+)
 from qvpo_rllib.report.diagnostics import diagnostics
-from qvpo_rllib.report.provenance import provenance_table
 from qvpo_rllib.report.runs import POPULATION, Group, Run, grouped, load_runs, setting_label
-from qvpo_rllib.report.statistics import estimate
+from qvpo_rllib.report.statistics import Estimate, estimate
 from qvpo_rllib.report.tables import (
     PAPER_TABLE_1,
+    Table,
+    provenance_table,
     returns_table,
     status_table,
     task_name,
@@ -65,9 +71,12 @@ def build_report(
     if not runs:
         raise ValueError(f"There is no run in {', '.join(map(str, paths))} yet: nothing to report.")
     page = _Page(out)
-    write_atomically(out / MARK, _parquet(runs))
+    _write_evaluations(out / MARK, runs)
     groups = grouped(runs)
-    for (experiment, stage), members in _by_stage(groups).items():
+    stages: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        stages.setdefault((group.experiment, group.stage), []).append(group)
+    for (experiment, stage), members in stages.items():
         _experiment(page, experiment, stage, members)
     measured = {}
     if action_time is not None:
@@ -80,13 +89,6 @@ def build_report(
     if origin is not None:
         page.table("provenance", origin)
     return page.write(paths)
-
-
-def _by_stage(groups: Sequence[Group]) -> dict[tuple[str, str], list[Group]]:
-    stages: dict[tuple[str, str], list[Group]] = {}
-    for group in groups:
-        stages.setdefault((group.experiment, group.stage), []).append(group)
-    return stages
 
 
 def _experiment(page: "_Page", experiment: str, stage: str, groups: Sequence[Group]) -> None:
@@ -116,17 +118,17 @@ def _experiment(page: "_Page", experiment: str, stage: str, groups: Sequence[Gro
             page.table(f"{own}-comparison", comparison_table(compared, heading))
     compared, _ = candidates(groups)
     if len(tasks) > 1 and compared:
-        _profiles(page, name, groups, [c.label for c in compared])
+        page.figure(f"{name}-profile", _profiles(groups, compared))
 
 
 def _title(groups: Sequence[Group], task: str) -> str:
-    """The task, and the algorithms where they have room; the legend has them all."""
+    """Returns the task, and the algorithms where they have room; the legend has them all."""
     algorithms = list(dict.fromkeys(group.algorithm for group in groups))
     return f"{', '.join(algorithms)} on {task}" if len(algorithms) <= 3 else task
 
 
 def _sweep_figures(page: "_Page", name: str, groups: Sequence[Group], title: str) -> None:
-    """A heat map for each pair of swept options, lines over each option; ended runs alone."""
+    """Draws a heat map of two swept options, and lines over each option, of ended runs alone."""
     ended = [group for group in groups if group.complete]
     swept = [n for n in dict.fromkeys(n for g in groups for n in g.setting) if _varies(n, groups)]
     numeric = [n for n in swept if all(_is_number(g.setting.get(n)) for g in groups)]
@@ -147,8 +149,8 @@ def _sweep_figures(page: "_Page", name: str, groups: Sequence[Group], title: str
         for group in sorted(ended, key=lambda g: g.setting[option]):
             others = {n: v for n, v in group.setting.items() if n in swept and n != option}
             label = setting_label(others)
-            last = [run.returns[-1] for run in group.complete]
-            lines.setdefault(label, []).append((group.setting[option], _score(group), last))
+            point = (group.setting[option], _score(group), group.last_returns)
+            lines.setdefault(label, []).append(point)
         # A line needs two values; a search that draws every value anew has none.
         lines = {label: points for label, points in lines.items() if len(points) > 1}
         covered = sum(map(len, lines.values())) == len(ended)
@@ -161,7 +163,7 @@ def _sweep_figures(page: "_Page", name: str, groups: Sequence[Group], title: str
 
 
 def _mostly_filled(groups: Sequence[Group], x: str, y: str) -> bool:
-    """A heat map of settings drawn at random would be almost empty."""
+    """Says whether a heat map would have enough cells: settings drawn at random leave it empty."""
     xs, ys = ({group.setting[name] for group in groups} for name in (x, y))
     return len(groups) >= 0.4 * len(xs) * len(ys)
 
@@ -174,12 +176,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _score(group: Group) -> Any:
-    return estimate([[run.returns[-1] for run in group.complete]])
+def _score(group: Group) -> Estimate:
+    return estimate([group.last_returns])
 
 
-def _profiles(page: "_Page", name: str, groups: Sequence[Group], labels: Sequence[str]) -> None:
-    """Scores relative to the paper's QVPO on its tasks, elsewhere to the best of the report."""
+def _profiles(groups: Sequence[Group], compared: Sequence[Candidate]) -> Figure:
+    """Draws scores relative to the paper's QVPO on its tasks, elsewhere to the report's best."""
     tasks = list(dict.fromkeys(group.task for group in groups))
     paper = PAPER_TABLE_1["QVPO"]
     scale = {
@@ -188,26 +190,23 @@ def _profiles(page: "_Page", name: str, groups: Sequence[Group], labels: Sequenc
         else max(r.returns[-1] for g in groups if g.task == task for r in g.evaluated)
         for task in tasks
     }
-    compared, _ = candidates(groups)
     scores = {
-        c.label: [
+        candidate.label: [
             [value / scale[task] for value in values]
-            for task, values in zip(tasks, c.scores, strict=True)
+            for task, values in zip(tasks, candidate.scores, strict=True)
         ]
-        for c in compared
-        if c.label in labels
+        for candidate in compared
     }
     known = all(task_name(task) in paper for task in tasks)
-    chart = figures.performance_profiles(
+    return figures.performance_profiles(
         scores,
         title=f"Performance profile over {len(tasks)} tasks",
         x_label="last return / the paper's QVPO" if known else "last return / reference return",
     )
-    page.figure(f"{name}-profile", chart)
 
 
-def _parquet(runs: Sequence[Run]) -> bytes:
-    """One row per evaluation of every run; one with nulls for a run that has none."""
+def _write_evaluations(path: Path, runs: Sequence[Run]) -> None:
+    """Writes a row per evaluation of every run; one with nulls for a run that has none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -227,10 +226,8 @@ def _parquet(runs: Sequence[Run]) -> bytes:
         rows += [{**about, **row} for row in run.rows] or [about]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = pa.table({name: [row.get(name) for row in rows] for name in names})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 class _Page:
@@ -253,16 +250,15 @@ class _Page:
     def figure(self, name: str, figure: Figure) -> None:
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
         for kind in ("png", "pdf"):
-            picture = io.BytesIO()
-            figure.savefig(picture, format=kind)
-            write_atomically(self.out / f"{name}.{kind}", picture.getvalue())
+            with replacing(self.out / f"{name}.{kind}") as temporary:
+                figure.savefig(temporary)
         image = base64.b64encode((self.out / f"{name}.png").read_bytes()).decode()
         self._html.append(
             f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{image}"></figure>'
         )
         self._markdown.append(f"![{name}]({name}.png)\n")
 
-    def table(self, name: str, table: Any) -> None:
+    def table(self, name: str, table: Table) -> None:
         write_atomically(self.out / f"{name}.md", table.markdown().encode())
         self._html.append(table.html())
         self._markdown.append(table.markdown())

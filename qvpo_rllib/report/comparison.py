@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from qvpo_rllib.report.runs import POPULATION, Group
 from qvpo_rllib.report.statistics import Estimate, estimate, improvement
-from qvpo_rllib.report.tables import Table
+from qvpo_rllib.report.tables import Table, with_interval
 from qvpo_rllib.tuning.results import STOPPED
 
 
@@ -27,17 +27,17 @@ class Candidate:
 
 
 def candidates(groups: Sequence[Group]) -> tuple[list[Candidate], list[str]]:
-    """The settings of one experiment's stage that can be compared, and why others cannot.
+    """Returns the settings of a stage that can be compared, and why the others cannot.
 
     A setting is compared if all its planned seeds have ended on every task: a mean over the seeds
     that happen to be there would not be the same comparison.
     """
     tasks = list(dict.fromkeys(group.task for group in groups))
     found: dict[str, dict[str, Group]] = {}
+    several = len({group.algorithm for group in groups}) > 1
     for group in groups:
-        name = group.label if group.label != group.algorithm else group.algorithm
-        if len({g.algorithm for g in groups}) > 1:
-            name = f"{group.algorithm}, {name}" if name != group.algorithm else name
+        named = several and group.label != group.algorithm
+        name = f"{group.algorithm}, {group.label}" if named else group.label
         found.setdefault(name, {})[group.task] = group
     whole, missing, stopped = [], [], 0
     for name, by_task in found.items():
@@ -46,8 +46,8 @@ def candidates(groups: Sequence[Group]) -> tuple[list[Candidate], list[str]]:
             for task in tasks
         )
         if ended:
-            scores = [tuple(run.returns[-1] for run in by_task[task].complete) for task in tasks]
-            whole.append(Candidate(name, tuple(scores)))
+            scores = tuple(tuple(by_task[task].last_returns) for task in tasks)
+            whole.append(Candidate(name, scores))
         elif any(run.status == STOPPED for group in by_task.values() for run in group.runs):
             stopped += 1
         else:
@@ -58,14 +58,14 @@ def candidates(groups: Sequence[Group]) -> tuple[list[Candidate], list[str]]:
 
 
 def against_best(compared: Sequence[Candidate]) -> tuple[Candidate, list[tuple[str, Estimate]]]:
-    """The candidate with the highest estimate, and P(it beats another) for each other one."""
+    """Returns the candidate with the highest estimate, and P(it beats another) for each other."""
     ranked = sorted(compared, key=lambda c: -c.estimate.value)
     best = ranked[0]
     return best, [(other.label, improvement(best.scores, other.scores)) for other in ranked[1:]]
 
 
 def verdict(compared: Sequence[Candidate], left_out: Sequence[str], stage: str) -> str:
-    """The answer in words."""
+    """Returns the answer in words."""
     if stage == POPULATION:
         return (
             "One population: its members copy each other and change their options as they train. "
@@ -101,6 +101,7 @@ def verdict(compared: Sequence[Candidate], left_out: Sequence[str], stage: str) 
 
 
 def comparison_table(compared: Sequence[Candidate], heading: str) -> Table:
+    """Returns the candidates, the best first, with the probability that the best beats each."""
     best, others = against_best(compared)
     chances = dict(others)
     rows = []
@@ -110,8 +111,8 @@ def comparison_table(compared: Sequence[Candidate], heading: str) -> Table:
             (
                 candidate.label,
                 candidate.seeds,
-                _with_interval(e, ",.1f"),
-                _with_interval(chance, ".2f") if chance else "–",
+                with_interval(e, ",.1f"),
+                with_interval(chance, ".2f") if chance else "–",
             )
         )
     return Table(
@@ -122,8 +123,3 @@ def comparison_table(compared: Sequence[Candidate], heading: str) -> Table:
         ("setting", "seeds", "last return", f"P({best.label} is better)"),
         rows,
     )
-
-
-def _with_interval(e: Estimate, style: str) -> str:
-    text = format(e.value, style)
-    return f"{text} [{format(e.low, style)}, {format(e.high, style)}]" if e.has_interval else text

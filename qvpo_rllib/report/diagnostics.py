@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qvpo_rllib.report.figures import STYLES, WIDTH_IN, best_groups, legend_below, step_axis
-from qvpo_rllib.report.runs import Group, Run
+from qvpo_rllib.report.figures import STYLES, WIDTH_IN, best_groups, legend_below, plain, step_axis
+from qvpo_rllib.report.runs import Group
+from qvpo_rllib.training.rows import points
 
 # Column of a metrics row → its panel's title.
 PANELS = {
@@ -22,9 +24,9 @@ PANEL_HEIGHT_IN = 1.25
 
 
 def diagnostics(groups: Sequence[Group], *, title: str) -> Figure | None:
-    """Means over seeds, every seed faint, over env steps; None if no run has such a column."""
+    """Draws means over seeds, every seed faint; None if no run has any of the columns."""
     shown = best_groups(groups)
-    columns = [c for c in PANELS if any(_points(r, c)[0] for g in shown for r in g.evaluated)]
+    columns = [c for c in PANELS if any(points(r.rows, c) for g in shown for r in g.evaluated)]
     if not columns:
         return None
     height = PANEL_HEIGHT_IN * -(-len(columns) // 2) + 0.35 + 0.13 * len(shown)
@@ -35,8 +37,7 @@ def diagnostics(groups: Sequence[Group], *, title: str) -> Figure | None:
             _draw(axes, group, column, color, dashes)
         axes.set_title(PANELS[column], fontsize=6.5)
         axes.tick_params(labelsize=6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#e6e6e6", linewidth=0.5)
+        plain(axes)
         step_axis(axes, ticks=3)
     for axes in list(grid)[len(columns) :]:
         axes.set_visible(False)
@@ -45,9 +46,9 @@ def diagnostics(groups: Sequence[Group], *, title: str) -> Figure | None:
     return figure
 
 
-def _draw(axes: Any, group: Group, column: str, color: str, dashes: Any) -> None:
-    runs = [dict(zip(*_points(run, column), strict=True)) for run in group.evaluated]
-    runs = [run for run in runs if run]
+def _draw(axes: Axes, group: Group, column: str, color: str, dashes: Any) -> None:
+    # A run has no values before its first update.
+    runs = [dict(found) for run in group.evaluated if (found := points(run.rows, column))]
     if not runs:
         return
     for run in runs:
@@ -55,9 +56,3 @@ def _draw(axes: Any, group: Group, column: str, color: str, dashes: Any) -> None
     steps = sorted(set.intersection(*(set(run) for run in runs)))
     means = [np.mean([run[step] for run in runs]) for step in steps]
     axes.plot(steps, means, color=color, linestyle=dashes, linewidth=1.2, label=group.label)
-
-
-def _points(run: Run, column: str) -> tuple[list[int], list[float]]:
-    """Env steps and values where the run has them: before the first update there is none."""
-    rows = [row for row in run.rows if row.get(column) is not None]
-    return [int(row["env_steps"]) for row in rows], [float(row[column]) for row in rows]

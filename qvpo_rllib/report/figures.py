@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qvpo_rllib.report.runs import Group, Run, setting_label, symbol
-from qvpo_rllib.report.statistics import Estimate, curve_band, profile
+from qvpo_rllib.report.statistics import Array, Estimate, curve_band, profile
 from qvpo_rllib.training.learning_curve import short_count
 from qvpo_rllib.tuning.results import FINISHED, STOPPED
 
@@ -30,24 +30,36 @@ STYLES = (
 MAX_LINES = len(STYLES)
 
 
-def new_figure(height: float = HEIGHT_IN, width: float = WIDTH_IN) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=300, layout="constrained")
+def new_figure(
+    title: str, x_label: str, y_label: str, height: float = HEIGHT_IN
+) -> tuple[Figure, Axes]:
+    """Returns an empty figure of a column's width and its axes; `height` is in inches."""
+    figure = Figure(figsize=(WIDTH_IN, height), dpi=300, layout="constrained")
     axes = figure.add_subplot()
     axes.tick_params(labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e6e6e6", linewidth=0.5)
+    axes.set_title(title, fontsize=8)
+    axes.set_xlabel(x_label, fontsize=8)
+    axes.set_ylabel(y_label, fontsize=8)
+    plain(axes)
     axes.set_axisbelow(True)
     return figure, axes
 
 
+def plain(axes: Axes) -> None:
+    """Draws a faint grid and leaves out the frame's upper and right side."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.5)
+
+
 def learning_curves(groups: Sequence[Group], *, title: str) -> Figure:
-    """IQM over seeds with its 95 % interval, and every seed faint, over env steps.
+    """Draws the IQM over seeds with its 95 % interval, and every seed faint, over env steps.
 
     A group's line ends where the first of its runs ends, as a mean over other seeds is another
     mean; the faint lines go on. Of more groups than there are styles the best are drawn.
     """
     shown = best_groups(groups)
-    figure, axes = new_figure(HEIGHT_IN + 0.13 * len(shown))
+    height = HEIGHT_IN + 0.13 * len(shown)
+    figure, axes = new_figure(title, "environment steps", "evaluation return", height)
     for group in groups:
         if group not in shown and group.evaluated:
             _faint(axes, group.evaluated, "#bbbbbb")
@@ -59,25 +71,17 @@ def learning_curves(groups: Sequence[Group], *, title: str) -> Figure:
         if np.isfinite(low).all():
             axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
         axes.plot(
-            steps,
-            centre,
-            color=color,
-            linestyle=dashes,
-            linewidth=1.5,
-            marker="o" if len(steps) == 1 else None,
-            markersize=3,
+            steps, centre, color=color, linestyle=dashes, linewidth=1.5,
+            marker="o" if len(steps) == 1 else None, markersize=3,
             label=f"{group.label} ({_count(group)})",
-        )
-    axes.set_title(title, fontsize=8)
-    axes.set_xlabel("environment steps", fontsize=8)
-    axes.set_ylabel("evaluation return", fontsize=8)
+        )  # fmt: skip
     step_axis(axes)
     legend_below(figure, axes)
     return figure
 
 
 def _count(group: Group) -> str:
-    """ "5 seeds", or "3 of 5 seeds ended" """
+    """Returns "5 seeds", or "3 of 5 seeds ended"."""
     total = len(group.runs)
     ended = sum(run.status in (FINISHED, STOPPED) for run in group.runs)
     noun = "seed" if total == 1 else "seeds"
@@ -85,7 +89,7 @@ def _count(group: Group) -> str:
 
 
 def best_groups(groups: Sequence[Group]) -> list[Group]:
-    """At most as many as there are styles: the best by their last returns, in the given order."""
+    """Returns the best by their last returns, at most as many as there are styles, in order."""
     drawable = [group for group in groups if group.evaluated]
     if len(drawable) <= MAX_LINES:
         return drawable
@@ -93,21 +97,17 @@ def best_groups(groups: Sequence[Group]) -> list[Group]:
     return [group for group in drawable if group in ranked[: MAX_LINES - 2]]
 
 
-def common_returns(runs: Sequence[Run]) -> tuple[Any, Any]:
-    """Env steps at which all runs were evaluated, and returns [runs, evaluations]."""
-    by_run = [dict(zip(_steps(run), run.returns, strict=True)) for run in runs]
+def common_returns(runs: Sequence[Run]) -> tuple[Array, Array]:
+    """Returns env steps at which all runs were evaluated, and their returns [runs, evaluations]."""
+    by_run = [dict(zip(run.steps, run.returns, strict=True)) for run in runs]
     steps = sorted(set.intersection(*(set(values) for values in by_run)))
     return np.array(steps), np.array([[values[s] for s in steps] for values in by_run])
-
-
-def _steps(run: Run) -> list[int]:
-    return [int(row["env_steps"]) for row in run.rows]
 
 
 def _faint(axes: Axes, runs: Sequence[Run], color: str) -> None:
     for run in runs:
         marker = "." if len(run.rows) == 1 else None
-        axes.plot(_steps(run), run.returns, color=color, alpha=0.35, linewidth=0.5, marker=marker)
+        axes.plot(run.steps, run.returns, color=color, alpha=0.35, linewidth=0.5, marker=marker)
 
 
 def heat_map(
@@ -118,7 +118,7 @@ def heat_map(
     title: str,
     seeds: dict[tuple[Any, Any], str],
 ) -> Figure:
-    """A setting's score in each cell; hatched where nothing was run or nothing has ended.
+    """Draws a setting's score in each cell; hatched where nothing was run or nothing has ended.
 
     Args:
         cells: (x, y) → score.
@@ -126,7 +126,7 @@ def heat_map(
     """
     xs, ys = (sorted({key[i] for key in cells}) for i in (0, 1))
     values = np.array([[cells[x, y].value if (x, y) in cells else np.nan for x in xs] for y in ys])
-    figure, axes = new_figure(1.0 + 0.42 * len(ys))
+    figure, axes = new_figure(title, symbol(x_option), symbol(y_option), 1.0 + 0.42 * len(ys))
     axes.grid(False)
     norm = _greys(values)
     axes.imshow(values, cmap="Greys", origin="lower", aspect="auto", norm=norm)
@@ -152,14 +152,11 @@ def heat_map(
             )  # fmt: skip
     axes.set_xticks(range(len(xs)), [_short(x) for x in xs])
     axes.set_yticks(range(len(ys)), [_short(y) for y in ys])
-    axes.set_xlabel(symbol(x_option), fontsize=8)
-    axes.set_ylabel(symbol(y_option), fontsize=8)
-    axes.set_title(title, fontsize=8)
     return figure
 
 
-def _greys(values: Any) -> Normalize:
-    """The darkest cell is not black, the lightest not white: both can be read and seen."""
+def _greys(values: Array) -> Normalize:
+    """Returns shades of which the darkest is not black and the lightest not white."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     margin = max(high - low, 1e-9)
     return Normalize(vmin=low - 0.25 * margin, vmax=high + 0.35 * margin)
@@ -168,12 +165,13 @@ def _greys(values: Any) -> Normalize:
 def option_lines(
     lines: dict[str, list[tuple[Any, Estimate, list[float]]]], option: str, *, title: str
 ) -> Figure:
-    """Score over an option's values: estimate, 95 % interval, every seed as a faint dot.
+    """Draws scores over an option's values: estimate, 95 % interval, every seed as a faint dot.
 
     Args:
         lines: label → (value, estimate, seeds' scores), values rising.
     """
-    figure, axes = new_figure(HEIGHT_IN + (0.13 * len(lines) if len(lines) > 1 else 0.0))
+    height = HEIGHT_IN + (0.13 * len(lines) if len(lines) > 1 else 0.0)
+    figure, axes = new_figure(title, symbol(option), "last evaluation return", height)
     ticks = sorted({value for points in lines.values() for value, _, _ in points})
     for number, (label, points) in enumerate(lines.items()):
         color, dashes, marker = STYLES[number % MAX_LINES]
@@ -189,9 +187,6 @@ def option_lines(
             markersize=4, linewidth=1.3, capsize=2.5, label=label,
         )  # fmt: skip
     axes.set_xticks(range(len(ticks)), [_short(value) for value in ticks])
-    axes.set_xlabel(symbol(option), fontsize=8)
-    axes.set_ylabel("last evaluation return", fontsize=8)
-    axes.set_title(title, fontsize=8)
     axes.margins(x=0.12)
     if len(lines) > 1:
         legend_below(figure, axes)
@@ -199,11 +194,11 @@ def option_lines(
 
 
 def option_scatter(points: Sequence[tuple[float, Run]], option: str, *, title: str) -> Figure:
-    """The last return of every run over an option's value, for settings drawn at random.
+    """Draws the last return of every run over an option's value, for settings drawn at random.
 
     Runs that the search stopped early are hollow: their last return is of fewer env steps.
     """
-    figure, axes = new_figure()
+    figure, axes = new_figure(title, symbol(option), "last evaluation return")
     for ended, face, label in ((True, "#0b3c6f", "ended"), (False, "white", "stopped early")):
         chosen = [(x, run.returns[-1]) for x, run in points if (run.status == FINISHED) == ended]
         if chosen:
@@ -217,16 +212,13 @@ def option_scatter(points: Sequence[tuple[float, Run]], option: str, *, title: s
     if len(values) <= MAX_LINES:
         axes.set_xticks(values, [_short(value) for value in values])
         axes.set_xticks([], minor=True)
-    axes.set_xlabel(symbol(option), fontsize=8)
-    axes.set_ylabel("last evaluation return", fontsize=8)
-    axes.set_title(title, fontsize=8)
     legend_below(figure, axes)
     return figure
 
 
 def improvements(rows: Sequence[tuple[str, Estimate]], *, title: str) -> Figure:
-    """P(the best setting beats another), one line per other setting; 0.5 is a draw."""
-    figure, axes = new_figure(0.95 + 0.24 * len(rows))
+    """Draws P(the best setting beats another), one line per other setting; 0.5 is a draw."""
+    figure, axes = new_figure("", "probability of improvement", "", 0.95 + 0.24 * len(rows))
     for place, (_, estimate) in enumerate(rows):
         if estimate.has_interval:
             axes.plot(
@@ -239,7 +231,6 @@ def improvements(rows: Sequence[tuple[str, Estimate]], *, title: str) -> Figure:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.tick_params(axis="y", labelsize=6.5)
-    axes.set_xlabel("probability of improvement", fontsize=8)
     figure.suptitle(title, fontsize=8)
     return figure
 
@@ -247,12 +238,13 @@ def improvements(rows: Sequence[tuple[str, Estimate]], *, title: str) -> Figure:
 def performance_profiles(
     scores: dict[str, list[list[float]]], *, title: str, x_label: str
 ) -> Figure:
-    """Share of runs above a normalised score, one line per setting or algorithm.
+    """Draws the share of runs above a normalised score, one line per setting or algorithm.
 
     Args:
         scores: label → for each task its seeds' normalised scores.
     """
-    figure, axes = new_figure(HEIGHT_IN + 0.13 * len(scores))
+    height = HEIGHT_IN + 0.13 * len(scores)
+    figure, axes = new_figure(title, x_label, "share of runs above", height)
     top = max(1.0, max(max(map(max, tasks)) for tasks in scores.values()))
     thresholds = np.linspace(0, top * 1.05, 200)
     for number, (label, tasks) in enumerate(scores.items()):
@@ -262,21 +254,19 @@ def performance_profiles(
             linewidth=1.4,
         )  # fmt: skip
     axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel(x_label, fontsize=8)
-    axes.set_ylabel("share of runs above", fontsize=8)
-    axes.set_title(title, fontsize=8)
     legend_below(figure, axes)
     return figure
 
 
 def step_axis(axes: Axes, ticks: int = 6) -> None:
+    """Makes the x axis one of env steps, from 0, with at most `ticks` marks."""
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=ticks, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x)))
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """Below the axes, where it covers no line."""
+    """Puts the legend below the axes, where it covers no line; says so if nothing is drawn."""
     handles, labels = axes.get_legend_handles_labels()
     entries = dict(zip(labels, handles, strict=True))  # each label once
     labels, handles = list(entries), list(entries.values())

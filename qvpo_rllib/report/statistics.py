@@ -31,15 +31,15 @@ class Estimate:
 
 
 def iqm(values: Any, axis: int = -1) -> Any:
-    """Interquartile mean: the mean without the lowest and highest quarter.
+    """Returns the interquartile mean: the mean without the lowest and the highest quarter.
 
-    A quarter of fewer than four values is none: it is then the mean.
+    Fewer than four values have no quarter: the mean of all is returned.
     """
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
 def curve_band(returns: Array, statistic: Callable[..., Any] = iqm) -> tuple[Array, Array, Array]:
-    """Statistic and its 95 % interval over seeds at every evaluation.
+    """Computes the statistic and its 95 % interval over seeds at every evaluation.
 
     Args:
         returns: [seeds, evaluations].
@@ -55,46 +55,44 @@ def curve_band(returns: Array, statistic: Callable[..., Any] = iqm) -> tuple[Arr
 
 
 def estimate(samples: Sequence[Sequence[float]], statistic: Callable[..., Any] = iqm) -> Estimate:
-    """Mean over tasks of the statistic over seeds, with a stratified bootstrap interval.
+    """Returns the mean over tasks of the statistic over seeds, with a stratified interval.
 
     Args:
         samples: for each task its seeds' scores; one task is one stratum.
     """
-    arrays = [np.asarray(s, dtype=np.float64) for s in samples]
 
     def mean_over_tasks(*strata: Array, axis: int = -1) -> Any:
         return np.mean([statistic(s, axis=axis) for s in strata], axis=0)
 
-    value = float(mean_over_tasks(*arrays))
-    if any(a.size < 2 for a in arrays):
-        return Estimate(value, np.nan, np.nan)
-    interval = _bootstrap(arrays, mean_over_tasks)
-    return Estimate(value, float(interval.low), float(interval.high))
+    return _estimate(samples, mean_over_tasks)
 
 
 def improvement(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> Estimate:
-    """P(a run of `first` beats a run of `second`), ties counting half; mean over tasks.
+    """Returns P(a run of `first` beats a run of `second`), ties counting half; mean over tasks.
 
     Args:
         first, second: for each task the seeds' scores, tasks in the same order.
     """
-    a = [np.asarray(s, dtype=np.float64) for s in first]
-    b = [np.asarray(s, dtype=np.float64) for s in second]
 
     def probability(*strata: Array, axis: int = -1) -> Any:
-        count = len(strata) // 2
-        pairs = zip(strata[:count], strata[count:], strict=True)
+        pairs = zip(strata[: len(first)], strata[len(first) :], strict=True)
         return np.mean([_share_won(x, y) for x, y in pairs], axis=0)
 
-    value = float(probability(*a, *b))
-    if any(s.size < 2 for s in (*a, *b)):
+    return _estimate([*first, *second], probability)
+
+
+def _estimate(samples: Sequence[Sequence[float]], statistic: Callable[..., Any]) -> Estimate:
+    """Returns the statistic of the strata; it has an interval if each has at least two samples."""
+    strata = [np.asarray(s, dtype=np.float64) for s in samples]
+    value = float(statistic(*strata))
+    if any(s.size < 2 for s in strata):
         return Estimate(value, np.nan, np.nan)
-    interval = _bootstrap([*a, *b], probability)
+    interval = _bootstrap(strata, statistic)
     return Estimate(value, float(interval.low), float(interval.high))
 
 
 def profile(scores: Sequence[Sequence[float]], thresholds: Array) -> Array:
-    """Performance profile: the share of runs above each threshold, mean over tasks.
+    """Computes a performance profile: the share of runs above each threshold, mean over tasks.
 
     Args:
         scores: for each task its seeds' normalised scores.
@@ -108,7 +106,7 @@ def profile(scores: Sequence[Sequence[float]], thresholds: Array) -> Array:
 
 
 def _share_won(x: Array, y: Array) -> Any:
-    """[…, n], […, m] → […]: share of pairs with x > y."""
+    """Returns the share of pairs with x > y; […, n], […, m] → […]."""
     difference = x[..., :, None] - y[..., None, :]
     return ((difference > 0) + 0.5 * (difference == 0)).mean(axis=(-2, -1))
 

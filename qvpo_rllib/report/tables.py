@@ -1,13 +1,16 @@
 """The report's tables, as Markdown and HTML from the same rows."""
 
 import html
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from qvpo_rllib.report.runs import Group, Run
-from qvpo_rllib.report.statistics import estimate
+from qvpo_rllib.report.statistics import Estimate, estimate
+from qvpo_rllib.training.rows import number
 
 # Ding et al. 2024, Table 1: mean (std) over five seeds, on the -v3 tasks, probably of each run's
 # best checkpoint.
@@ -35,6 +38,10 @@ PAPER_TABLE_4: dict[str, tuple[float, float]] = {
     "SPO": (0.3, 0.3),
     "QSM": (1.0, 0.9),
 }
+
+
+PROVENANCE = ("experiment.json", "run.json")
+VERSIONS = ("qvpo_rllib", "torch", "ray", "mujoco")
 
 
 @dataclass(frozen=True)
@@ -68,27 +75,24 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def task_name(env: str) -> str:
-    """ "Ant-v5" → "Ant" """
+    """Returns an environment's name without its version: "Ant-v5" → "Ant"."""
     return env.rsplit("/", 1)[-1].rsplit("-v", 1)[0]
 
 
 def returns_table(groups: Sequence[Group]) -> Table:
-    """Table 1: best and last evaluation, mean (std) over seeds, beside the paper's."""
+    """Returns Table 1: best and last evaluation, mean (std) over seeds, beside the paper's."""
     rows = []
     for group in groups:
-        ended = group.complete
-        best = [max(run.returns) for run in ended]
-        last = [run.returns[-1] for run in ended]
-        middle = estimate([last]) if ended else None
+        last = group.last_returns
         rows.append(
             (
                 group.task,
                 group.algorithm,
                 _origin(group),
                 _counted(group),
-                _mean_std(best),
+                _mean_std([max(run.returns) for run in group.complete]),
                 _mean_std(last),
-                f"{middle.value:,.1f}{_interval(middle.low, middle.high)}" if middle else "–",
+                with_interval(estimate([last]), ",.1f") if last else "–",
                 PAPER_TABLE_1.get(group.algorithm, {}).get(task_name(group.task), "–"),
             )
         )
@@ -105,7 +109,7 @@ def returns_table(groups: Sequence[Group]) -> Table:
 
 
 def status_table(runs: Sequence[Run]) -> Table:
-    """Every run, so that none is silently missing."""
+    """Returns every run, so that none is silently missing."""
     rows = [
         (
             f"{run.experiment}" + (" (confirmation)" if run.stage == "confirm" else ""),
@@ -129,8 +133,12 @@ def status_table(runs: Sequence[Run]) -> Table:
     )
 
 
-def time_table(groups: Sequence[Group], action_ms: dict[str, float]) -> Table:
-    """Table 4: training time and time per action, beside the paper's."""
+def time_table(groups: Sequence[Group], action_ms: Mapping[str, float]) -> Table:
+    """Returns Table 4: training time and time per action, beside the paper's.
+
+    Args:
+        action_ms: a run's directory → milliseconds per action.
+    """
     rows = []
     for group in groups:
         runs = [run for run in group.evaluated if run.rows[-1].get("time_total_s")]
@@ -164,12 +172,14 @@ def time_table(groups: Sequence[Group], action_ms: dict[str, float]) -> Table:
 
 
 def _speed(run: Run) -> float:
-    """Env steps per second between the first evaluation after the warm-up and the last."""
+    """Returns env steps per second between the first evaluation after the warm-up and the last."""
     rows = [row for row in run.rows if row.get("updates")]
-    if len(rows) < 2:
-        return run.env_steps / float(run.rows[-1]["time_total_s"])
-    steps, seconds = (rows[-1][n] - rows[0][n] for n in ("env_steps", "time_total_s"))
-    return float(steps / seconds)
+    first, last = (rows[0], rows[-1]) if len(rows) > 1 else ({}, run.rows[-1])
+    steps, seconds = (
+        (number(last, name) or 0) - (number(first, name) or 0)
+        for name in ("env_steps", "time_total_s")
+    )
+    return steps / seconds
 
 
 def _origin(group: Group) -> str:
@@ -190,5 +200,27 @@ def _mean_std(values: Sequence[float]) -> str:
     return f"{np.mean(values):,.1f}{spread}"
 
 
-def _interval(low: float, high: float) -> str:
-    return f" [{low:,.1f}, {high:,.1f}]" if np.isfinite(low) else ""
+def with_interval(e: Estimate, style: str) -> str:
+    """Returns "1.0 [0.9, 1.1]", or the value alone where there is no interval."""
+    text = format(e.value, style)
+    return f"{text} [{format(e.low, style)}, {format(e.high, style)}]" if e.has_interval else text
+
+
+def provenance_table(paths: Sequence[Path]) -> Table | None:
+    """Returns a row per start of an experiment or run; None if none was recorded."""
+    rows = []
+    for file in (path / name for path in paths for name in PROVENANCE):
+        for start in json.loads(file.read_text())["starts"] if file.is_file() else ():
+            machine = f"{start['cpu_count']} CPUs, {start['gpu'] or 'no GPU'}, {start['platform']}"
+            versions = ", ".join(f"{n} {start['versions'].get(n) or '?'}" for n in VERSIONS)
+            command = " ".join(start["command"]) or "–"
+            rows.append((file.parent.name, command, start["started_at"], machine, versions))
+    if not rows:
+        return None
+    return Table(
+        "How these results were obtained",
+        "Every start, the resumed ones too. Machine: the one the command ran on; with --address, "
+        "trials ran on the cluster's.",
+        ("results", "command", "started (UTC)", "machine", "versions"),
+        rows,
+    )
