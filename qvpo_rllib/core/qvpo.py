@@ -155,11 +155,12 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             )
         if noise is None:
             noise = self.draw_update_noise(batch_size)
+        obs = policy_batch.obs
+        metrics: dict[str, Tensor] = {}
         if self.hp.update_order == "critic_then_policy":
-            metrics = self._update_critic(critic_batch, noise)
-            metrics |= self._update_policy(policy_batch.obs, noise)
-        else:
-            metrics = self._update_policy(policy_batch.obs, noise)
+            metrics |= self._update_critic(critic_batch, noise)
+        metrics |= self.improve_policy(obs, *self._ranked_samples(obs, noise.policy), noise)
+        if self.hp.update_order == "policy_then_critic":
             metrics |= self._update_critic(critic_batch, noise)
         self.move_target(self.networks.target_actor, self.networks.actor)
         self.move_target(self.networks.target_critic, self.networks.critic)
@@ -172,10 +173,10 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         next_q = min_q(nets.target_critic, batch.next_obs, next_samples, self.kernels.sampler)
         return self.fit_critics(batch, next_q.amax(dim=1))
 
-    def _update_policy(self, obs: Tensor, noise: UpdateNoise) -> dict[str, Tensor]:
-        samples = self._sample_actions(self.networks.actor, obs, noise.policy)  # [B, N_d, A]
-        q = min_q(self.networks.critic, obs, samples, self.kernels.sampler)  # [B, N_d]
-        return self.improve_policy(obs, samples, q, noise)
+    def _ranked_samples(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the policy's samples [B, N_d, A] and their Q [B, N_d]."""
+        samples = self._sample_actions(self.networks.actor, obs, noise)
+        return samples, min_q(self.networks.critic, obs, samples, self.kernels.sampler)
 
     def improve_policy(
         self, obs: Tensor, samples: Tensor, q: Tensor, noise: UpdateNoise | ImprovementNoise
