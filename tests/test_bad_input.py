@@ -331,6 +331,18 @@ def test_resume_refuses_a_damaged_checkpoint_and_changes_nothing(
     assert {entry.name for entry in run.iterdir()} == before
 
 
+@pytest.mark.parametrize("config", ["{}", '{"algo": "qvpo", "colour": "red"}'])
+def test_resume_refuses_a_configuration_that_is_no_plan(
+    config: str, capsys: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "checkpoints" / "000000060")
+    (run / "checkpoints" / "last").symlink_to("000000060")
+    (run / "config.json").write_text(config)
+    for _ in range(2):  # the first leaves no lock behind
+        assert_refused(capsys, ["train", "--resume", str(run)], ["config.json", "no training plan"])
+
+
 # --- NaN and infinity --------------------------------------------------------------------------
 
 

@@ -134,7 +134,15 @@ def _train(options: argparse.Namespace) -> int:
         _check_resume(options)
         directory = RunDirectory.open(options.resume, command, check=check_whole)
         anew = {} if options.env_steps is None else {"env_steps": options.env_steps}
-        plan = TrainingPlan(**{**directory.config, **anew})
+        try:
+            plan = TrainingPlan(**{**directory.config, **anew})
+        except TypeError as error:
+            directory.close()
+            raise ValueError(
+                f"Cannot resume {str(options.resume)!r}: its config.json is no training plan of "
+                f"this version ({error}). Restore that file, or start a new run in another "
+                "--run-dir."
+            ) from None
     else:
         plan = make_plan(**{n: v for n, v in vars(options).items() if n not in NOT_OF_THE_PLAN})
         name = f"{plan.env}-{plan.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
