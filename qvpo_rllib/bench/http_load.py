@@ -43,7 +43,7 @@ class Direct:
 
 
 def fresh_bundle(directory: Path) -> Path:
-    """A bundle of Hopper's sizes with the default networks, not trained."""
+    """Writes a bundle of Hopper's sizes with the default networks, not trained."""
     hp = QVPOHyperparameters()
     description = Description(
         name="hopper",
@@ -70,7 +70,7 @@ def fresh_bundle(directory: Path) -> Path:
 
 
 def measure_direct(policy: ServedPolicy, k: int, seconds: float) -> Direct:
-    """The in-process call, for half of `seconds` each way."""
+    """Times the call in this process, for half of `seconds` each way."""
     rows = 16
     policy.warm_up(k)
     generator = Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def measure_direct(policy: ServedPolicy, k: int, seconds: float) -> Direct:
 async def measure_load(
     host: str, port: int, policy: ServedPolicy, k: int, clients: int, seconds: float
 ) -> Load:
-    """Each client sends its next request when it has the reply to the last."""
+    """Loads a server with clients that send their next request when they have the last reply."""
     assert clients <= MAX_PENDING_REQUESTS
     rng = np.random.default_rng(clients)
     begin = time.perf_counter() + WARM_UP_S
@@ -132,7 +132,7 @@ async def measure_load(
 
 
 def _message(name: str, body: dict[str, Any]) -> bytes:
-    """A request as bytes. A client library would take more of the two cores than the server."""
+    """Returns a request as bytes: a client library would take more of the cores than the server."""
     content = json.dumps(body).encode()
     head = (
         f"POST /v1/models/{name}/act HTTP/1.1\r\nHost: bench\r\n"

@@ -27,17 +27,17 @@ SETTINGS = {"paper": "default", "light": "light"}
 
 
 def hyperparameters(setting: str, task: Task, **options: OptionValue) -> QVPOHyperparameters:
-    """The hyperparameters of a setting for a task, with some options changed."""
+    """Returns the hyperparameters of a setting for a task, with some options changed."""
     return QVPOHyperparameters.resolve(SETTINGS[setting], options, task.env)
 
 
 def hidden_flops(hidden: tuple[int, ...], out: int) -> int:
-    """FLOPs of the layers behind the first, for one row."""
+    """Returns the FLOPs of the layers behind the first, for one row."""
     return sum(2 * i * o for i, o in itertools.pairwise((*hidden, out)))
 
 
 def sampling_flops(task: Task, hp: QVPOHyperparameters, num_states: int, num_samples: int) -> int:
-    """Drawing N actions for each of B states."""
+    """Returns the FLOPs of drawing N actions for each of B states."""
     width = hp.hidden[0]
     row = 2 * task.act_dim * width + hidden_flops(hp.hidden, task.act_dim)
     return (
@@ -46,20 +46,20 @@ def sampling_flops(task: Task, hp: QVPOHyperparameters, num_states: int, num_sam
 
 
 def ranking_flops(task: Task, hp: QVPOHyperparameters, num_states: int, num_samples: int) -> int:
-    """Both critics on N actions for each of B states."""
+    """Returns the FLOPs of both critics on N actions for each of B states."""
     width = hp.hidden[0]
     row = 2 * task.act_dim * width + hidden_flops(hp.hidden, 1)
     return 2 * (num_states * num_samples * row + 2 * num_states * task.obs_dim * width)
 
 
 def acting_flops(task: Task, hp: QVPOHyperparameters, num_states: int, k: int) -> int:
-    """The best of K actions for each of B states."""
+    """Returns the FLOPs of choosing the best of K actions for each of B states."""
     ranking = ranking_flops(task, hp, num_states, k) if k > 1 else 0
     return sampling_flops(task, hp, num_states, k) + ranking
 
 
 def update_flops(task: Task, hp: QVPOHyperparameters) -> int:
-    """One update: target and policy samples, their ranking, both fits forward and backward."""
+    """Returns the FLOPs of one update: samples, their ranking, both fits forward and backward."""
     assert hp.k_target is not None
     batch, width = hp.batch_size, hp.hidden[0]
     drawing = sum(

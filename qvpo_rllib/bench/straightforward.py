@@ -21,7 +21,7 @@ from qvpo_rllib.core.replay import Transitions
 
 
 def mlp(linears: list[nn.Linear]) -> nn.Sequential:
-    """Copies of these layers with Mish between them."""
+    """Returns copies of these layers with Mish between them."""
     layers: list[nn.Module] = []
     for linear in linears:
         layers += [copy.deepcopy(linear), nn.Mish()]
@@ -80,7 +80,7 @@ class Straightforward:
 
     @torch.no_grad()
     def sample(self, actor: Actor, obs: Tensor, noise: Tensor) -> Tensor:
-        """One action per row: obs [R, O], noise [T, R, A] → [R, A] in [-1, 1]."""
+        """Returns one action per row: obs [R, O], noise [T, R, A] → [R, A] in [-1, 1]."""
         s, x = self.schedule, noise[0]
         for i, step in enumerate(reversed(range(s.diffusion_steps))):
             t = torch.full((x.shape[0],), step, dtype=torch.int64, device=x.device)
@@ -96,7 +96,7 @@ class Straightforward:
 
     @torch.no_grad()
     def select(self, actor: Actor, critic: Critic, obs: Tensor, noise: Tensor) -> Tensor:
-        """The best of K actions: obs [B, O], noise [T, B, K, A] → [B, A]."""
+        """Returns the best of K actions: obs [B, O], noise [T, B, K, A] → [B, A]."""
         steps, num_states, k, act_dim = noise.shape
         rows = obs.repeat_interleave(k, dim=0)
         actions = self.sample(actor, rows, noise.reshape(steps, -1, act_dim))
@@ -107,7 +107,7 @@ class Straightforward:
     def update(
         self, critic_batch: Transitions, policy_batch: Transitions, noise: UpdateNoise
     ) -> dict[str, Tensor]:
-        """Critics, actor, targets, in this order; the two losses."""
+        """Updates critics, actor and targets, in this order; returns the two losses."""
         critic_loss = self._update_critic(critic_batch, noise)
         actor_loss = self._update_policy(policy_batch.obs, noise)
         with torch.no_grad():
