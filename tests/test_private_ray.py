@@ -78,7 +78,8 @@ ATTRIBUTES = {
 def test_signatures_that_are_relied_on(
     file: str, function: Callable[..., Any], parameters: tuple[str, ...]
 ) -> None:
-    found = tuple(inspect.signature(function).parameters)
+    # Ray's tracing adds a parameter to the methods of classes that have become actors.
+    found = tuple(p for p in inspect.signature(function).parameters if p != "_ray_trace_ctx")
     assert found == parameters, (
         f"Ray {ray.__version__}: {function.__qualname__}{found} is not {parameters} any more. Open "
         f"qvpo_rllib/{file}, read Ray's new source, and mend what calls or overrides it."

@@ -34,6 +34,7 @@ from qvpo_rllib.checkpoints.run_state import RunState
 from qvpo_rllib.checkpoints.staging import committed, staged
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
+from qvpo_rllib.runtime.config import ALGORITHM_OF
 from qvpo_rllib.runtime.evaluation import Share, Summary, evaluate_shares, summarize
 from qvpo_rllib.runtime.ray_private import StopSignal, is_local, save_in_place
 
@@ -61,7 +62,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "config_class" in vars(cls):
-            cls.config_class.algorithm_class = cls  # type: ignore[attr-defined]
+            ALGORITHM_OF[cls.config_class] = cls
 
     @classmethod
     def get_default_config(cls) -> Any:

@@ -26,6 +26,9 @@ REPLACED_OPTIONS = {
 }
 # Env steps of a fragment in asynchronous sampling: enough that sending one costs little beside it.
 ASYNC_FRAGMENT_STEPS = 64
+# By configuration class: the algorithm that names it. Not an attribute of the configuration: Ray
+# disassembles an actor's class with all classes in it, and would go round in a circle.
+ALGORITHM_OF: dict[type, type] = {}
 # The switches of the API stack, which is fixed: RLlib's update would warn about them.
 UNUSED_STATE = ("enable_rl_module_and_learner", "enable_env_runner_and_connector_v2")
 
@@ -43,7 +46,6 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
 
     hyperparameters_class: ClassVar[type[Options]]
     algorithm_name: ClassVar[str]  # in messages and checkpoints
-    algorithm_class: ClassVar[type]  # is set by the algorithm that names this class
     # RLlib's settings that are made of the hyperparameters.
     derived: ClassVar[tuple[str, ...]] = ()
 
@@ -55,7 +57,7 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
             cls.training = training  # type: ignore[method-assign]
 
     def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class or self.algorithm_class)
+        super().__init__(algo_class or ALGORITHM_OF.get(type(self)))
         self._set_options(defaults_of(self.hyperparameters_class))
         # `TorchPolicy` lives on RLlib's old API stack. Set directly: `api_stack()` would warn about
         # an exploration config, which is not how these policies explore.
