@@ -94,6 +94,13 @@ def test_what_nothing_reads_is_refused_by_name(name: str) -> None:
 
 
 @seven
+def test_a_configuration_knows_its_algorithm_and_so_does_a_users_subclass(name: str) -> None:
+    algorithm = ALGORITHMS[name].load()
+    own = type("Own", (algorithm.config_class,), {})
+    assert algorithm.config_class().algo_class is own().algo_class is algorithm
+
+
+@seven
 def test_a_whole_configuration_is_taken_as_it_is(name: str) -> None:
     """As Ray Tune hands it to a trial, validated or not."""
     given = config_of(name)

@@ -57,7 +57,8 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
             cls.training = training  # type: ignore[method-assign]
 
     def __init__(self, algo_class: type | None = None) -> None:
-        super().__init__(algo_class or ALGORITHM_OF.get(type(self)))
+        known = (ALGORITHM_OF[kind] for kind in type(self).__mro__ if kind in ALGORITHM_OF)
+        super().__init__(algo_class or next(known, None))
         self._set_options(defaults_of(self.hyperparameters_class))
         # `TorchPolicy` lives on RLlib's old API stack. Set directly: `api_stack()` would warn about
         # an exploration config, which is not how these policies explore.
