@@ -1,8 +1,8 @@
 """Options of an algorithm as fields of a frozen dataclass: their text, types and allowed values.
 
 A subclass of `Options` declares its fields with `option(...)`, and its presets beside them.
-Everything that reads options (RLlib's config, YAML, the command line, the README's table) asks here
-for names and values; `Options.resolve` makes the checked options of a run.
+Everything that reads options (RLlib's config, YAML, the command line, the READMEs' tables) asks
+here for names and values; `Options.resolve` makes the checked options of a run.
 """
 
 import dataclasses
@@ -233,7 +233,7 @@ def parse_option(name: str, text: str, kind: type[Options]) -> OptionValue:
 
 
 def option_table(kind: type[Options]) -> str:
-    """Returns the options as a Markdown table, for the README."""
+    """Returns the options as a Markdown table, for a README."""
     rows = ["| option | symbol | default | meaning |", "|---|---|---|---|"]
     for name, declared in options_of(kind).items():
         default = declared.default

@@ -23,7 +23,6 @@ from qvpo_rllib.tuning.spec import ExperimentSpec
 
 STEPS = "num_env_steps_sampled_lifetime"
 EVALUATION = "evaluation/env_runners/episode_return_mean"
-TRAINING_RETURN = "env_runners/episode_return_mean"
 
 
 def build_tuner(
