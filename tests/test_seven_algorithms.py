@@ -222,10 +222,11 @@ def test_a_stop_is_heard_in_training_and_in_evaluation(trained: Any) -> None:
 def test_a_run_goes_on_from_its_checkpoint(
     trained: Any, tmp_path: Path, monkeypatch: Any, build: Callable[[Any], Any]
 ) -> None:
+    """With an evaluation worker as without: both play the same episodes."""
     name, algorithm, _ = trained
     monkeypatch.chdir(tmp_path)
     algorithm.save("saved")
-    again = build(config_of(name))
+    again = build(config_of(name).evaluation(evaluation_num_env_runners=1))
     again.restore("saved")  # a relative path, which RLlib takes for an address
     new = type(algorithm).from_checkpoint("saved")
     for other in (again, new):
@@ -241,16 +242,23 @@ def test_a_run_goes_on_from_its_checkpoint(
     new.stop()
 
 
+@pytest.fixture(scope="module")
+def foreign(build_shared: Callable[[Any], Any], tmp_path_factory: Any) -> dict[str, str]:
+    """Checkpoints of two algorithms, of which none can be taken for another's."""
+    paths = {name: str(tmp_path_factory.mktemp(name)) for name in ("td3", "ppo")}
+    for name, path in paths.items():
+        build_shared(config_of(name)).save(path)
+    return paths
+
+
 def test_a_checkpoint_of_another_algorithm_changes_nothing(
-    trained: Any, tmp_path: Path, build: Callable[[Any], Any]
+    trained: Any, foreign: dict[str, str]
 ) -> None:
     name, algorithm, _ = trained
     other = "td3" if name != "td3" else "ppo"
-    foreign = build(config_of(other))
-    foreign.save(str(tmp_path))
     before = weights_of(algorithm)
     with pytest.raises(ValueError, match=f"algorithm='{ALGORITHMS[other].label}'"):
-        algorithm.restore(str(tmp_path))
+        algorithm.restore(foreign[other])
     for key, value in weights_of(algorithm).items():
         np.testing.assert_array_equal(value, before[key])
 
@@ -278,12 +286,3 @@ def test_another_configuration_starts_afresh_in_the_same_process(
     assert (algorithm.env_steps, algorithm.updates) == (0, 0)
     assert algorithm.config.hyperparameters().gamma == 0.5
     assert algorithm.train()["num_env_steps_sampled_lifetime"] == 60
-
-
-@seven
-def test_evaluation_on_a_worker_is_the_same_as_here(name: str, build: Callable[[Any], Any]) -> None:
-    here = build(config_of(name))
-    there = build(config_of(name).evaluation(evaluation_num_env_runners=1))
-    assert_same_weights(here, there)
-    returns = [a.evaluate()["env_runners"]["hist_stats"]["episode_reward"] for a in (here, there)]
-    assert returns[0] == returns[1]
