@@ -132,28 +132,23 @@ def _train(options: argparse.Namespace) -> int:
         )
     if options.resume is not None:
         _check_resume(options)
-        directory = RunDirectory.open(options.resume, command, check=check_whole)
-        anew = {} if options.env_steps is None else {"env_steps": options.env_steps}
-        try:
-            plan = TrainingPlan(**{**directory.config, **anew})
-        except TypeError as error:
-            directory.close()
-            raise ValueError(
-                f"Cannot resume {str(options.resume)!r}: its config.json is no training plan of "
-                f"this version ({error}). Restore that file, or start a new run in another "
-                "--run-dir."
-            ) from None
     else:
         plan = make_plan(**{n: v for n, v in vars(options).items() if n not in NOT_OF_THE_PLAN})
         name = f"{plan.env}-{plan.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = options.run_dir or Path("runs") / name
-        if options.or_resume and can_resume(path, plan.to_dict()):
-            options.resume = path
-            directory = RunDirectory.open(path, command)
-        else:
-            directory = RunDirectory.create(path, plan.to_dict(), command)
-    with directory:
-        return _run_plan(plan, directory, options.resume is not None, options.address)
+        if not (options.or_resume and can_resume(path, plan.to_dict())):
+            with RunDirectory.create(path, plan.to_dict(), command) as directory:
+                return _run_plan(plan, directory, False, options.address)
+        options.resume = path
+    anew = {} if options.env_steps is None else {"env_steps": options.env_steps}
+
+    def check(run: RunDirectory) -> None:
+        check_whole(run.checkpoint("last"))
+        TrainingPlan.from_config(run.config | anew).check()
+
+    with RunDirectory.open(options.resume, command, check) as directory:
+        plan = TrainingPlan.from_config(directory.config | anew)
+        return _run_plan(plan, directory, True, options.address)
 
 
 def _check_resume(options: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ from ray import tune
 
 from qvpo_rllib.algorithms import entry_of
 from qvpo_rllib.core.options import Setting
-from qvpo_rllib.files import LOCK_FILE, DirectoryLock, write_json
+from qvpo_rllib.files import LOCK_FILE, DirectoryLock, read_json, write_json
 from qvpo_rllib.training.records import describe_start
 from qvpo_rllib.training.rows import RETURN, points
 from qvpo_rllib.tuning.interruption import INTERRUPTION
@@ -141,10 +141,11 @@ class Experiment:
                     "Give another --storage, or another name in the file."
                 )
             return
-        record = json.loads(file.read_text())
+        advice = "Restore it, or give another --storage to begin anew."
+        record = read_json(file, dict, advice, {"starts": list, "spec": dict})
         self._starts, found = record["starts"], record["spec"]
         own = json.loads(json.dumps(self.spec.to_dict()))  # as it comes back: tuples are lists
-        changed = [n for n in own if n != "storage" and found.get(n) != own[n]]
+        changed = [n for n in own if found.get(n) != own[n]]
         if changed:
             raise ValueError(
                 f"{str(self.directory)!r} holds an experiment with other values of "

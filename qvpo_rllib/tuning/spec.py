@@ -128,8 +128,9 @@ class ExperimentSpec:
         return self.num_envs_per_env_runner * max(1, self.num_env_runners)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; equal for equal experiments."""
+        """As JSON has it; equal for equal experiments, wherever they are kept."""
         values = asdict(self)
+        del values["storage"]
         values["space"] = {name: str(d) for name, d in self.space.items()}
         return values
 
