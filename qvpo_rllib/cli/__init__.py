@@ -5,7 +5,6 @@ import difflib
 import logging
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -19,7 +18,15 @@ from qvpo_rllib.cli import (
     train,
     tune,
 )
-from qvpo_rllib.cli.terminal import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.cli.terminal import (
+    DISK_ERRORS,
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    CommandFailed,
+    paragraph,
+    write_anything,
+)
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.ray_session import keep_private
 
@@ -53,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 1 if training failed; 2 for bad input; 130 if interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        write_anything(stream)
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:
         _subparser(options).error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -62,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
     except ValueError as error:
         return _report(error, EXIT_BAD_INPUT)
-    except NonFiniteError as error:
+    except (NonFiniteError, CommandFailed) as error:
+        return _report(error, EXIT_FAILED)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
         return _report(error, EXIT_FAILED)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -81,7 +94,7 @@ def _subparser(options: argparse.Namespace) -> argparse.ArgumentParser:
 
 
 def _report(error: Exception, code: int) -> int:
-    print(textwrap.fill(f"qvpo: error: {error}", 100, break_on_hyphens=False), file=sys.stderr)
+    print(paragraph(f"qvpo: error: {error}"), file=sys.stderr)
     return code
 
 

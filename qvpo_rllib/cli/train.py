@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -12,7 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvpo_rllib.algorithms import ALGORITHMS
-from qvpo_rllib.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.cli.terminal import (
+    DISK_ERRORS,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    CommandFailed,
+)
 from qvpo_rllib.core.options import RUN_DEFAULTS
 
 if TYPE_CHECKING:
@@ -167,6 +173,8 @@ def _check_resume(options: argparse.Namespace) -> None:
 def _run_plan(
     plan: "TrainingPlan", directory: "RunDirectory", resume: bool, address: str | None
 ) -> int:
+    from qvpo_rllib.training.run_directory import resume_command
+
     training = None
     try:
         with _interrupts_are_kept():
@@ -181,10 +189,12 @@ def _run_plan(
         if directory.discard_if_empty():
             print("Interrupted before training began: nothing was saved.")
         else:
-            print(f"Saved. To go on: qvpo train --resume {directory.path}")
+            print(f"Saved. To go on: {resume_command(directory.path)}")
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception as error:
         directory.discard_if_empty()
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise CommandFailed(f"{error}. {_how_to_go_on(directory)}") from error
         raise
     finally:
         import ray
@@ -192,6 +202,20 @@ def _run_plan(
         if training is not None:
             training.close()
         ray.shutdown()
+
+
+def _how_to_go_on(directory: "RunDirectory") -> str:
+    """Returns what is left of a run that a disk's trouble has ended."""
+    from qvpo_rllib.training.run_directory import resume_command
+
+    try:
+        last = directory.checkpoint("last")
+    except ValueError:
+        return "Training stopped before its first checkpoint. See to the disk and start it again."
+    return (
+        f"Training stopped. The last checkpoint, {str(last)!r}, is whole. See to the disk, then go "
+        f"on from it: `{resume_command(directory.path)}`."
+    )
 
 
 @contextmanager
@@ -224,11 +248,12 @@ def _run_training(training: "TrainingRun") -> int:
         traceback.print_exc()
         return EXIT_FAILED
     _record_placement(training)
+    evaluate = ["qvpo", "evaluate", str(path)]
     print(
         f"Done: best evaluation return {training.best:.1f}, last {training.last or 0:.1f}.\n"
         f"  {path}/learning_curve.png   the learning curve\n"
         f"  {path}/metrics.parquet      every number\n"
-        f"  {path}/checkpoints/best     the best policy: qvpo evaluate {path}"
+        f"  {path}/checkpoints/best     the best policy: {shlex.join(evaluate)}"
     )
     return 0
 

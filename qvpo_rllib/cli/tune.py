@@ -168,4 +168,5 @@ def _start_ray(address: str | None, spec: "ExperimentSpec") -> None:
 
 
 def _report_hint(directory: Path) -> str:
-    return f"  Report: qvpo report {directory} --out {directory}/report"
+    command = ["qvpo", "report", str(directory), "--out", str(directory / "report")]
+    return f"  Report: {shlex.join(command)}"

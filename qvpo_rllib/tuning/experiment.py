@@ -29,7 +29,13 @@ from qvpo_rllib.tuning.interruption import INTERRUPTION
 from qvpo_rllib.tuning.ledger import TrialLedger
 from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, Entry, read_rows, read_trials
 from qvpo_rllib.tuning.spec import ExperimentSpec
-from qvpo_rllib.tuning.tune_state import TUNE_DIRECTORY, has_state, mark_ended, repair
+from qvpo_rllib.tuning.tune_state import (
+    TUNE_DIRECTORY,
+    callbacks_of,
+    has_state,
+    mark_ended,
+    repair,
+)
 from qvpo_rllib.tuning.tuner import build_tuner, confirmation_spec, planned_trials
 
 EXPERIMENT_FILE = "experiment.json"
@@ -203,9 +209,13 @@ class Experiment:
             return None
         repair(directory)
         mark_ended(directory, self._entries(part, FINISHED, STOPPED).keys())
-        return tune.Tuner.restore(
+        tuner = tune.Tuner.restore(
             str(directory / TUNE_DIRECTORY), entry_of(part.algorithm).load(), resume_errored=True
         )
+        for callback in callbacks_of(tuner):
+            if isinstance(callback, TrialLedger):
+                callback.directory = directory
+        return tuner
 
     def _title(self, part: Part) -> str:
         return self.spec.name if len(self.all_parts()) == 1 else f"{self.spec.name}/{part.name}"
