@@ -112,7 +112,8 @@ def add(commands: Any) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="how many of the newest checkpoints are kept (default 1); the best is kept anyway",
+        help="how many of the newest checkpoints are kept (default 1), the best apart; they share "
+        "the replay's files: against a broken disk, copy the run elsewhere",
     )
     train.add_argument(
         "--set",

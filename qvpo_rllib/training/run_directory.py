@@ -4,7 +4,7 @@
     run.json            {"starts": [...]}: command line, time, versions and machine of each start
     workers.json        where rollout workers were placed (`records`)
     metrics.jsonl, metrics.parquet, tensorboard/    what was measured (`metrics_log`)
-    checkpoints/        numbered directories, the newest few; `last` and `best` are relative links
+    checkpoints/        numbered directories, the newest few; two have names (`checkpoints.named`)
 
 Files are replaced, never rewritten in place, except `metrics.jsonl`, which is appended to.
 """
@@ -35,7 +35,10 @@ from qvpo_rllib.training.records import describe_start
 # sees whether a crash came after `last` was re-pointed and before `best` was, and no worse one
 # takes the place of `best`, whatever has become of the metrics.
 BEST_MARK = "best.json"
-FILES = ("config.json", "run.json", "workers.json", "metrics.jsonl", "metrics.parquet")
+FILES = (
+    *("config.json", "run.json", "workers.json"),
+    *("metrics.jsonl", "metrics.parquet", "learning_curve.png"),
+)
 DIRECTORIES = ("checkpoints", "tensorboard")
 
 

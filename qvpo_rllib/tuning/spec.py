@@ -5,6 +5,7 @@ is checked here, before anything starts.
 """
 
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,12 @@ NAME = Range(
 )
 DIRECTORY = Range(
     "a directory (on a cluster, one all nodes share)",
-    lambda value: isinstance(value, str) and value != "" and "://" not in value,
+    lambda value: (
+        isinstance(value, str)
+        and value != ""
+        and "://" not in value
+        and not os.path.expanduser(value).startswith("~")  # as of a user without a home
+    ),
 )
 GPUS = Range("one GPU or a fraction of one", lambda value: is_number(value) and 0 <= value <= 1)
 QUANTILE = Range(
