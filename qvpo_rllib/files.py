@@ -170,13 +170,7 @@ def installed_versions(*packages: str) -> dict[str, str | None]:
 
 # --- reading -----------------------------------------------------------------------------------
 
-KINDS: dict[Any, str] = {
-    dict: "an object",
-    list: "a list",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-}
+KINDS = {dict: "an object", list: "a list", int: "a whole number", float: "a number", str: "a text"}
 
 
 def read_json(
@@ -214,19 +208,13 @@ def read_json(
 
 def _check_kind(what: str, content: Any, kind: type, keys: Mapping[str, type]) -> None:
     """Raises `ValueError` unless `content` is of the type `kind` and has the `keys`."""
-    _check_type(what, content, kind)
-    missing = [name for name in keys if name not in content]
-    if missing:
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(content, allowed) or isinstance(content, bool):
+        raise ValueError(f"{what} is {repr(content)[:60]} and must be {KINDS[kind]}")
+    if missing := [name for name in keys if name not in content]:
         raise ValueError(f"{what} lacks {', '.join(missing)}")
     for name, expected in keys.items():
-        _check_type(f"{what} has {name!r}, which", content[name], expected)
-
-
-def _check_type(what: str, value: object, kind: type) -> None:
-    if isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool):
-        return
-    found = repr(value)[:60] + ("…" if len(repr(value)) > 60 else "")
-    raise ValueError(f"{what} is {found} and must be {KINDS[kind]}")
+        _check_kind(f"{what} has {name!r}, which", content[name], expected, {})
 
 
 # --- checking ----------------------------------------------------------------------------------

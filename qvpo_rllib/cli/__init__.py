@@ -23,7 +23,6 @@ from qvpo_rllib.cli.terminal import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
-    CommandFailed,
     paragraph,
     write_anything,
 )
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
     except ValueError as error:
         return _report(error, EXIT_BAD_INPUT)
-    except (NonFiniteError, CommandFailed) as error:
+    except NonFiniteError as error:
         return _report(error, EXIT_FAILED)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -94,7 +93,8 @@ def _subparser(options: argparse.Namespace) -> argparse.ArgumentParser:
 
 
 def _report(error: Exception, code: int) -> int:
-    print(paragraph(f"qvpo: error: {error}"), file=sys.stderr)
+    text = ". ".join([str(error), *getattr(error, "__notes__", [])])
+    print(paragraph(f"qvpo: error: {text}"), file=sys.stderr)
     return code
 
 

@@ -21,10 +21,6 @@ WIDTH = 100  # of an error's paragraph
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
-class CommandFailed(Exception):
-    """Ends a command with `EXIT_FAILED`; the message says why, and how to go on."""
-
-
 def write_anything(stream: TextIO) -> None:
     """Lets `stream` write "?" for what its encoding lacks: no text may end a command."""
     if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":

@@ -13,12 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvpo_rllib.algorithms import ALGORITHMS
-from qvpo_rllib.cli.terminal import (
-    DISK_ERRORS,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    CommandFailed,
-)
+from qvpo_rllib.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.options import RUN_DEFAULTS
 
 if TYPE_CHECKING:
@@ -194,8 +189,8 @@ def _run_plan(
         return EXIT_INTERRUPTED
     except Exception as error:
         directory.discard_if_empty()
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise CommandFailed(f"{error}. {_how_to_go_on(directory)}") from error
+        if isinstance(error, OSError):
+            error.add_note(_how_to_go_on(directory))
         raise
     finally:
         import ray

@@ -8,12 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvpo_rllib.cli.terminal import (
-    DISK_ERRORS,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    CommandFailed,
-)
+from qvpo_rllib.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.options import require_at_least
 from qvpo_rllib.ray_session import start_ray
 
@@ -84,12 +79,11 @@ def _tune(options: argparse.Namespace) -> int:
             print(f"Experiment: {experiment.directory}", flush=True)
             complete = experiment.run(callbacks, command)
         except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            raise CommandFailed(
-                f"{error}, in {str(experiment.directory)!r}. See to the disk, then run the same "
-                f"command again; trials go on from their last checkpoints: `{shlex.join(command)}`."
-            ) from error
+            error.add_note(
+                f"Trials in {str(experiment.directory)!r} go on from their last checkpoints: see "
+                f"to the disk, then run the same command again: `{shlex.join(command)}`."
+            )
+            raise
         finally:
             import ray
 

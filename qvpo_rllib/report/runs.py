@@ -20,14 +20,8 @@ from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, read_rows, read
 # A run that has only begun has the first of them alone.
 OF_A_RUN = ("run.json", "metrics.jsonl", "metrics.parquet")
 # What is read of a run's configuration, of an experiment's record, and of its parts.
-CONFIG = {
-    "algo": str,
-    "env": str,
-    "preset": str,
-    "seed": int,
-    "env_steps": int,
-    "hyperparameters": dict,
-}
+CONFIG: dict[str, type] = {"algo": str, "env": str, "preset": str, "seed": int, "env_steps": int}
+CONFIG |= {"hyperparameters": dict}
 RECORD = {"spec": dict, "parts": list}
 PART = {"name": str, "label": str, "stage": str, "swept": list}
 LEAVE_OUT = "Restore it, or leave that directory out."

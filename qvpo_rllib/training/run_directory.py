@@ -20,14 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qvpo_rllib.checkpoints import named
-from qvpo_rllib.files import (
-    LOCK_FILE,
-    DirectoryLock,
-    fsync,
-    new_directory,
-    read_json,
-    write_json,
-)
+from qvpo_rllib.files import LOCK_FILE, DirectoryLock, fsync, new_directory, read_json, write_json
 from qvpo_rllib.training.metrics_log import MetricsLog
 from qvpo_rllib.training.records import describe_start
 

@@ -29,13 +29,7 @@ from qvpo_rllib.tuning.interruption import INTERRUPTION
 from qvpo_rllib.tuning.ledger import TrialLedger
 from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, Entry, read_rows, read_trials
 from qvpo_rllib.tuning.spec import ExperimentSpec
-from qvpo_rllib.tuning.tune_state import (
-    TUNE_DIRECTORY,
-    callbacks_of,
-    has_state,
-    mark_ended,
-    repair,
-)
+from qvpo_rllib.tuning.tune_state import TUNE_DIRECTORY, callbacks_of, has_state, mark_ended, repair
 from qvpo_rllib.tuning.tuner import build_tuner, confirmation_spec, planned_trials
 
 EXPERIMENT_FILE = "experiment.json"
