@@ -208,7 +208,7 @@ def read_json(
 
 def _check_kind(what: str, content: Any, kind: type, keys: Mapping[str, type]) -> None:
     """Raises `ValueError` unless `content` is of the type `kind` and has the `keys`."""
-    allowed = (int, float) if kind is float else kind
+    allowed: Any = (int, float) if kind is float else kind
     if not isinstance(content, allowed) or isinstance(content, bool):
         raise ValueError(f"{what} is {repr(content)[:60]} and must be {KINDS[kind]}")
     if missing := [name for name in keys if name not in content]:
