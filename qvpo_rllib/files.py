@@ -1,4 +1,4 @@
-"""Writing, checking and locking files so that a crash or a second program does no harm.
+"""Writing, reading, checking and locking files so that a crash or a second program does no harm.
 
 Whatever the package writes goes through `write_atomically` and `write_json`, `replacing` for a
 writer that wants a path (Parquet, pictures, video), or `new_directory`. A file is flushed to disk
@@ -16,10 +16,11 @@ import os
 import platform
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import xxhash
 
@@ -167,6 +168,55 @@ def installed_versions(*packages: str) -> dict[str, str | None]:
     return versions
 
 
+# --- reading -----------------------------------------------------------------------------------
+
+KINDS = {dict: "an object", list: "a list", int: "a whole number", float: "a number", str: "a text"}
+
+
+def read_json(
+    file: Path,
+    kind: type,
+    advice: str,
+    keys: Mapping[str, type] | None = None,
+    entries: tuple[str, Mapping[str, type]] | None = None,
+) -> Any:
+    """Returns the content of a JSON file of a run or an experiment.
+
+    Args:
+        kind: the type that the content must have.
+        advice: how to go on if it is damaged.
+        keys: what an object must have, and of which types.
+        entries: one of the keys, and what each of its entries must have.
+
+    Raises:
+        ValueError: the file cannot be read, is no JSON, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+        _check_kind("it", content, kind, keys or {})
+        if entries is not None:
+            name, of_an_entry = entries
+            found = content[name]
+            for entry in found.values() if isinstance(found, dict) else found:
+                _check_kind(f"an entry of its {name!r}", entry, dict, of_an_entry)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{str(file.parent)!r} cannot be read: its {file.name} is damaged ({error}). {advice}"
+        ) from error
+    return content
+
+
+def _check_kind(what: str, content: Any, kind: type, keys: Mapping[str, type]) -> None:
+    """Raises `ValueError` unless `content` is of the type `kind` and has the `keys`."""
+    allowed: Any = (int, float) if kind is float else kind
+    if not isinstance(content, allowed) or isinstance(content, bool):
+        raise ValueError(f"{what} is {repr(content)[:60]} and must be {KINDS[kind]}")
+    if missing := [name for name in keys if name not in content]:
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
+    for name, expected in keys.items():
+        _check_kind(f"{what} has {name!r}, which", content[name], expected, {})
+
+
 # --- checking ----------------------------------------------------------------------------------
 
 
@@ -259,12 +309,20 @@ def _lock(directory: int, path: Path) -> int | None:
     while True:
         try:
             # Opened for writing, as locks on NFS demand.
-            file = os.open(LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666, dir_fd=directory)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            file = os.open(LOCK_FILE, flags, 0o666, dir_fd=directory)
         except OSError as error:
             raise ValueError(
                 f"{str(path)!r} cannot be written to: {error}. Give another directory, or see to "
-                "its permissions."
+                f"its permissions and to what its {LOCK_FILE!r} is."
             ) from error
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:  # what we write harms it
+            os.close(file)
+            raise ValueError(
+                f"{str(path)!r} cannot be locked: its {LOCK_FILE!r} has another name too, or is no "
+                "plain file. Delete it if it is not yours; nothing was changed."
+            )
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -26,7 +26,9 @@ def commit(run: RunDirectory, step: int) -> Path:
         state = {"step": step, "best_step": best_step, "sha": hashlib.sha256(data).hexdigest()}
         (directory / "state.json").write_text(json.dumps(state))
 
-    return run.commit_checkpoint(step, write, best=step == best_step, prune=prune)
+    return run.commit_checkpoint(
+        step, write, best=float(step) if step == best_step else None, prune=prune
+    )
 
 
 def check_whole(run: RunDirectory) -> int:

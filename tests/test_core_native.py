@@ -204,7 +204,39 @@ def test_processes_that_build_at_once_all_get_the_library(tmp_path):
     assert [f.suffix for f in (tmp_path / "qvpo_rllib").iterdir()] == [".so"]
 
 
-@pytest.mark.parametrize("reason", ["no compiler", "it fails", "nowhere to write"])
+@pytest.fixture(scope="module")
+def small_source(tmp_path_factory):
+    """Builds at once; what it does is of no interest here."""
+    file = tmp_path_factory.mktemp("source") / "small.cpp"
+    file.write_text('extern "C" long qvpo_lanes() { return 8; }')
+    return file
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1000])
+def test_a_library_that_was_cut_short_is_built_again(
+    tmp_path, monkeypatch, small_source, num_bytes
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native_build, "SOURCE", small_source)
+    library = native_build._built()
+    whole = library.read_bytes()
+    os.truncate(library, num_bytes)  # a full disk, or a copy that was broken off
+    assert native_build._built().read_bytes() == whole
+    assert list(library.parent.iterdir()) == [library]
+
+
+def test_a_compiler_may_have_arguments(tmp_path, monkeypatch, small_source):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native_build, "SOURCE", small_source)
+    plain = native_build._built()
+    monkeypatch.setenv("CXX", "env LC_ALL=C g++ -fno-exceptions")
+    assert native_build._built().is_file()
+    assert native_build._built() != plain  # arguments decide what is built
+
+
+@pytest.mark.parametrize(
+    "reason", ["no compiler", "it fails", "nowhere to write", "no home", "no command"]
+)
 def test_what_keeps_it_from_being_built_is_an_oserror_with_the_reason(
     tmp_path, monkeypatch, reason
 ):
@@ -215,6 +247,13 @@ def test_what_keeps_it_from_being_built_is_an_oserror_with_the_reason(
     elif reason == "it fails":
         monkeypatch.setenv("CXX", "false")
         expected = "false.*failed"
+    elif reason == "no command":
+        monkeypatch.setenv("CXX", "'g++")
+        expected = "'g\\+\\+.* is no command"
+    elif reason == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        expected = "set XDG_CACHE_HOME"
     else:
         (tmp_path / "qvpo_rllib").write_text("a file is in the way")
         expected = "exists"

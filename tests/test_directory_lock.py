@@ -55,7 +55,7 @@ def contents(directory: Path) -> dict[Path, tuple[bytes, int]]:
 def saved_run(path: Path) -> Path:
     """A run with a checkpoint, which no program is writing to."""
     with RunDirectory.create(path, {"env": "Hopper-v5"}, ["qvpo"]) as run:
-        run.commit_checkpoint(5, lambda directory: (directory / "file").touch(), best=True)
+        run.commit_checkpoint(5, lambda directory: (directory / "file").touch(), best=1.0)
     return path
 
 

@@ -28,6 +28,7 @@ def identity_of(algorithm: Any, results: list[dict[str, Any]]) -> dict[str, Any]
         **learner,
         **flat(algorithm.replay.state_dict(), "replay_state"),
         "ledger": algorithm.ledger.state_dict(),
+        "num_grad_updates": algorithm.policy.get_state()["num_grad_updates"],
         "metrics": stats,
         "returns": [r["env_runners"]["hist_stats"]["episode_reward"] for r in results],
         "lengths": [r["env_runners"]["hist_stats"]["episode_lengths"] for r in results],

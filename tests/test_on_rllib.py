@@ -356,11 +356,14 @@ def test_a_run_trains_evaluates_and_goes_on_from_its_checkpoint(
     after = weights_of(first)
     assert any((before[n] != after[n]).any() for n in before)
     first.save_checkpoint(str(tmp_path / "saved"))
+    about = (tmp_path / "saved" / "rllib_checkpoint.json").read_text()
+    assert str(tmp_path) not in about  # a checkpoint may be moved
 
     again = build(config_of(name))
     again.restore(str(tmp_path / "saved"))
     assert_equal_weights(weights_of(again), after)
     assert (again.env_steps, again.updates) == (120, first.updates)
+    assert again.get_policy().get_state()["num_grad_updates"] == first.updates
     # The same episodes by the same policy.
     evaluations = [
         a.evaluate()["env_runners"]["hist_stats"]["episode_reward"] for a in (first, again)

@@ -90,7 +90,7 @@ def test_the_same_step_saved_twice_replaces_the_first(run: RunDirectory) -> None
         def write(directory: Path, text: str = text) -> None:
             (directory / "text").write_text(text)
 
-        names.append(run.commit_checkpoint(50_000, write, best=False).name)
+        names.append(run.commit_checkpoint(50_000, write).name)
         assert (run.checkpoint("last") / "text").read_text() == text
     assert names == ["000050000", "000050000-2", "000050000"]
 
@@ -103,7 +103,7 @@ def test_a_failed_write_changes_nothing(run: RunDirectory) -> None:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        run.commit_checkpoint(4, fail, best=True)
+        run.commit_checkpoint(4, fail, best=4.0)
     assert check_whole(run) == 3
 
 

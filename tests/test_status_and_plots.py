@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from qvpo_rllib.cli.terminal import write_anything
 from qvpo_rllib.training.learning_curve import learning_curve, plot_learning_curve, short_count
 from qvpo_rllib.training.status import TrainingStatus
 
@@ -140,6 +141,7 @@ def test_reports_rarer_than_the_window_still_give_a_rate(clock: Clock) -> None:
 def test_a_stream_that_cannot_write_a_character_gets_a_question_mark(clock: Clock) -> None:
     buffer = io.BytesIO()
     stream = io.TextIOWrapper(buffer, encoding="ascii")
+    write_anything(stream)  # as `qvpo` does with its own
     TrainingStatus(10, title="T", stream=stream, clock=clock).note("β = 1")
     assert buffer.getvalue() == b"T: ? = 1\n"
 

@@ -65,7 +65,7 @@ def statuses(part: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: Any) -> tuple[Path, list[str], dict[str, Any], str]:
-    """An experiment of four trials whose driver was killed when two had ended, then run again.
+    """An experiment of four trials whose driver was killed, moved elsewhere and run again.
 
     Returns its part's directory, the command, the trials when it was killed, the second output.
     """
@@ -88,9 +88,12 @@ def killed(tmp_path_factory: Any) -> tuple[Path, list[str], dict[str, Any], str]
     process.kill()  # the driver alone, as the kernel does when memory runs out
     process.wait()
     before = read_trials(part)
+    (directory / "results").rename(directory / "moved here")
+    command[-1] = str(directory / "moved here")
     code, output = finish(start(*command))
     assert code == 0, output
-    return part, command, before, output
+    assert not (directory / "results").exists()
+    return directory / "moved here" / "killed" / "qvpo", command, before, output
 
 
 def test_every_trial_ends_after_a_kill(killed: Any) -> None:

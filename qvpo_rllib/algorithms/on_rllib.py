@@ -131,13 +131,9 @@ class OnRLlibAlgorithm(BaseAlgorithm):
         """Refuses spaces that RLlib would take, such as discrete actions; see `check_spaces`."""
         check_spaces(env.observation_space, env.action_space)
 
-    def setup(self, config: Any) -> None:
-        self._updates_before = 0  # those of the policy that a checkpoint was made of
-        super().setup(config)
-
     @property
     def updates(self) -> int:
-        return self._updates_before + int(self.get_policy().num_grad_updates)
+        return int(self.get_policy().num_grad_updates)
 
     def training_step(self) -> dict[str, Any]:
         self.raise_if_stop_requested()
@@ -165,8 +161,7 @@ class OnRLlibAlgorithm(BaseAlgorithm):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A restored policy counts from 0.
-        self._updates_before = int(state[UPDATES]) - int(self.get_policy().num_grad_updates)
+        self.get_policy().num_grad_updates = state[UPDATES]  # RLlib restores all but this
 
 
 def _single_numbers(stats: dict[str, Any]) -> Iterator[tuple[str, NDArray[Any]]]:

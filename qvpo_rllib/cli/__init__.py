@@ -5,7 +5,6 @@ import difflib
 import logging
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -19,7 +18,14 @@ from qvpo_rllib.cli import (
     train,
     tune,
 )
-from qvpo_rllib.cli.terminal import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
+from qvpo_rllib.cli.terminal import (
+    DISK_ERRORS,
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    paragraph,
+    write_anything,
+)
 from qvpo_rllib.core.errors import NonFiniteError
 from qvpo_rllib.ray_session import keep_private
 
@@ -53,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0; 1 if training failed; 2 for bad input; 130 if interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        write_anything(stream)
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:
         _subparser(options).error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -63,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _report(error, EXIT_BAD_INPUT)
     except NonFiniteError as error:
+        return _report(error, EXIT_FAILED)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
         return _report(error, EXIT_FAILED)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -81,7 +93,8 @@ def _subparser(options: argparse.Namespace) -> argparse.ArgumentParser:
 
 
 def _report(error: Exception, code: int) -> int:
-    print(textwrap.fill(f"qvpo: error: {error}", 100, break_on_hyphens=False), file=sys.stderr)
+    text = ". ".join([str(error), *getattr(error, "__notes__", [])])
+    print(paragraph(f"qvpo: error: {text}"), file=sys.stderr)
     return code
 
 

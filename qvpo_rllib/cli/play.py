@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -166,11 +167,12 @@ def _export(options: argparse.Namespace) -> int:
         version=options.version,
         onnx=options.onnx,
     )
+    out = shlex.quote(str(options.out))
     print(
         f"{options.out}: {description.name}@{description.version}, {description.env}, "
         f"{description.source['env_steps']:,} env steps\n"
-        f"  serve it with   qvpo serve {options.out}\n"
-        f"  evaluate it with   qvpo evaluate {options.out}"
+        f"  serve it with   qvpo serve {out}\n"
+        f"  evaluate it with   qvpo evaluate {out}"
     )
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _as_bundle(path: Path, trust: bool, scratch: Path) -> Path:
         raise ValueError(
             f"{str(path)!r} is an RLlib checkpoint, and loading one runs code that is in it. "
             f"If it is your own, give --trust-checkpoint; else export it where it was made "
-            f"(qvpo export {path} OUT) and serve the bundle."
+            f"(`qvpo export {shlex.quote(str(path))} OUT`) and serve the bundle."
         )
     from qvpo_rllib.play.export import export_checkpoint
 

@@ -1,9 +1,13 @@
-"""What `qvpo` tells a terminal and a shell: a progress line, and exit codes (0 is success)."""
+"""What `qvpo` tells a terminal and a shell: texts, a progress line, exit codes (0 is success)."""
 
+import errno
+import io
+import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -11,6 +15,23 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+WIDTH = 100  # of an error's paragraph
+# A disk's troubles, as against mistakes of a program.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+
+
+def write_anything(stream: TextIO) -> None:
+    """Lets `stream` write "?" for what its encoding lacks: no text may end a command."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="replace")
+
+
+def paragraph(text: str) -> str:
+    """Returns `text` in lines, but a `command` in one, so that it can be copied and pasted."""
+    text = re.sub("`[^`]*`", lambda command: command[0].replace(" ", "\0"), text)
+    lines = textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
+    return lines.replace("\0", " ")
 
 
 class ProgressLine:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -106,7 +107,8 @@ def add(commands: Any) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="how many of the newest checkpoints are kept (default 1); the best is kept anyway",
+        help="how many of the newest checkpoints are kept (default 1), the best apart; they share "
+        "the replay's files: against a broken disk, copy the run elsewhere",
     )
     train.add_argument(
         "--set",
@@ -132,28 +134,23 @@ def _train(options: argparse.Namespace) -> int:
         )
     if options.resume is not None:
         _check_resume(options)
-        directory = RunDirectory.open(options.resume, command, check=check_whole)
-        anew = {} if options.env_steps is None else {"env_steps": options.env_steps}
-        try:
-            plan = TrainingPlan(**{**directory.config, **anew})
-        except TypeError as error:
-            directory.close()
-            raise ValueError(
-                f"Cannot resume {str(options.resume)!r}: its config.json is no training plan of "
-                f"this version ({error}). Restore that file, or start a new run in another "
-                "--run-dir."
-            ) from None
     else:
         plan = make_plan(**{n: v for n, v in vars(options).items() if n not in NOT_OF_THE_PLAN})
         name = f"{plan.env}-{plan.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = options.run_dir or Path("runs") / name
-        if options.or_resume and can_resume(path, plan.to_dict()):
-            options.resume = path
-            directory = RunDirectory.open(path, command)
-        else:
-            directory = RunDirectory.create(path, plan.to_dict(), command)
-    with directory:
-        return _run_plan(plan, directory, options.resume is not None, options.address)
+        if not (options.or_resume and can_resume(path, plan.to_dict())):
+            with RunDirectory.create(path, plan.to_dict(), command) as directory:
+                return _run_plan(plan, directory, False, options.address)
+        options.resume = path
+    anew = {} if options.env_steps is None else {"env_steps": options.env_steps}
+
+    def check(run: RunDirectory) -> None:
+        check_whole(run.checkpoint("last"))
+        TrainingPlan.from_config(run.config | anew).check()
+
+    with RunDirectory.open(options.resume, command, check) as directory:
+        plan = TrainingPlan.from_config(directory.config | anew)
+        return _run_plan(plan, directory, True, options.address)
 
 
 def _check_resume(options: argparse.Namespace) -> None:
@@ -172,6 +169,8 @@ def _check_resume(options: argparse.Namespace) -> None:
 def _run_plan(
     plan: "TrainingPlan", directory: "RunDirectory", resume: bool, address: str | None
 ) -> int:
+    from qvpo_rllib.training.run_directory import resume_command
+
     training = None
     try:
         with _interrupts_are_kept():
@@ -186,10 +185,12 @@ def _run_plan(
         if directory.discard_if_empty():
             print("Interrupted before training began: nothing was saved.")
         else:
-            print(f"Saved. To go on: qvpo train --resume {directory.path}")
+            print(f"Saved. To go on: {resume_command(directory.path)}")
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception as error:
         directory.discard_if_empty()
+        if isinstance(error, OSError):
+            error.add_note(_how_to_go_on(directory))
         raise
     finally:
         import ray
@@ -197,6 +198,20 @@ def _run_plan(
         if training is not None:
             training.close()
         ray.shutdown()
+
+
+def _how_to_go_on(directory: "RunDirectory") -> str:
+    """Returns what is left of a run that a disk's trouble has ended."""
+    from qvpo_rllib.training.run_directory import resume_command
+
+    try:
+        last = directory.checkpoint("last")
+    except ValueError:
+        return "Training stopped before its first checkpoint. See to the disk and start it again."
+    return (
+        f"Training stopped. The last checkpoint, {str(last)!r}, is whole. See to the disk, then go "
+        f"on from it: `{resume_command(directory.path)}`."
+    )
 
 
 @contextmanager
@@ -229,11 +244,12 @@ def _run_training(training: "TrainingRun") -> int:
         traceback.print_exc()
         return EXIT_FAILED
     _record_placement(training)
+    evaluate = ["qvpo", "evaluate", str(path)]
     print(
         f"Done: best evaluation return {training.best:.1f}, last {training.last or 0:.1f}.\n"
         f"  {path}/learning_curve.png   the learning curve\n"
         f"  {path}/metrics.parquet      every number\n"
-        f"  {path}/checkpoints/best     the best policy: qvpo evaluate {path}"
+        f"  {path}/checkpoints/best     the best policy: {shlex.join(evaluate)}"
     )
     return 0
 

@@ -78,6 +78,12 @@ def _tune(options: argparse.Namespace) -> int:
             INTERRUPTION.listen()
             print(f"Experiment: {experiment.directory}", flush=True)
             complete = experiment.run(callbacks, command)
+        except OSError as error:
+            error.add_note(
+                f"Trials in {str(experiment.directory)!r} go on from their last checkpoints: see "
+                f"to the disk, then run the same command again: `{shlex.join(command)}`."
+            )
+            raise
         finally:
             import ray
 
@@ -168,4 +174,5 @@ def _start_ray(address: str | None, spec: "ExperimentSpec") -> None:
 
 
 def _report_hint(directory: Path) -> str:
-    return f"  Report: qvpo report {directory} --out {directory}/report"
+    command = ["qvpo", "report", str(directory), "--out", str(directory / "report")]
+    return f"  Report: {shlex.join(command)}"

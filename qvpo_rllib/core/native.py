@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -184,36 +185,63 @@ def load_library() -> ctypes.CDLL:
 
 
 def cache_dir() -> Path:
-    """Returns where built libraries are kept: $XDG_CACHE_HOME/qvpo_rllib, or under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qvpo_rllib"
+    """Returns where built libraries are kept: $XDG_CACHE_HOME/qvpo_rllib, or under ~/.cache.
+
+    Raises:
+        OSError: there is neither, as for a user without a home directory.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if not base.is_absolute():
+        raise OSError(f"no cache directory: {str(base)!r} is not absolute; set XDG_CACHE_HOME")
+    return base / "qvpo_rllib"
 
 
 def _built() -> Path:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else COMPILERS
-    compiler = next((path for path in map(shutil.which, names) if path), None)
-    if compiler is None:
-        raise OSError(f"no C++ compiler: looked for {', '.join(names)}")
+    compiler = _compiler()
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *_what_decides(compiler)])).hexdigest()
-    library = cache_dir() / f"native-{key[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may build at once: each moves a file of its own into place.
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            built = Path(scratch) / library.name
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise OSError(f"{' '.join(command)} failed: {done.stderr.strip()[:300]}")
-            os.replace(built, library)
+    directory = cache_dir()
+    # A library's name ends with its digest. One that was cut short would kill who calls it.
+    for library in directory.glob(f"native-{key[:16]}-*.so"):
+        if library.stem.endswith(f"-{_digest(library)}"):
+            return library
+    directory.mkdir(parents=True, exist_ok=True)
+    # Several processes may build at once: each moves a file of its own into place.
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        built = Path(scratch) / "native.so"
+        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(f"{shlex.join(command)} failed: {done.stderr.strip()[:300]}")
+        with built.open("rb") as file:
+            os.fsync(file.fileno())
+        library = directory / f"native-{key[:16]}-{_digest(built)}.so"
+        os.replace(built, library)
     return library
 
 
-def _what_decides(compiler: str) -> list[bytes]:
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _compiler() -> list[str]:
+    """Returns the command that compiles: of $CXX, which may have arguments, or the first found."""
+    try:
+        commands = [shlex.split(os.environ.get("CXX", ""))]
+    except ValueError as error:
+        raise OSError(f"CXX={os.environ['CXX']!r} is no command: {error}") from error
+    if not commands[0]:
+        commands = [[name] for name in COMPILERS]
+    for name, *arguments in commands:
+        if path := shutil.which(name):
+            return [path, *arguments]
+    raise OSError(f"no C++ compiler: looked for {', '.join(name for name, *_ in commands)}")
+
+
+def _what_decides(compiler: list[str]) -> list[bytes]:
     """Returns what a library depends on beside its source, since machines may share a home."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next(line for line in lines if line.lower().startswith(("flags", "features")))
     except (OSError, StopIteration):
         features = platform.processor()
-    return [part.encode() for part in (" ".join(FLAGS), compiler, platform.machine(), features)]
+    return [part.encode() for part in (*compiler, *FLAGS, platform.machine(), features)]

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from qvpo_rllib.checkpoints.metadata import REPLAY_DIRECTORY, Metadata
+from qvpo_rllib.checkpoints.named import find
 from qvpo_rllib.checkpoints.replay_files import Segment, check_segments, read_segments
 from qvpo_rllib.checkpoints.staging import committed
 from qvpo_rllib.core.action_scale import ActionScale
@@ -46,8 +47,7 @@ def export_replay(path: Path, out: Path) -> Export:
         ValueError: no checkpoint or a damaged one, one without a replay, or `out` holds something.
     """
     path = path.expanduser().resolve()
-    last = path / "checkpoints" / "last"
-    directory = committed(last.resolve() if last.is_dir() else path)
+    directory = committed(find(path, "last") or path)
     metadata = Metadata.read(directory)
     replay = metadata.replay
     if not replay["segments"]:

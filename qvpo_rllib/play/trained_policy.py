@@ -12,6 +12,7 @@ from ray.rllib.policy.policy import Policy
 from torch import Generator
 
 from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
+from qvpo_rllib.checkpoints import named
 from qvpo_rllib.checkpoints.metadata import POLICIES_DIRECTORY, Metadata
 from qvpo_rllib.checkpoints.staging import committed
 from qvpo_rllib.core.action_scale import ActionScale
@@ -95,11 +96,14 @@ class TrainedPolicy:
 
 def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint meant by `path`: itself, or a run directory's best (else its last)."""
-    path = path.expanduser().resolve()
-    for name in ("best", "last"):
-        if (path / "checkpoints" / name).is_dir():
-            return (path / "checkpoints" / name).resolve()
-    return path
+    path = path.expanduser().absolute()
+    in_run = path.is_file() and path.parent.name == named.CHECKPOINTS  # a name without a link
+    found = (
+        named.find(path.parents[1], path.name)
+        if in_run
+        else named.find(path, "best") or named.find(path, "last")
+    )
+    return found or path.resolve()
 
 
 class Checkpoint(NamedTuple):
@@ -143,8 +147,8 @@ def action_time_ms(run: Path) -> float | None:
     Returns:
         None if the run has no checkpoint.
     """
-    checkpoint = max(run.glob("checkpoint_*"), default=run / "checkpoints" / "last")
-    if not (checkpoint / POLICY_DIRECTORY).is_dir():
+    checkpoint = max(run.glob("checkpoint_*"), default=named.find(run, "last"))
+    if checkpoint is None or not (checkpoint / POLICY_DIRECTORY).is_dir():
         return None
     policy = TrainedPolicy.load(checkpoint)
     generator = Generator()

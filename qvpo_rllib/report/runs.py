@@ -12,13 +12,19 @@ from typing import Any
 
 from qvpo_rllib.algorithms import entry_of
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.files import read_json
 from qvpo_rllib.training.metrics_log import MetricsLog
 from qvpo_rllib.training.rows import RETURN, Row
 from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, read_rows, read_trials
 
 # A run that has only begun has the first of them alone.
 OF_A_RUN = ("run.json", "metrics.jsonl", "metrics.parquet")
-CONFIG = ("algo", "env", "preset", "seed", "env_steps", "hyperparameters")
+# What is read of a run's configuration, of an experiment's record, and of its parts.
+CONFIG: dict[str, type] = {"algo": str, "env": str, "preset": str, "seed": int, "env_steps": int}
+CONFIG |= {"hyperparameters": dict}
+RECORD = {"spec": dict, "parts": list}
+PART = {"name": str, "label": str, "stage": str, "swept": list}
+LEAVE_OUT = "Restore it, or leave that directory out."
 MISSING, UNFINISHED = "not started", "unfinished"
 POPULATION = "population"
 SYMBOLS = {f.name: f.metadata["symbol"] for f in dataclasses.fields(QVPOHyperparameters)}
@@ -125,13 +131,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
         if (path / "experiment.json").is_file():
             runs += _tune_runs(path)
         elif (path / "config.json").is_file() and any((path / n).is_file() for n in OF_A_RUN):
-            config = _read(path / "config.json")
-            if missing := [name for name in CONFIG if name not in config]:
-                raise ValueError(
-                    f"{str(path)!r} is no run of qvpo train: its config.json lacks "
-                    f"{', '.join(missing)}. Leave it out."
-                )
-            trained.append((path, config))
+            trained.append((path, read_json(path / "config.json", dict, LEAVE_OUT, CONFIG)))
         else:
             raise ValueError(
                 f"{str(path)!r} holds no results: it has neither experiment.json (qvpo tune) nor "
@@ -153,16 +153,8 @@ def symbol(option: str) -> str:
     return SYMBOLS.get(option) or option
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}); leave it out.") from error
-    return values
-
-
 def _tune_runs(path: Path) -> list[Run]:
-    record = _read(path / "experiment.json")
+    record = read_json(path / "experiment.json", dict, LEAVE_OUT, RECORD, ("parts", PART))
     spec = record["spec"]
     population = spec["search"]["method"] == "pbt"
     runs = []
@@ -252,5 +244,9 @@ def _recorded(path: Path) -> list[Row]:
         return MetricsLog(path).rows()
     import pyarrow.parquet as pq
 
-    rows: list[Row] = pq.read_table(path / "metrics.parquet").to_pylist()
+    file = path / "metrics.parquet"
+    try:
+        rows: list[Row] = pq.read_table(file).to_pylist()
+    except (OSError, ValueError) as error:  # Arrow's errors are either
+        raise ValueError(f"{str(file)!r} is damaged ({error}). {LEAVE_OUT}") from error
     return rows

@@ -195,6 +195,7 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
     def get_state(self) -> dict[str, Any]:
         state: dict[str, Any] = super().get_state()
         if self.learner is not None:
+            state["num_grad_updates"] = self.learner.num_updates
             state["qvpo_learner"] = _to_cpu(self.learner.state_dict())
             state["qvpo_action_generator"] = self.generator.get_state().cpu()
         return state
@@ -204,7 +205,6 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         if self.learner is not None and "qvpo_learner" in state:
             self.learner.load_state_dict(state["qvpo_learner"])
             restore_generator(self.generator, state["qvpo_action_generator"])
-            self.num_grad_updates = self.learner.num_updates
 
 
 AnyPolicy = OffPolicyTorchPolicy[Any, Any]  # of whichever algorithm

@@ -5,6 +5,7 @@ It overrides private methods of RLlib's `Algorithm`; nothing else in the package
 """
 
 import functools
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -302,6 +303,10 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     def write_checkpoint(self, directory: Path) -> None:
         """Writes a checkpoint into the empty `directory`; a crash leaves it incomplete."""
         super().save_checkpoint(str(directory))
+        # RLlib notes where it wrote the state, and reads it beside this file wherever that is.
+        about = directory / "rllib_checkpoint.json"
+        content = {**json.loads(about.read_text()), "state_file": "algorithm_state.pkl"}
+        about.write_text(json.dumps(content))
         self.write_run(directory).write(directory)
 
     def checkpoint_moved(self, directory: Path) -> None:

@@ -7,11 +7,13 @@
 Rows are appended: a line cut short by a crash is ignored by readers, and removed by `repair`.
 """
 
+import contextlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qvpo_rllib.files import replacing, write_atomically
 from qvpo_rllib.training.rows import Row, Value, plain_value
@@ -19,6 +21,8 @@ from qvpo_rllib.training.rows import Row, Value, plain_value
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -55,18 +59,12 @@ class MetricsLog:
                 writer.add_scalar(name, value, env_steps)
 
     def rows(self) -> list[Row]:
-        """Returns all whole rows, oldest first.
-
-        Raises:
-            ValueError: a line before the last one is damaged.
-        """
-        return self._read()[0]
+        """Returns all whole rows, oldest first; raises as `read_rows`."""
+        return read_rows(self._file)
 
     def repair(self) -> None:
         """Removes a last line that a crash cut short."""
-        whole_bytes = self._read()[1]
-        if self._file.exists():
-            os.truncate(self._file, whole_bytes)
+        repair(self._file)
 
     def truncate_after(self, env_steps: int) -> None:
         """Drops the rows beyond `env_steps`, the steps of the checkpoint that a run resumes from.
@@ -112,27 +110,59 @@ class MetricsLog:
             self._purge_step = None
         return self._tensorboard
 
-    def _read(self) -> tuple[list[Row], int]:
-        """Returns the whole rows, and how many bytes of the file they take."""
-        rows: list[Row] = []
-        whole_bytes = 0
-        lines = self._file.read_bytes().splitlines(keepends=True) if self._file.exists() else []
-        for index, line in enumerate(lines):
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                if index < len(lines) - 1:
-                    raise ValueError(
-                        f"Line {index + 1} of {str(self._file)!r} is damaged: {line[:60]!r} is not "
-                        "a JSON object, and is not the last line. Delete the line to go on without "
-                        "it."
-                    )
+
+def read_rows(file: Path, *, skip_damaged: bool = False) -> list[Row]:
+    """Returns the rows in `file`, oldest first, without a last line that a crash cut short.
+
+    Raises:
+        ValueError: the file cannot be read, or a line before the last one is damaged. With
+            `skip_damaged` such a line is left out, and a warning says so.
+    """
+    return _read(file, skip_damaged)[0]
+
+
+def repair(file: Path) -> None:
+    """Removes a last line that a crash cut short, and says so."""
+    whole_bytes = _read(file)[1]
+    if file.exists() and file.stat().st_size > whole_bytes:
+        os.truncate(file, whole_bytes)
+        logger.warning("%s: a crash had cut its last line short; it is dropped.", file)
+
+
+def _read(file: Path, skip_damaged: bool = False) -> tuple[list[Row], int]:
+    """Returns the whole rows, and how many bytes of the file they take."""
+    rows: list[Row] = []
+    whole_bytes = 0
+    try:
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    except OSError as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {error}. Move it away.") from error
+    for index, line in enumerate(lines):
+        row: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line) if line.endswith(b"\n") else None
+        if not _is_row(row):
+            if index == len(lines) - 1:
                 break
-            rows.append(row)
-            whole_bytes += len(line)
-        return rows, whole_bytes
+            damage = (
+                f"Line {index + 1} of {str(file)!r} is damaged: {line[:60]!r} is not a JSON object "
+                'of numbers and texts with a whole number "env_steps", and is not the last line.'
+            )
+            if not skip_damaged:
+                raise ValueError(f"{damage} Delete the line to go on without it.")
+            logger.warning("%s It is left out.", damage)
+            continue
+        rows.append(row)
+        whole_bytes += len(line)
+    return rows, whole_bytes
+
+
+def _is_row(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and type(value.get("env_steps")) is int
+        and all(v is None or isinstance(v, int | float | str) for v in value.values())
+    )
 
 
 def append_line(file: Path, row: Mapping[str, Value]) -> None:

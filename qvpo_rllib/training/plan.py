@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -56,6 +56,28 @@ class TrainingPlan:
             ("keep_checkpoints", 1),
         ):
             require_at_least("--" + name.replace("_", "-"), getattr(self, name), least)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "TrainingPlan":
+        """Returns the plan in the content of a `config.json`. Raises `ValueError`."""
+        try:
+            for field in fields(cls):
+                kind: Any = Mapping if field.name == "hyperparameters" else field.type
+                value = config.get(field.name, field.default)
+                value = float(value) if kind is float and type(value) is int else value
+                if value is not MISSING and not isinstance(value, kind):
+                    raise TypeError(f"{field.name}={value!r} is not of the type {kind}")
+            return cls(**config)
+        except TypeError as error:
+            raise ValueError(
+                f"Cannot resume: config.json is no training plan of this version ({error}). "
+                "Restore that file, or start a new run in another --run-dir."
+            ) from None
+
+    def check(self) -> None:
+        """Raises `ValueError` for an environment or options with which it would not run."""
+        check_environment(self.env)
+        _ = self.config
 
     @property
     def algorithm(self) -> AlgorithmEntry:
@@ -145,7 +167,6 @@ def make_plan(
     env_steps = defaults.env_steps if env_steps is None else env_steps
     options = kind.resolve(preset, parse_settings(settings, kind), env, env_steps)
     checkpoint_env_steps, checkpoint_minutes = parse_interval(checkpoint_interval)
-    check_environment(env)
     plan = TrainingPlan(
         algo=algo,
         env=env,
@@ -163,7 +184,7 @@ def make_plan(
         checkpoint_minutes=checkpoint_minutes,
         keep_checkpoints=keep_checkpoints,
     )
-    _ = plan.config  # refuses what RLlib's configuration does not allow
+    plan.check()
     return plan
 
 

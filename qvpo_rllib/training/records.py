@@ -1,6 +1,5 @@
 """What a run records of its surroundings: how it was started, and where its workers are."""
 
-import json
 import os
 import platform
 import socket
@@ -9,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.files import installed_versions, write_json
+from qvpo_rllib.files import installed_versions, read_json, write_json
 
 PACKAGES = ("qvpo_rllib", "torch", "ray", "gymnasium", "mujoco", "numpy", "pyarrow")
 
@@ -47,7 +46,8 @@ def record_placement(run_path: Path, algorithm: Any, env_steps: int) -> str:
         "workers": sorted(workers, key=lambda entry: int(entry["worker"])),
     }
     file = run_path / "workers.json"
-    before = json.loads(file.read_text()) if file.exists() else []
+    advice = "Delete it to go on without the record of earlier starts."
+    before = read_json(file, list, advice) if file.exists() else []
     write_json(file, [*before, snapshot])
     return describe_placement(snapshot)
 

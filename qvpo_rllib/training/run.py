@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from qvpo_rllib.checkpoints.metadata import Metadata
+from qvpo_rllib.checkpoints.staging import committed
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.training.learning_curve import plot_learning_curve
 from qvpo_rllib.training.plan import TrainingPlan
@@ -36,7 +38,9 @@ class TrainingRun:
         self._time_before_s = 0.0
         self._evaluating = False
         if resume:
-            self.algorithm.restore(directory.checkpoint("last"))
+            last = directory.checkpoint("last")
+            _say_what_has_changed(Metadata.read(committed(last)), self.algorithm.metadata())
+            self.algorithm.restore(last)
             directory.metrics.truncate_after(self.env_steps)
             self._read_history()
             directory.change_config(plan.to_dict())
@@ -154,9 +158,10 @@ class TrainingRun:
     def _read_history(self) -> None:
         """Reads the best and last evaluation and the time of a run that is resumed."""
         rows = self.directory.metrics.rows()
+        self.best = self.directory.best_return()
         returns = [value for _, value in points(rows, RETURN)]
         if returns:
-            self.best, self.last = max(returns), returns[-1]
+            self.last = returns[-1]
         if rows:
             self._time_before_s = number(rows[-1], "time_total_s") or 0.0
 
@@ -168,7 +173,7 @@ class TrainingRun:
         saved = self.directory.commit_checkpoint(
             self.env_steps,
             self.algorithm.write_checkpoint,
-            best=is_best,
+            best=self.best if is_best else None,
             prune=self.algorithm.prune,
         )
         self.algorithm.checkpoint_moved(saved)
@@ -181,6 +186,19 @@ class TrainingRun:
             self.directory.metrics.rows(),
             self.directory.path / "learning_curve.png",
             title=self.plan.title,
+        )
+
+
+def _say_what_has_changed(saved: Metadata, own: Metadata) -> None:
+    """Warns of options that `config.json` has, by hand, other than in the checkpoint."""
+    now = {"seed": own.seed, **own.hyperparameters}
+    before = {"seed": saved.seed, **saved.hyperparameters}
+    changed = [f"{n}={v!r} (was {before.get(n)!r})" for n, v in now.items() if before.get(n) != v]
+    if changed:
+        logger.warning(
+            "The run goes on with options that it was not begun with: %s. "
+            "A new seed begins new episodes.",
+            ", ".join(changed),
         )
 
 

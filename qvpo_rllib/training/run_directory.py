@@ -4,7 +4,7 @@
     run.json            {"starts": [...]}: command line, time, versions and machine of each start
     workers.json        where rollout workers were placed (`records`)
     metrics.jsonl, metrics.parquet, tensorboard/    what was measured (`metrics_log`)
-    checkpoints/        numbered directories, the newest few; `last` and `best` are relative links
+    checkpoints/        numbered directories, the newest few; two have names (`checkpoints.named`)
 
 Files are replaced, never rewritten in place, except `metrics.jsonl`, which is appended to.
 """
@@ -12,21 +12,27 @@ Files are replaced, never rewritten in place, except `metrics.jsonl`, which is a
 import contextlib
 import json
 import os
-import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from qvpo_rllib.files import LOCK_FILE, DirectoryLock, fsync, new_directory, write_json
+from qvpo_rllib.checkpoints import named
+from qvpo_rllib.files import LOCK_FILE, DirectoryLock, fsync, new_directory, read_json, write_json
 from qvpo_rllib.training.metrics_log import MetricsLog
 from qvpo_rllib.training.records import describe_start
 
-NUMBERED = re.compile(r"\d{9,}(-\d+)?")
-# An empty file in each checkpoint that was the best when saved: `open` sees by it whether a crash
-# came after `last` was re-pointed and before `best` was.
-BEST_MARK = ".best"
+# In each checkpoint that was the best when saved: the mean return in its evaluation. By it `open`
+# sees whether a crash came after `last` was re-pointed and before `best` was, and no worse one
+# takes the place of `best`, whatever has become of the metrics.
+BEST_MARK = "best.json"
+FILES = (
+    *("config.json", "run.json", "workers.json"),
+    *("metrics.jsonl", "metrics.parquet", "learning_curve.png"),
+)
+DIRECTORIES = ("checkpoints", "tensorboard")
 
 
 class RunDirectory:
@@ -45,8 +51,8 @@ class RunDirectory:
         self.path = path
         self.config = config
         self.metrics = MetricsLog(path)
-        self._keep = int(config.get("keep_checkpoints", 1))
-        self._checkpoints = path / "checkpoints"
+        self._keep: int = config.get("keep_checkpoints", 1)
+        self._checkpoints = path / named.CHECKPOINTS
         self._made_path = False
         self._lock: DirectoryLock | None = None
 
@@ -83,17 +89,17 @@ class RunDirectory:
         cls,
         path: Path,
         command: Sequence[str],
-        check: Callable[[Path], None] | None = None,
+        check: Callable[[Self], None] | None = None,
     ) -> Self:
         """Returns the run in `path`, to be resumed; repairs what a crash left half done.
 
         Args:
-            check: is called with the directory of `checkpoints/last` before anything is changed,
-                and raises `ValueError` unless a run can go on from it.
+            check: is called with the run before anything is changed, and raises `ValueError` unless
+                it can go on.
 
         Raises:
-            ValueError: `path` holds no run, or a run without a whole `checkpoints/last`, or another
-                program is writing to it.
+            ValueError: `path` holds no run, or a run without a whole `checkpoints/last`, or one of
+                its files is damaged, or another program is writing to it.
         """
         missing = [name for name in ("config.json", "checkpoints") if not (path / name).exists()]
         if missing:
@@ -101,34 +107,56 @@ class RunDirectory:
                 f"Cannot resume {str(path)!r}: it is not a run directory, as it has no "
                 f"{' and no '.join(missing)}. Give the --run-dir of a run that was started."
             )
-        try:
-            run = cls(path, json.loads((path / "config.json").read_text()))
-        except ValueError as error:
-            raise ValueError(
-                f"Cannot resume {str(path)!r}: its config.json is damaged ({error}). Restore that "
-                "file, or start a new run in another --run-dir."
-            ) from None
+        run = cls(path, read_config(path))
         with run._locked():
-            last_checkpoint = run.checkpoint("last")
+            run.checkpoint("last")
             if check is not None:
-                check(last_checkpoint)
+                check(run)
+            run._check_files()
             run.metrics.repair()
             last = run._target("last")
-            if last is not None and (run._checkpoints / last / BEST_MARK).exists():
-                run._point("best", last)
+            if last is not None and run._evaluation(last) >= run.best_return():
+                named.point(run._checkpoints, "best", last)
             run._clean_checkpoints()
             run._record_start(command)
         return run
+
+    def _check_files(self) -> None:
+        """Raises `ValueError` for what would end the run later on."""
+        for names, is_one, kind in (
+            (FILES, Path.is_file, "a file"),
+            (DIRECTORIES, Path.is_dir, "a directory"),
+        ):
+            for name in names:
+                file = self.path / name
+                if os.path.lexists(file) and not is_one(file):
+                    raise ValueError(
+                        f"{str(file)!r} is not {kind}, as it is in a run. Move it away; nothing "
+                        "was changed."
+                    )
+        self._starts()
+        self.metrics.rows()
+
+    def best_return(self) -> float:
+        """Returns the mean return in the evaluation of `best`; -inf if there is no such thing."""
+        return self._evaluation(self._target("best") or "best")
+
+    def _evaluation(self, number: str) -> float:
+        """Returns the mean return by which a checkpoint was the best; -inf if it was not."""
+        mark = self._checkpoints / number / BEST_MARK
+        if not mark.exists():
+            return float("-inf")
+        return float(read_json(mark, float, "Delete it, and a worse one may replace the best."))
 
     def commit_checkpoint(
         self,
         env_steps: int,
         write: Callable[[Path], None],
         *,
-        best: bool,
+        best: float | None = None,
         prune: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Saves checkpoint number `env_steps`, and points `last`, and `best` if `best`, to it.
+        """Saves checkpoint number `env_steps`, and points `last`, and maybe `best`, to it.
 
         Returns its directory. A crash at any moment leaves the previous `last` and `best` whole. Of
         the others the newest are kept as config's `keep_checkpoints` says (1: `last` alone).
@@ -136,6 +164,7 @@ class RunDirectory:
         Args:
             write: fills the empty directory that it is given, plainly: it need neither flush files
                 to disk nor care for crashes. If it raises, nothing has changed.
+            best: the mean return in its evaluation, if it is the best so far.
             prune: is called with the directory of a `best` that is none of the newest; takes out
                 what only training needs.
         """
@@ -144,11 +173,11 @@ class RunDirectory:
         temporary = self._checkpoints / f".tmp-{env_steps}-{os.getpid()}"
         with new_directory(self._checkpoints / number, temporary):
             write(temporary)
-            if best:
-                (temporary / BEST_MARK).touch()
-        self._point("last", number)
-        if best:
-            self._point("best", number)
+            if best is not None:
+                (temporary / BEST_MARK).write_text(json.dumps(best))
+        named.point(self._checkpoints, "last", number)
+        if best is not None:
+            named.point(self._checkpoints, "best", number)
         fsync(self._checkpoints)  # the links are on disk before what they pointed to is deleted
         self._clean_checkpoints()
         best_number = self._target("best")
@@ -158,16 +187,7 @@ class RunDirectory:
 
     def checkpoint(self, name: str) -> Path:
         """Returns the directory that "last" or "best" points to; `ValueError` if there is none."""
-        if name not in ("last", "best"):
-            raise ValueError(f"There is no checkpoint {name!r}: it must be 'last' or 'best'.")
-        link = self._checkpoints / name
-        if not link.is_dir():
-            raise ValueError(
-                f"{str(self.path)!r} has no checkpoint {name!r}: {str(link)!r} is missing"
-                + (f", as it points to {os.readlink(link)!r}" if link.is_symlink() else "")
-                + ". If the run ended before it saved one, start anew in another --run-dir."
-            )
-        return link.resolve()
+        return named.get(self.path, name)
 
     def change_config(self, config: Mapping[str, Any]) -> None:
         """Replaces `config.json`, atomically."""
@@ -207,22 +227,19 @@ class RunDirectory:
             on_error.pop_all()
 
     def _record_start(self, command: Sequence[str]) -> None:
+        starts = [*self._starts(), describe_start(command)]
+        write_json(self.path / "run.json", {"starts": starts})
+
+    def _starts(self) -> list[Any]:
         file = self.path / "run.json"
-        starts = json.loads(file.read_text())["starts"] if file.exists() else []
-        write_json(file, {"starts": [*starts, describe_start(command)]})
+        if not file.exists():
+            return []
+        advice = "Delete it to go on without the record of earlier starts; nothing was changed."
+        starts: list[Any] = read_json(file, dict, advice, {"starts": list})["starts"]
+        return starts
 
     def _target(self, name: str) -> str | None:
-        link = self._checkpoints / name
-        return os.readlink(link) if link.is_symlink() else None
-
-    def _point(self, name: str, number: str) -> None:
-        link, temporary = self._checkpoints / name, self._checkpoints / f".tmp-link-{name}"
-        if link.is_dir() and not link.is_symlink():
-            # The run was copied by a program that turns links into directories, such as scp.
-            os.rename(link, self._checkpoints / f".tmp-was-{name}")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(number)
-        os.replace(temporary, link)
+        return named.target(self._checkpoints, name)
 
     def _free_number(self, env_steps: int) -> str:
         number, copy = f"{env_steps:09d}", 1
@@ -237,22 +254,31 @@ class RunDirectory:
         if last is None:
             return []
         names = {entry.name for entry in self._checkpoints.iterdir()} - {last}
-        numbers = sorted(filter(NUMBERED.fullmatch, names), key=_env_steps, reverse=True)
-        return [last, *(n for n in numbers if _env_steps(n) <= _env_steps(last))][: self._keep]
+        numbers = sorted(filter(named.NUMBERED.fullmatch, names), key=named.env_steps, reverse=True)
+        reached = named.env_steps(last)
+        return [last, *(n for n in numbers if named.env_steps(n) <= reached)][: self._keep]
 
     def _clean_checkpoints(self) -> None:
         """Deletes what crashes left, and checkpoints neither named nor among the newest."""
-        named = {self._target("last"), self._target("best"), *self._newest()}
+        kept = {self._target("last"), self._target("best"), *self._newest()}
         for entry in self._checkpoints.iterdir():
             leftover = entry.name.startswith(".tmp-")
-            if leftover and entry.is_symlink():
+            if leftover and (entry.is_symlink() or not entry.is_dir()):
                 entry.unlink()
-            elif leftover or (NUMBERED.fullmatch(entry.name) and entry.name not in named):
+            elif leftover or (named.NUMBERED.fullmatch(entry.name) and entry.name not in kept):
                 shutil.rmtree(entry)
 
 
-def _env_steps(number: str) -> int:
-    return int(number.split("-")[0])
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns the content of the `config.json` of the run in `path`."""
+    advice = "Restore that file, or start a new run in another --run-dir."
+    config: dict[str, Any] = read_json(path / "config.json", dict, advice)
+    return config
+
+
+def resume_command(path: Path) -> str:
+    """Returns what a shell takes to go on with the run in `path`."""
+    return shlex.join(["qvpo", "train", "--resume", str(path)])
 
 
 def _refuse_occupied(path: Path) -> None:
@@ -263,7 +289,7 @@ def _refuse_occupied(path: Path) -> None:
     what = "is a directory with other files in it" if path.is_dir() else "is a file"
     if any((path / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints")):
         what = "already holds a run"
-        advice = f"Continue it with `--resume {path}`, or give another --run-dir."
+        advice = f"Continue it with `{resume_command(path)}`, or give another --run-dir."
     raise ValueError(f"Cannot start a run in {str(path)!r}: it {what}. {advice}")
 
 
@@ -282,16 +308,16 @@ def can_resume(path: Path, config: Mapping[str, Any]) -> bool:
     """
     if not (path / "config.json").exists():
         return False
-    found = json.loads((path / "config.json").read_text())
+    found = read_config(path)
     own = json.loads(json.dumps(dict(config)))
     changed = sorted(name for name in {*own, *found} if own.get(name) != found.get(name))
     if changed:
         raise ValueError(
             f"{str(path)!r} holds a run with other values of {', '.join(changed)}: --or-resume "
             "goes on only with the very run that was begun there. Give the same options as then, "
-            f"another --run-dir, or `--resume {path}`, which takes the run's own options."
+            f"another --run-dir, or `{resume_command(path)}`, which takes the run's own options."
         )
-    if (path / "checkpoints" / "last").is_dir():
+    if named.find(path, "last") is not None:
         return True
     with DirectoryLock(path):
         path.rename(path.with_name(f"{path.name}-unsaved-{time.strftime('%Y%m%d-%H%M%S')}"))

@@ -141,7 +141,7 @@ class TrainingStatus:
         if self._live is None:
             self._write(text)
         else:
-            self._live.console.print(Text(self._encodable(text)))
+            self._live.console.print(Text(text))
 
     def stop(self) -> None:
         """Ends the display and leaves its last state on the screen. May be called twice."""
@@ -217,16 +217,11 @@ class TrainingStatus:
         )
 
     def _row(self, parts: list[str], style: str = "") -> Text:
-        text = self._encodable("   ".join(filter(None, parts)))
+        text = "   ".join(filter(None, parts))
         return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
     def _write(self, text: str) -> None:
-        print(self._encodable(f"{self._title}: {text}"), file=self._stream, flush=True)
-
-    def _encodable(self, text: str) -> str:
-        """Returns `text` with "?" for what the stream cannot write: no status may end a run."""
-        encoding = self._stream.encoding or "utf-8"
-        return text.encode(encoding, "replace").decode(encoding)
+        print(f"{self._title}: {text}", file=self._stream, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -22,14 +22,14 @@ from ray import tune
 
 from qvpo_rllib.algorithms import entry_of
 from qvpo_rllib.core.options import Setting
-from qvpo_rllib.files import LOCK_FILE, DirectoryLock, write_json
+from qvpo_rllib.files import LOCK_FILE, DirectoryLock, read_json, write_json
 from qvpo_rllib.training.records import describe_start
 from qvpo_rllib.training.rows import RETURN, points
 from qvpo_rllib.tuning.interruption import INTERRUPTION
 from qvpo_rllib.tuning.ledger import TrialLedger
 from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, Entry, read_rows, read_trials
 from qvpo_rllib.tuning.spec import ExperimentSpec
-from qvpo_rllib.tuning.tune_state import TUNE_DIRECTORY, has_state, mark_ended, repair
+from qvpo_rllib.tuning.tune_state import TUNE_DIRECTORY, callbacks_of, has_state, mark_ended, repair
 from qvpo_rllib.tuning.tuner import build_tuner, confirmation_spec, planned_trials
 
 EXPERIMENT_FILE = "experiment.json"
@@ -141,10 +141,11 @@ class Experiment:
                     "Give another --storage, or another name in the file."
                 )
             return
-        record = json.loads(file.read_text())
+        advice = "Restore it, or give another --storage to begin anew."
+        record = read_json(file, dict, advice, {"starts": list, "spec": dict})
         self._starts, found = record["starts"], record["spec"]
         own = json.loads(json.dumps(self.spec.to_dict()))  # as it comes back: tuples are lists
-        changed = [n for n in own if n != "storage" and found.get(n) != own[n]]
+        changed = [n for n in own if found.get(n) != own[n]]
         if changed:
             raise ValueError(
                 f"{str(self.directory)!r} holds an experiment with other values of "
@@ -202,9 +203,13 @@ class Experiment:
             return None
         repair(directory)
         mark_ended(directory, self._entries(part, FINISHED, STOPPED).keys())
-        return tune.Tuner.restore(
+        tuner = tune.Tuner.restore(
             str(directory / TUNE_DIRECTORY), entry_of(part.algorithm).load(), resume_errored=True
         )
+        for callback in callbacks_of(tuner):
+            if isinstance(callback, TrialLedger):
+                callback.directory = directory
+        return tuner
 
     def _title(self, part: Part) -> str:
         return self.spec.name if len(self.all_parts()) == 1 else f"{self.spec.name}/{part.name}"

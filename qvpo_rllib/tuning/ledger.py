@@ -40,8 +40,12 @@ class TrialLedger(Callback):  # type: ignore[misc]
         self._table: TrialTable | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what Tune pickles: all but the table, since a screen cannot be pickled."""
-        return {**self.__dict__, "_table": None}
+        """Returns what Tune pickles: without the table, since a screen cannot be pickled.
+
+        Without the directory too, since it may have been moved when the experiment goes on: give
+        the one it is in then.
+        """
+        return {**self.__dict__, "_table": None, "directory": None}
 
     def setup(self, **info: Any) -> None:
         self.trials = results.read_trials(self.directory)

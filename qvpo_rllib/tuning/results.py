@@ -7,13 +7,12 @@ Ray Tune's own `result.json` is copied to the experiment from time to time: a ki
 leave it behind. These are written at once.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.files import write_json
-from qvpo_rllib.training.metrics_log import append_line
+from qvpo_rllib.files import read_json, write_json
+from qvpo_rllib.training import metrics_log
 from qvpo_rllib.training.rows import Row
 
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped early", "failed"
@@ -22,6 +21,7 @@ TRIALS_FILE, RESULTS = "trials.json", "results"
 # "name", "directory", "config" (env, seed, swept options), "status", "starts"; once there is a row
 # its "env_steps", "time_total_s" and "evaluation/return_mean"; of a failed trial "error".
 Entry = dict[str, Any]
+OF_AN_ENTRY = {"name": str, "directory": str, "config": dict, "status": str, "starts": list}
 
 
 def read_trials(directory: Path) -> dict[str, Entry]:
@@ -29,7 +29,9 @@ def read_trials(directory: Path) -> dict[str, Entry]:
     file = directory / TRIALS_FILE
     if not file.exists():
         return {}
-    trials: dict[str, Entry] = json.loads(file.read_text())["trials"]
+    advice = "Restore it, or give another --storage to begin anew."
+    entries = ("trials", OF_AN_ENTRY)
+    trials: dict[str, Entry] = read_json(file, dict, advice, {"trials": dict}, entries)["trials"]
     return trials
 
 
@@ -44,15 +46,9 @@ def read_rows(directory: Path, trial: str) -> list[Row]:
     A trial that went on from a checkpoint after a crash has written some rows twice: the later
     ones count, with all that follow. A line cut short by a crash is left out.
     """
-    file = directory / RESULTS / f"{trial}.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
     rows: list[Row] = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        while rows and int(rows[-1]["env_steps"] or 0) >= row["env_steps"]:
+    for row in metrics_log.read_rows(directory / RESULTS / f"{trial}.jsonl", skip_damaged=True):
+        while rows and int(rows[-1]["env_steps"] or 0) >= int(row["env_steps"] or 0):
             rows.pop()
         rows.append(row)
     return rows
@@ -60,7 +56,7 @@ def read_rows(directory: Path, trial: str) -> list[Row]:
 
 def append_row(directory: Path, trial: str, row: Row) -> None:
     """Adds a row to those of a trial."""
-    append_line(directory / RESULTS / f"{trial}.jsonl", row)
+    metrics_log.append_line(directory / RESULTS / f"{trial}.jsonl", row)
 
 
 def prepare(directory: Path) -> None:

@@ -5,6 +5,7 @@ is checked here, before anything starts.
 """
 
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,12 @@ NAME = Range(
 )
 DIRECTORY = Range(
     "a directory (on a cluster, one all nodes share)",
-    lambda value: isinstance(value, str) and value != "" and "://" not in value,
+    lambda value: (
+        isinstance(value, str)
+        and value != ""
+        and "://" not in value
+        and not os.path.expanduser(value).startswith("~")  # as of a user without a home
+    ),
 )
 GPUS = Range("one GPU or a fraction of one", lambda value: is_number(value) and 0 <= value <= 1)
 QUANTILE = Range(
@@ -128,8 +134,9 @@ class ExperimentSpec:
         return self.num_envs_per_env_runner * max(1, self.num_env_runners)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; equal for equal experiments."""
+        """As JSON has it; equal for equal experiments, wherever they are kept."""
         values = asdict(self)
+        del values["storage"]
         values["space"] = {name: str(d) for name, d in self.space.items()}
         return values
 

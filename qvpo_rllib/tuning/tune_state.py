@@ -14,6 +14,7 @@ import signal
 from collections.abc import Collection
 from pathlib import Path
 
+from ray.tune import Callback, Tuner
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
@@ -74,6 +75,12 @@ def mark_ended(part: Path, ended: Collection[str]) -> None:
         if trial["trial_id"] in ended:
             pair[0] = json.dumps({**trial, "status": Trial.TERMINATED})
     write_atomically(file, json.dumps(state).encode())
+
+
+def callbacks_of(tuner: Tuner) -> list[Callback]:
+    """Returns the callbacks of a `Tuner`, also of one that was restored."""
+    callbacks: list[Callback] = tuner._local_tuner.get_run_config().callbacks
+    return callbacks
 
 
 def running_trials(controller: TuneController) -> list[Trial]:
