@@ -10,6 +10,7 @@ can write them too. What no bundle can do is run code: it is parsed, never unpic
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ PARAMETERS_FILE = "policy.safetensors"
 ONNX_FILE = "policy.onnx"
 # Beyond the parameters themselves: safetensors' header, a few hundred bytes per tensor.
 MAX_HEADER_BYTES = 2**20
+MAX_PARAMETER_BYTES = 2**30
 
 
 def encode_parameters(tensors: Mapping[str, Tensor]) -> bytes:
@@ -110,6 +112,11 @@ def load(directory: Path | str) -> ServedPolicy:
         description, digests = description_json.decode(_read(file, description_json.MAX_BYTES))
     with _refusing(directory / PARAMETERS_FILE) as file:
         num_bytes = sum(p.numel() * 4 for p in _empty(description).parameters())
+        if num_bytes > MAX_PARAMETER_BYTES:
+            raise ValueError(
+                f"its description is of networks of {num_bytes:,} bytes, more than the "
+                f"{MAX_PARAMETER_BYTES:,} that they may have"
+            )
         parameters = _read(file, num_bytes + MAX_HEADER_BYTES)
         if digest(parameters) != digests.get(PARAMETERS_FILE):
             raise ValueError(
@@ -134,8 +141,12 @@ def _refusing(file: Path) -> Iterator[Path]:
 def _read(file: Path, max_bytes: int) -> bytes:
     """Returns the file's bytes, read once, so that what is checked is what is used."""
     try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+        # Opening a FIFO would wait for whoever writes to it.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is not a regular file")
+            size = status.st_size
             if size > max_bytes:
                 raise ValueError(
                     f"it has {size:,} bytes, longer than the {max_bytes:,} that it may have"
