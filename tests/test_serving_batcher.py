@@ -167,6 +167,27 @@ def test_a_missing_bundle_goes_on_being_served(bundle: Path, tmp_path: Path) -> 
     assert models.snapshot.problems == (None,)
 
 
+def test_a_bad_replacement_is_reported_and_the_next_good_one_is_taken(
+    bundle: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    shutil.copytree(bundle, tmp_path / "here")
+    models = Models()
+    models.open([tmp_path / "here"])
+    description = tmp_path / "here" / "policy.json"
+    good = description.read_bytes()
+    for bad in (b'{"x":' * 300, b"\xff", b'{"env": "\\ud800"}'):
+        description.write_bytes(bad)
+        models.refresh()
+        assert "JSON" in str(models.snapshot.problems)
+    description.write_bytes(good + b" ")
+    with monkeypatch.context() as patch:
+        patch.setattr("qvpo_rllib.serving.models.load", lambda _: 1 / 0)  # whatever it may do
+        models.refresh()
+    assert "division" in str(models.snapshot.problems)
+    models.refresh()
+    assert models.snapshot.problems == (None,)
+
+
 def test_two_different_bundles_may_not_share_a_version(bundle: Path) -> None:
     from dataclasses import replace
 

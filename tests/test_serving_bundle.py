@@ -1,6 +1,7 @@
 """Exported bundles: the same actions as the RLlib policy, no code inside, nothing bad loaded."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -71,6 +72,13 @@ def observations(num: int, seed: int = 0) -> Any:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def nested(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels):
+        value = {"x": value}
+    return value
 
 
 def change(bundle: Path, honest: bool = True, **changes: Any) -> None:
@@ -329,6 +337,14 @@ def test_refuses_another_policys_parameters(copy: Path, policy: Any) -> None:
         ({"k_eval": 0}, "k_eval"),
         ({"name": "../../etc"}, "name"),
         ({"surprise": 1}, "surprise"),
+        ({"act_low": [-1e39] * 3}, "finite as float32"),
+        ({"act_high": [float("inf")] * 3}, "no number"),
+        ({"act_low": [-1e308] * 3, "act_high": [1e308] * 3, "act_dtype": "float64"}, "too far"),
+        ({"diffusion_steps": 10_000, "k_eval": 10_000}, "random numbers"),
+        ({"hidden": [2**20] * 64}, "more than"),
+        ({"env": "\ud800"}, "JSON"),
+        ({"env_config": {"x": float("nan")}}, "no number"),
+        ({"env_config": nested(300)}, "nested"),
         ({"sha256": {}}, "SHA-256"),
         ({"sha256": 3}, "sha256"),
     ],
@@ -336,6 +352,18 @@ def test_refuses_another_policys_parameters(copy: Path, policy: Any) -> None:
 def test_refuses_what_the_description_may_not_say(copy: Path, changes: Any, words: str) -> None:
     change(copy, **changes)
     with pytest.raises(ValueError, match=words):
+        load(copy)
+
+
+def test_refuses_what_is_no_regular_file_and_reads_no_sparse_one(copy: Path) -> None:
+    (copy / "policy.safetensors").unlink()
+    os.mkfifo(copy / "policy.safetensors")
+    with pytest.raises(ValueError, match="not a regular file"):
+        load(copy)
+    (copy / "policy.safetensors").unlink()
+    with (copy / "policy.safetensors").open("wb") as file:
+        file.truncate(30 * 2**30)
+    with pytest.raises(ValueError, match="longer than"):
         load(copy)
 
 

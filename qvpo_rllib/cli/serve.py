@@ -43,7 +43,13 @@ def add(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from qvpo_rllib.serving.server import serve_until_stopped
+    try:
+        from qvpo_rllib.serving.server import serve_until_stopped
+    except ImportError as error:
+        raise ValueError(
+            f"Serving needs packages that are not installed ({error}): pip install "
+            "'qvpo_rllib[serve]'."
+        ) from error
 
     with tempfile.TemporaryDirectory(prefix="qvpo-serve-") as scratch:
         serve_until_stopped(

@@ -5,7 +5,7 @@ Every reply that is not a success is `{"error": "<sentence>"}`.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +37,6 @@ from qvpo_rllib.serving.schema import (
     ModelList,
     sentence_of,
 )
-from qvpo_rllib.serving.workers import Workers
 from qvpo_rllib.version import __version__
 
 REFRESH_INTERVAL_S = 2.0
@@ -64,12 +63,12 @@ class Engine:
     """The models and what computes with them; made and used within one event loop.
 
     Args:
-        num_workers: processes that compute; 0 for a thread of this one.
+        batcher: which computes.
     """
 
-    def __init__(self, num_workers: int = 0) -> None:
+    def __init__(self, batcher: Batcher) -> None:
         self.models = Models()
-        self.batcher = Batcher(Workers(num_workers), num_workers) if num_workers else Batcher()
+        self.batcher = batcher
         self._changing = asyncio.Lock()
 
     async def open(self, paths: Sequence[str | Path]) -> None:
@@ -85,17 +84,19 @@ class Engine:
                 await asyncio.to_thread(self.models.refresh)
 
 
-def create_api(bundles: Sequence[str | Path] = (), num_workers: int = 0) -> FastAPI:
+def create_api(
+    bundles: Sequence[str | Path] = (), make_batcher: Callable[[], Batcher] = Batcher
+) -> FastAPI:
     """Returns the application, whose `app.state.engine` is there once its lifespan has begun.
 
     Args:
         bundles: opened when its lifespan begins.
-        num_workers: as for `Engine`.
+        make_batcher: called then, for what computes.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.engine = Engine(num_workers)
+        app.state.engine = Engine(make_batcher())
         await app.state.engine.open(bundles)
         task = asyncio.create_task(app.state.engine.refresh_forever())
         yield

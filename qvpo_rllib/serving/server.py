@@ -8,6 +8,8 @@ A process that is killed is replaced in a moment: by a fork of one that has impo
 Connections wait meanwhile, for the socket stays open.
 """
 
+import contextlib
+import functools
 import logging
 import multiprocessing
 import resource
@@ -19,11 +21,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+import uvicorn
+
 from qvpo_rllib.core.options import require_at_least
 from qvpo_rllib.ray_session import LOOPBACK
+from qvpo_rllib.serving.api import create_api
+from qvpo_rllib.serving.batcher import Batcher
 from qvpo_rllib.serving.bundle import load
 from qvpo_rllib.serving.client import Client
+from qvpo_rllib.serving.http_protocol import ImpatientProtocol
 from qvpo_rllib.serving.models import check_references
+from qvpo_rllib.serving.workers import Workers, name_process, work
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
@@ -80,19 +89,9 @@ def serving(
         replicas: processes that compute.
 
     Raises:
-        ValueError: the extra `serve` is missing, the address is not allowed or taken, or a bundle
-            is refused.
+        ValueError: the address is not allowed or taken, or a bundle is refused.
     """
     require_at_least("--replicas", replicas, 1)
-    try:
-        import uvicorn  # noqa: F401
-
-        from qvpo_rllib.serving import api  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"Serving needs packages that are not installed ({error}): pip install "
-            "'qvpo_rllib[serve]'."
-        ) from error
     paths = [bundle.expanduser().absolute() for bundle in bundles]
     with _listen(host, port) as listener:
         check_references([(path, load(path)) for path in paths])
@@ -118,55 +117,77 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 class _Supervisor:
-    """Keeps one HTTP process running."""
+    """Keeps the HTTP process and the workers running."""
 
     def __init__(self, listener: socket.socket, paths: Sequence[Path], replicas: int) -> None:
+        # Forks one that has imported everything and has no threads, which takes milliseconds.
+        self._processes = multiprocessing.get_context("forkserver")
+        self._processes.set_forkserver_preload(["__main__", "qvpo_rllib.serving.api"])
         self._arguments = (listener, paths, replicas)
         self._stopping = threading.Event()
-        self._process = self._start()
-        self._thread = threading.Thread(target=self._watch, name="qvpo-serve", daemon=True)
-        self._thread.start()
+        self._http = self._start_http()
+        self._threads = [threading.Thread(target=self._keep_http, daemon=True)]
+        for _ in range(replicas):
+            self._threads.append(threading.Thread(target=self._keep_worker, daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """Lets the process finish what it has begun."""
+        """Lets the HTTP process finish what it has begun; the workers end with it."""
         self._stopping.set()
-        self._process.terminate()
-        self._thread.join(STOP_TIMEOUT_S + 10)
-        self._process.kill()
+        self._http.terminate()
+        self._http.join(STOP_TIMEOUT_S + 5)
+        self._http.kill()
+        for thread in self._threads:
+            thread.join()
 
-    def _start(self) -> "ForkServerProcess":
-        from qvpo_rllib.serving.workers import PROCESSES
-
-        process = PROCESSES.Process(target=_serve_http, args=self._arguments)
+    def _start_http(self) -> "ForkServerProcess":
+        self._supply, theirs = socket.socketpair()
+        process = self._processes.Process(target=_serve_http, args=(*self._arguments, theirs))
         process.start()
+        theirs.close()
         return process
 
-    def _watch(self) -> None:
+    def _keep_http(self) -> None:
         while True:
-            self._process.join()
+            self._http.join()
             # A signal to all processes ends that one first.
             if self._stopping.wait(RESTART_DELAY_S):
                 return
             logger.error("The HTTP process ended; another one is started.")
-            self._process = self._start()
+            self._supply.close()
+            self._http = self._start_http()
+
+    def _keep_worker(self) -> None:
+        """A worker's pipe goes to the HTTP process of the moment; the worker ends with that."""
+        while not self._stopping.is_set():
+            ours, theirs = self._processes.Pipe()
+            process = self._processes.Process(target=work, args=(theirs,))
+            process.start()
+            theirs.close()
+            with contextlib.suppress(OSError):  # there is none for a moment: it ends at once
+                socket.send_fds(self._supply, [b"w"], [ours.fileno()])
+            ours.close()
+            process.join()
+            self._stopping.wait(RESTART_DELAY_S)
 
 
-def _serve_http(listener: socket.socket, paths: Sequence[Path], replicas: int) -> None:
+def _serve_http(
+    listener: socket.socket, paths: Sequence[Path], replicas: int, supply: socket.socket
+) -> None:
     """Serves HTTP until SIGTERM, or until the process that started this one has ended."""
-    import torch
-    import uvicorn
-
-    from qvpo_rllib.serving.api import create_api
-    from qvpo_rllib.serving.http_protocol import ImpatientProtocol
-    from qvpo_rllib.serving.workers import name_process
-
     name_process("qvpo-http")
     torch.set_num_threads(1)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections that stall are many
+
+    def stop() -> None:
+        server.should_exit = True
+
+    batcher = functools.partial(Batcher, Workers(supply, at_end=stop), replicas)
     server = uvicorn.Server(
         uvicorn.Config(
-            create_api(paths, replicas),
+            create_api(paths, batcher),
             http=ImpatientProtocol,
             ws="none",
             log_config=None,
@@ -177,12 +198,4 @@ def _serve_http(listener: socket.socket, paths: Sequence[Path], replicas: int) -
             timeout_graceful_shutdown=STOP_TIMEOUT_S,
         )
     )
-
-    def follow_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        server.should_exit = True
-
-    threading.Thread(target=follow_parent, daemon=True).start()
     server.run(sockets=[listener])
