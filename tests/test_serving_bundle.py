@@ -249,6 +249,59 @@ def test_a_run_directory_means_its_best(checkpoint: Path, tmp_path: Path) -> Non
     assert (description.name, description.version) == ("m", "2")
 
 
+# --- nothing in it runs --------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.file,))
+
+
+def test_nothing_beside_a_bundles_files_is_unpickled(
+    capsys: Any, copy: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    trapped = copy / "checkpoints" / "best"
+    shutil.copytree(checkpoint, trapped)
+    for file in trapped.rglob("*.pkl"):
+        file.write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
+    shutil.copytree(trapped, copy, dirs_exist_ok=True)  # as if it were one itself, too
+    assert "is a bundle" in error_of(capsys, "export", str(copy), str(tmp_path / "out"))
+    assert "--import environments" in error_of(capsys, "evaluate", str(copy))
+    (copy / "policy.json").unlink()
+    (copy / "policy.json").symlink_to("nowhere")
+    assert "not a bundle" in error_of(capsys, "evaluate", str(copy))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_bundles_word_alone_imports_no_module(copy: Path, tmp_path: Path) -> None:
+    """Neither the environment's module in the bundle's own folder, nor one named as a package."""
+    change(copy, env="trap:Env-v0")
+    for name in ("trap", "numpy"):
+        (copy / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    run = subprocess.run(
+        [sys.executable, "-m", "qvpo_rllib", "evaluate", "."],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2, run.stderr
+    assert "--import trap" in " ".join(run.stderr.split())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_module_that_is_named_is_imported(capsys: Any, bundle: Path, checkpoint: Path) -> None:
+    command = ["evaluate", str(bundle), "--episodes", "1", "--json"]
+    assert cli.main([*command, "--import", "environments"]) == 0
+    assert cli.main(["evaluate", str(checkpoint), "--episodes", "1"]) == 0
+    assert "runs code" in capsys.readouterr().err
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 

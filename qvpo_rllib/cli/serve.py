@@ -2,17 +2,18 @@
 
 import argparse
 import functools
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
+from qvpo_rllib.files import scratch_directory
 from qvpo_rllib.ray_session import LOOPBACK
 
 
 def add(commands: Any) -> None:
     serve = commands.add_parser(
         "serve",
-        help="serve policies over HTTP with Ray Serve",
+        help="serve policies over HTTP",
         description="Serve bundles over HTTP: POST /v1/models/NAME/act. A bundle that is replaced "
         "while the server runs is taken up without a failed request.",
         allow_abbrev=False,
@@ -51,10 +52,11 @@ def _serve(options: argparse.Namespace) -> int:
             "'qvpo_rllib[serve]'."
         ) from error
 
-    with tempfile.TemporaryDirectory(prefix="qvpo-serve-") as scratch:
+    scratch = scratch_directory("qvpo-serve-")
+    try:
         serve_until_stopped(
             [
-                _as_bundle(path, options.trust_checkpoint, Path(scratch) / str(number))
+                _as_bundle(path, options.trust_checkpoint, scratch / str(number))
                 for number, path in enumerate(options.bundles)
             ],
             host=options.host,
@@ -62,6 +64,8 @@ def _serve(options: argparse.Namespace) -> int:
             replicas=options.replicas,
             say=functools.partial(print, flush=True),
         )
+    finally:
+        shutil.rmtree(scratch)
     return 0
 
 
