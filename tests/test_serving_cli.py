@@ -227,6 +227,19 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def test_a_short_soak() -> None:
+    """Every process killed once, and clients that stall, under load."""
+    command = ["tests/soak_server.py", "--minutes", "0.1", "--strike-every", "1.2"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(done.stdout)
+    assert set(summary["strikes"]) == {"qvpo-worker", "qvpo-http", "stall"}
+    assert summary["answers"] > 50
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
