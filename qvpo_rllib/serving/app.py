@@ -1,4 +1,4 @@
-"""The Ray Serve application: `serve run`, a RayService's `import_path`, or `qvpo serve`.
+"""The Ray Serve application: `serve run`, or a RayService's `import_path`.
 
     serve run qvpo_rllib.serving.app:build bundles=/models/a:/models/b
     import_path: qvpo_rllib.serving.app:build    args: {bundles: [/models/a, /models/b]}
