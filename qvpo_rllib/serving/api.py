@@ -5,6 +5,7 @@ Every reply that is not a success is `{"error": "<sentence>"}`.
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -38,6 +39,8 @@ from qvpo_rllib.serving.schema import (
     sentence_of,
 )
 from qvpo_rllib.version import __version__
+
+logger = logging.getLogger(__name__)
 
 REFRESH_INTERVAL_S = 2.0
 RETRY_AFTER_S = 1
@@ -76,12 +79,20 @@ class Engine:
         async with self._changing:
             await asyncio.to_thread(self.models.open, paths)
 
-    async def refresh_forever(self) -> None:
-        """Takes up replaced bundles as long as the server runs."""
-        while True:
-            await asyncio.sleep(REFRESH_INTERVAL_S)
+    async def update(self, bundles: Sequence[str | Path]) -> None:
+        """Takes up replaced bundles; opens `bundles` if nothing is served yet."""
+        try:
+            if bundles and not self.models.snapshot.policies:
+                await self.open(bundles)
             async with self._changing:
                 await asyncio.to_thread(self.models.refresh)
+        except ValueError as error:  # one went bad before this process began; it is tried again
+            logger.error("%s", error)
+
+    async def update_forever(self, bundles: Sequence[str | Path]) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_INTERVAL_S)
+            await self.update(bundles)
 
 
 def create_api(
@@ -97,8 +108,8 @@ def create_api(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.engine = Engine(make_batcher())
-        await app.state.engine.open(bundles)
-        task = asyncio.create_task(app.state.engine.refresh_forever())
+        await app.state.engine.update(bundles)
+        task = asyncio.create_task(app.state.engine.update_forever(bundles))
         yield
         task.cancel()
         app.state.engine.batcher.close()
