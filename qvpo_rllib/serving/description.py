@@ -67,7 +67,9 @@ class Description:
             raise ValueError(
                 f"act_low must be below act_high in every dimension, as {self.act_dtype}."
             )
-        if not np.isfinite(scale.to_env(np.zeros(self.act_dim))).all():
+        with np.errstate(invalid="ignore"):  # infinity times zero
+            middle = scale.to_env(np.zeros(self.act_dim))
+        if not np.isfinite(middle).all():
             raise ValueError("act_low and act_high are too far apart.")
         k = max(self.k_eval, self.k_behavior)
         if k * self.noise_per_sample > MAX_NOISE:
