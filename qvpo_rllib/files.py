@@ -17,10 +17,11 @@ import platform
 import shutil
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import IO, Any, ClassVar, NamedTuple, NoReturn
 
 import xxhash
 
@@ -79,6 +80,32 @@ def new_directory(path: Path, temporary: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync(path.parent)
+
+
+_LOCKS: list[IO[str]] = []  # of this process's scratch directories, held until it ends
+
+
+def scratch_directory(prefix: str, parent: str | None = None) -> Path:
+    """Returns a new directory for temporary files, this process's own until it ends.
+
+    It deletes those of the same prefix that were left by processes of this user that have ended.
+
+    Args:
+        parent: the system's directory for temporary files if None.
+    """
+    for lock in Path(parent or tempfile.gettempdir()).glob(f"{prefix}*/{LOCK_FILE}"):
+        with contextlib.suppress(OSError):  # another user's, or a process that lives has it
+            status = lock.parent.lstat()
+            if status.st_uid == os.getuid() and stat.S_ISDIR(status.st_mode):
+                with lock.open() as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(lock.parent, ignore_errors=True)
+    directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    file = (directory / LOCK_FILE).open("w")
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX)
+    _LOCKS.append(file)
+    return directory
 
 
 def sync(directory: Path) -> None:

@@ -1,7 +1,10 @@
 """The Ray that a command runs on."""
 
+import contextlib
 import logging
 import os
+import secrets
+from pathlib import Path
 from typing import Any
 
 # Ray replaces 127.0.0.1 by the machine's own address, this one it leaves as it is.
@@ -13,13 +16,17 @@ NO_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def keep_private(address: str | None) -> None:
-    """Makes the Ray that a command starts listen on loopback alone; before Ray is imported.
+    """Makes a command's own Ray listen on loopback alone and ask for a token of its own.
+
+    It has to come before Ray is imported. A RAY_AUTH_MODE that is set stays as it is.
 
     Args:
         address: of the cluster that the command joins instead, if it does.
     """
     if not address and not os.environ.get("RAY_ADDRESS"):
         os.environ.update(NO_CLUSTER)
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 def start_ray(num_processes: int, address: str | None = None) -> None:
@@ -36,7 +43,10 @@ def start_ray(num_processes: int, address: str | None = None) -> None:
     """
     import ray
 
+    from qvpo_rllib.files import scratch_directory  # a server, which reads LOOPBACK, does without
+
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    _close_token_file()
     if address or os.environ.get("RAY_ADDRESS"):
         _attach(address, quiet)
         return
@@ -45,8 +55,19 @@ def start_ray(num_processes: int, address: str | None = None) -> None:
         num_cpus=max(num_cores(), num_processes),
         include_dashboard=False,
         _node_ip_address=_own_address(),
+        # Ray leaves its folder behind; the next command deletes it.
+        _temp_dir=str(scratch_directory("qvpo-ray-", os.environ.get("RAY_TMPDIR"))),
         **quiet,
     )
+
+
+def _close_token_file() -> None:
+    """Lets nobody else read the user's token, which `ray get-auth-token` leaves open to all."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token")
+    with contextlib.suppress(OSError, RuntimeError):  # no file, no home
+        path = path.expanduser()
+        if path.stat().st_uid == os.getuid():
+            path.chmod(0o600)
 
 
 def _own_address() -> str:

@@ -4,6 +4,7 @@
 
 Ends with a line of JSON and exit code 0 if training went on to the end with an exact ledger, no
 transition taken in twice and flat memory. Run by hand; `test_faults.py` runs a short one.
+`soak_server.py` does the same to a server.
 """
 
 import argparse

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qvpo_rllib"
 # A room imports rooms of the floors below its own, and itself.
 FLOORS = (
-    ("core", "files", "version", "ray_session"),
+    ("core", "files", "version"),
+    ("ray_session",),
     ("rollout", "serving", "paper"),
     ("checkpoints",),
     ("runtime",),

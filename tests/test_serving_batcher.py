@@ -1,7 +1,12 @@
 """The queue and the models behind the server, without HTTP."""
 
 import asyncio
+import os
+import pickle
 import shutil
+import subprocess
+import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,22 @@ from qvpo_rllib.serving.models import Models
 from qvpo_rllib.serving.policy import NonFiniteActionError
 
 OBS_DIM = 11
+ACTS_AND_FORKS = """
+import os, signal, sys
+import numpy as np, torch
+from qvpo_rllib.serving import load
+torch.set_num_threads(2)
+torch.ones(10**6).exp().sum()  # the threads that do not survive the fork
+policy, obs = load(sys.argv[1]), np.ones((16, 11))
+act = lambda: policy.act(obs, 32, torch.Generator().manual_seed(0))
+expected = act()
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    print("same" if (act() == expected).all() else "other", flush=True)
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +167,27 @@ def test_a_missing_bundle_goes_on_being_served(bundle: Path, tmp_path: Path) -> 
     assert models.snapshot.problems == (None,)
 
 
+def test_a_bad_replacement_is_reported_and_the_next_good_one_is_taken(
+    bundle: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    shutil.copytree(bundle, tmp_path / "here")
+    models = Models()
+    models.open([tmp_path / "here"])
+    description = tmp_path / "here" / "policy.json"
+    good = description.read_bytes()
+    for bad in (b'{"x":' * 300, b"\xff", b'{"env": "\\ud800"}'):
+        description.write_bytes(bad)
+        models.refresh()
+        assert "JSON" in str(models.snapshot.problems)
+    description.write_bytes(good + b" ")
+    with monkeypatch.context() as patch:
+        patch.setattr("qvpo_rllib.serving.models.load", lambda _: 1 / 0)  # whatever it may do
+        models.refresh()
+    assert "division" in str(models.snapshot.problems)
+    models.refresh()
+    assert models.snapshot.problems == (None,)
+
+
 def test_two_different_bundles_may_not_share_a_version(bundle: Path) -> None:
     from dataclasses import replace
 
@@ -191,3 +233,24 @@ def test_the_bundle_given_last_has_the_name(bundle: Path) -> None:
     models.open([newer, bundle])
     served = models.snapshot.by_reference
     assert served["hopper"] is served["hopper@fresh"]
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda policy: pickle.loads(pickle.dumps(policy))])
+def test_a_policy_that_has_acted_can_be_copied(bundle: Path, copy: Any) -> None:
+    policy = load(bundle)
+    obs = obs_of(0, 3).numpy()
+    expected = policy.act(obs, 4, torch.Generator().manual_seed(1))
+    actions = copy(policy).act(obs, 4, torch.Generator().manual_seed(1))
+    np.testing.assert_array_equal(actions, expected)
+
+
+def test_a_policy_that_has_acted_acts_in_a_forked_child(bundle: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", ACTS_AND_FORKS, str(bundle)],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.stdout.split() == ["same", "0"], run.stderr

@@ -1,6 +1,7 @@
 """Exported bundles: the same actions as the RLlib policy, no code inside, nothing bad loaded."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -71,6 +72,13 @@ def observations(num: int, seed: int = 0) -> Any:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def nested(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels):
+        value = {"x": value}
+    return value
 
 
 def change(bundle: Path, honest: bool = True, **changes: Any) -> None:
@@ -241,6 +249,59 @@ def test_a_run_directory_means_its_best(checkpoint: Path, tmp_path: Path) -> Non
     assert (description.name, description.version) == ("m", "2")
 
 
+# --- nothing in it runs --------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.file,))
+
+
+def test_nothing_beside_a_bundles_files_is_unpickled(
+    capsys: Any, copy: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    trapped = copy / "checkpoints" / "best"
+    shutil.copytree(checkpoint, trapped)
+    for file in trapped.rglob("*.pkl"):
+        file.write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
+    shutil.copytree(trapped, copy, dirs_exist_ok=True)  # as if it were one itself, too
+    assert "is a bundle" in error_of(capsys, "export", str(copy), str(tmp_path / "out"))
+    assert "--import environments" in error_of(capsys, "evaluate", str(copy))
+    (copy / "policy.json").unlink()
+    (copy / "policy.json").symlink_to("nowhere")
+    assert "not a bundle" in error_of(capsys, "evaluate", str(copy))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_bundles_word_alone_imports_no_module(copy: Path, tmp_path: Path) -> None:
+    """Neither the environment's module in the bundle's own folder, nor one named as a package."""
+    change(copy, env="trap:Env-v0")
+    for name in ("trap", "numpy"):
+        (copy / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    run = subprocess.run(
+        [sys.executable, "-m", "qvpo_rllib", "evaluate", "."],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2, run.stderr
+    assert "--import trap" in " ".join(run.stderr.split())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_module_that_is_named_is_imported(capsys: Any, bundle: Path, checkpoint: Path) -> None:
+    command = ["evaluate", str(bundle), "--episodes", "1", "--json"]
+    assert cli.main([*command, "--import", "environments"]) == 0
+    assert cli.main(["evaluate", str(checkpoint), "--episodes", "1"]) == 0
+    assert "runs code" in capsys.readouterr().err
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -329,6 +390,14 @@ def test_refuses_another_policys_parameters(copy: Path, policy: Any) -> None:
         ({"k_eval": 0}, "k_eval"),
         ({"name": "../../etc"}, "name"),
         ({"surprise": 1}, "surprise"),
+        ({"act_low": [-1e39] * 3}, "finite as float32"),
+        ({"act_high": [float("inf")] * 3}, "no number"),
+        ({"act_low": [-1e308] * 3, "act_high": [1e308] * 3, "act_dtype": "float64"}, "too far"),
+        ({"diffusion_steps": 10_000, "k_eval": 10_000}, "random numbers"),
+        ({"hidden": [2**20] * 64}, "more than"),
+        ({"env": "\ud800"}, "JSON"),
+        ({"env_config": {"x": float("nan")}}, "no number"),
+        ({"env_config": nested(300)}, "nested"),
         ({"sha256": {}}, "SHA-256"),
         ({"sha256": 3}, "sha256"),
     ],
@@ -336,6 +405,18 @@ def test_refuses_another_policys_parameters(copy: Path, policy: Any) -> None:
 def test_refuses_what_the_description_may_not_say(copy: Path, changes: Any, words: str) -> None:
     change(copy, **changes)
     with pytest.raises(ValueError, match=words):
+        load(copy)
+
+
+def test_refuses_what_is_no_regular_file_and_reads_no_sparse_one(copy: Path) -> None:
+    (copy / "policy.safetensors").unlink()
+    os.mkfifo(copy / "policy.safetensors")
+    with pytest.raises(ValueError, match="not a regular file"):
+        load(copy)
+    (copy / "policy.safetensors").unlink()
+    with (copy / "policy.safetensors").open("wb") as file:
+        file.truncate(30 * 2**30)
+    with pytest.raises(ValueError, match="longer than"):
         load(copy)
 
 

@@ -23,6 +23,7 @@ from qvpo_rllib.bench.http_load import fresh_bundle
 from qvpo_rllib.ray_session import LOOPBACK
 from qvpo_rllib.serving import load, write_bundle
 from qvpo_rllib.serving.client import Client
+from qvpo_rllib.serving.schema import READ_TIMEOUT_S
 
 START_TIMEOUT_S = 120
 
@@ -117,34 +118,68 @@ def test_bench_serve_reports_loads_and_the_direct_call(
     assert re.search(r" 16 clients .* requests/s, 0 failed", capsys.readouterr().out)
 
 
-def test_a_killed_replica_comes_back(served: Any) -> None:
+@pytest.mark.parametrize(("victim", "longest_s"), [("qvpo-worker", 5), ("qvpo-http", 5)])
+def test_killed_processes_cost_no_request_of_a_client_that_asks_again(
+    served: Any, bundle: Path, victim: str, longest_s: float
+) -> None:
     process, url, _ = served
-    victims = [pid for pid in descendants(process.pid) if "ServeReplica" in command_of(pid)]
-    assert len(victims) == 1
-    os.kill(victims[0], signal.SIGKILL)
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            with Client(url) as client:
-                assert client.act("hopper", np.zeros((1, 11)), k=1).shape == (1, 3)
-                break
-        except (OSError, RuntimeError):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+    expected = load(bundle).act(np.zeros((1, 11)), 4, torch.Generator().manual_seed(1))
+    with Client(url) as client:
+        client.act("hopper", np.zeros((1, 11)), k=4)
+        victims = [pid for pid in descendants(process.pid) if name_of(pid) == victim]
+        assert len(victims) == 1
+        os.kill(victims[0], signal.SIGKILL)
+        start = time.monotonic()
+        actions = client.act("hopper", np.zeros((1, 11)), 4, 1)
+        assert time.monotonic() - start < longest_s
+    np.testing.assert_array_equal(actions, expected)
 
 
-def test_stops_on_sigterm_with_several_replicas(bundle: Path) -> None:
-    """Several replicas are behind Serve's proxy; SIGTERM comes from Kubernetes or systemd."""
+def test_stalled_clients_and_bad_headers_harm_nobody(served: Any) -> None:
+    """A body that does not come, a head that does not, and a header that is not UTF-8."""
+    host, port = served[1].removeprefix("http://").split(":")
+    head = b"POST /v1/models/hopper/act HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n"
+    stalled = []
+    for text in [head + b"\r\n{"] * 300 + [head, b"", b"GET / HT"]:
+        stalled.append(socket.create_connection((host, int(port)), timeout=30))
+        stalled[-1].sendall(text)
+    with Client(served[1]) as client:
+        start = time.monotonic()
+        assert client.act("hopper", np.zeros((1, 11)), k=1).shape == (1, 3)
+        assert time.monotonic() - start < READ_TIMEOUT_S
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head + b"X-Name: \xff\xfe\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    replies = [connection.recv(100) for connection in stalled]
+    for connection in stalled:
+        connection.close()
+    assert all(reply.startswith(b"HTTP/1.1 408") for reply in replies[:-3])
+    assert replies[-3:] == [b""] * 3  # closed
+
+
+def test_sigterm_finishes_what_has_begun_and_takes_nothing_new(bundle: Path) -> None:
+    """SIGTERM comes from Kubernetes or systemd."""
     with serving(str(bundle), "--replicas", "2") as (process, url, lines):
         assert any(url in line for line in lines), [*lines, process.stderr.read()]
-        with Client(url) as client:
-            for _ in range(4):
-                client.act("hopper", np.zeros((1, 11)), k=1)
-        assert listening_addresses(int(url.rsplit(":", 1)[1])) == {LOOPBACK}
+        host, port = url.removeprefix("http://").split(":")
+        assert listening_addresses(int(port)) == {LOOPBACK}
+        body = json.dumps({"observations": [[0.0] * 11], "k": 256}).encode()
+        head = f"POST /v1/models/hopper/act HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+        begun = [socket.create_connection((host, int(port)), timeout=30) for _ in range(8)]
+        for connection in begun:
+            connection.sendall(head.encode() + b"\r\n\r\n" + body[:20])
+        time.sleep(0.5)
         os.kill(process.pid, signal.SIGTERM)
-        output, error = process.communicate(timeout=START_TIMEOUT_S)
+        assert process.stdout is not None
+        assert "Stopping" in process.stdout.readline()
+        time.sleep(0.5)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, int(port)))
+        for connection in begun:
+            connection.sendall(body[20:])
+        assert all(c.recv(100).startswith(b"HTTP/1.1 200") for c in begun)
+        _, error = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 0, error
-    assert "Stopping" in output
     assert error == ""
 
 
@@ -172,9 +207,9 @@ def listening_addresses(port: int) -> set[str]:
     return found
 
 
-def command_of(pid: int) -> str:
+def name_of(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
+        return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
 
@@ -190,6 +225,19 @@ def descendants(pid: int) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+def test_a_short_soak() -> None:
+    """Every process killed once, and clients that stall, under load."""
+    command = ["tests/soak_server.py", "--minutes", "0.1", "--strike-every", "1.2"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(done.stdout)
+    assert set(summary["strikes"]) == {"qvpo-worker", "qvpo-http", "stall"}
+    assert summary["answers"] > 50
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""The server over real HTTP, on Ray Serve as `serve run` and RayService start it."""
+"""The application over real HTTP, on Ray Serve as `serve run` and RayService start it."""
 
 import http.client
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,9 +25,9 @@ from qvpo_rllib import cli
 from qvpo_rllib.play.evaluation import evaluate_checkpoint, evaluate_server
 from qvpo_rllib.ray_session import LOOPBACK
 from qvpo_rllib.serving import ServedPolicy, load
+from qvpo_rllib.serving.api import proxy_middlewares
 from qvpo_rllib.serving.client import Client, ServerError
 from qvpo_rllib.serving.schema import MAX_BODY_BYTES, MAX_K, MAX_ROWS
-from qvpo_rllib.serving.server import start_serve
 
 MODEL = "InvertedPendulum-v5"
 PATH = f"/v1/models/{MODEL}/act"
@@ -69,7 +70,12 @@ def url(bundle: Path, live: Path) -> Any:
     from qvpo_rllib.serving.app import AppArguments, build
 
     port = free_port()
-    start_serve(LOOPBACK, port)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": LOOPBACK, "port": port, "middlewares": proxy_middlewares()},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
     # As on the command line of `serve run`: one text for all paths.
     arguments = AppArguments(bundles=f"{bundle}{os.pathsep}{live}")
     serve.run(build(arguments), name="qvpo")
@@ -219,6 +225,14 @@ def test_wrong_paths_methods_and_models(raw: Any, client: Any) -> None:
         assert_refused(reply, 404)
     with pytest.raises(ServerError, match=f"Served are: {MODEL}"):
         client.act("none", observations(1))
+
+
+def test_a_header_that_is_not_utf_8_is_refused(raw: Any) -> None:
+    raw.connection.putrequest("GET", "/healthz")
+    raw.connection.putheader("X-Name", b"\xff\xfe")
+    raw.connection.endheaders()
+    reply = raw.connection.getresponse()
+    assert (reply.status, json.loads(reply.read())) == (400, {"error": "A header is not UTF-8."})
 
 
 # --- bad bodies ---------------------------------------------------------------------------------

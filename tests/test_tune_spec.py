@@ -1,6 +1,7 @@
 """Experiment files: what they may say, what they become, and errors that point at the line."""
 
 import itertools
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,16 @@ CASES = {
     "bounds": ("sweep:\n  space:\n    tau: {uniform: [1, 0]}", 6, "low < high"),
     "in both": ("training:\n  tau: 0.1\nsweep:\n  grid:\n    tau: [0.2, 0.3]", 5, "keep one"),
     "not yaml": ("seeds: [0, 1", 5, "this is not YAML"),
+    "aliases": (
+        "a: &a [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]\n"
+        + "".join(
+            f"{name}: &{name} [{', '.join([f'*{of}'] * 10)}]\n" for of, name in pairwise("abcdefgh")
+        ),
+        4,
+        "aliases read",
+    ),
+    "aliases in a key": ("a: &a [0, 0]\n? [*a, *a]\n: 1", 5, "a key must be a word"),
+    "an endless alias": ("a: &a [*a]", 4, "50 levels"),
 }
 
 
@@ -177,6 +188,22 @@ def test_a_missing_file_and_an_unknown_task_are_refused(tmp_path: Path) -> None:
         ExperimentSpec.load(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match="Did you mean 'Hopper-v5'"):
         spec_of(task="Hoper-v5")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name: \0", "cannot be read"),
+        (b"a: " + b"[" * 5000, "nested too deeply"),
+        (b"#" * 2**20 + b"\n", "bytes"),
+    ],
+)
+def test_a_file_that_is_no_experiment_is_refused(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        ExperimentSpec.load(tmp_path / "bad.yaml")
 
 
 def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:

@@ -25,6 +25,12 @@ def _add_episodes(parser: argparse.ArgumentParser, default: int) -> None:
     )
     parser.add_argument("--k", type=int, metavar="K", help="default: the checkpoint's k_eval")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    parser.add_argument(
+        "--import",
+        dest="module",
+        metavar="MODULE",
+        help="module of the environment of a bundle or server, imported only if it is named here",
+    )
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -55,7 +61,7 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     from qvpo_rllib.play.evaluation import evaluate_checkpoint, evaluate_server
 
-    settings = {"episodes": options.episodes, "k": options.k, "seed": options.seed}
+    settings = {name: getattr(options, name) for name in ("episodes", "k", "seed", "module")}
     _check_source(options)
     if options.server is not None:
         result = evaluate_server(options.server, options.model, options.env, **settings)
@@ -121,6 +127,7 @@ def _record(options: argparse.Namespace) -> int:
             episodes=options.episodes,
             k=options.k,
             seed=options.seed,
+            module=options.module,
             report=lambda episode, so_far: line.advance(episode, f"return {so_far:.1f}"),
         )
     for number, episode in enumerate(result.episodes):

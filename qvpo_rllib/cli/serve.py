@@ -3,17 +3,18 @@
 import argparse
 import functools
 import shlex
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
+from qvpo_rllib.files import scratch_directory
 from qvpo_rllib.ray_session import LOOPBACK
 
 
 def add(commands: Any) -> None:
     serve = commands.add_parser(
         "serve",
-        help="serve policies over HTTP with Ray Serve",
+        help="serve policies over HTTP",
         description="Serve bundles over HTTP: POST /v1/models/NAME/act. A bundle that is replaced "
         "while the server runs is taken up without a failed request.",
         allow_abbrev=False,
@@ -44,12 +45,19 @@ def add(commands: Any) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from qvpo_rllib.serving.server import serve_until_stopped
+    try:
+        from qvpo_rllib.serving.server import serve_until_stopped
+    except ImportError as error:
+        raise ValueError(
+            f"Serving needs packages that are not installed ({error}): pip install "
+            "'qvpo_rllib[serve]'."
+        ) from error
 
-    with tempfile.TemporaryDirectory(prefix="qvpo-serve-") as scratch:
+    scratch = scratch_directory("qvpo-serve-")
+    try:
         serve_until_stopped(
             [
-                _as_bundle(path, options.trust_checkpoint, Path(scratch) / str(number))
+                _as_bundle(path, options.trust_checkpoint, scratch / str(number))
                 for number, path in enumerate(options.bundles)
             ],
             host=options.host,
@@ -57,6 +65,8 @@ def _serve(options: argparse.Namespace) -> int:
             replicas=options.replicas,
             say=functools.partial(print, flush=True),
         )
+    finally:
+        shutil.rmtree(scratch)
     return 0
 
 

@@ -214,6 +214,10 @@ class ActionSelector:
         """Drops what was kept: PyTorch's fused optimisers do not raise a tensor's version."""
         self._packed = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leaves out what was kept, pointers into this process's memory; it is made again."""
+        return self.__dict__ | {"_packed": None}
+
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns, of K actions per state, the one of the highest minimum of the twins, and that Q.

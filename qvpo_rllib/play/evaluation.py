@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.options import require_at_least
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
-from qvpo_rllib.play.trained_policy import TrainedPolicy
+from qvpo_rllib.play.trained_policy import TrainedPolicy, is_bundle
 from qvpo_rllib.rollout.episodes import Episode, Hooks, run_episodes
 from qvpo_rllib.serving.client import Client, ServerError
 from qvpo_rllib.training.plan import check_environment
@@ -75,6 +75,7 @@ def evaluate_checkpoint(
     episodes: int = 10,
     k: int | None = None,
     seed: int = 0,
+    module: str | None = None,
     record: Record | None = None,
 ) -> Evaluation:
     """Plays whole episodes with the best of k actions, scaled as in training.
@@ -86,6 +87,7 @@ def evaluate_checkpoint(
         k: actions drawn per state; the policy's `k_eval` if None. A policy that draws one takes
             none.
         seed: of environments and diffusion noise.
+        module: of the environment, which a bundle alone is not believed: importing it runs code.
         record: what watches the episodes, which are then played one after the other.
 
     Raises:
@@ -93,6 +95,8 @@ def evaluate_checkpoint(
     """
     _check(episodes, k, seed)
     policy = TrainedPolicy.load(path)
+    if is_bundle(policy.source):
+        _check_module(policy.env, module)
     played = _play(
         policy.env,
         policy.env_config,
@@ -114,6 +118,7 @@ def evaluate_server(
     episodes: int = 10,
     k: int | None = None,
     seed: int = 0,
+    module: str | None = None,
 ) -> Evaluation:
     """Plays as `evaluate_checkpoint` does, with every action asked of a server (`qvpo serve`).
 
@@ -123,6 +128,7 @@ def evaluate_server(
     Args:
         model: name or name@version.
         env: environment; the model's own if None.
+        module: of the model's own, which the server alone is not believed.
 
     Raises:
         ValueError: no server or no such model, or the environment is missing or does not fit.
@@ -139,6 +145,8 @@ def evaluate_server(
                 )
             # One version to the end, whatever is replaced meanwhile.
             pinned = f"{found['name']}@{found['version']}"
+            if env is None:
+                _check_module(found["env"], module)
             env = env or found["env"]
             played = _play(
                 env,
@@ -154,6 +162,17 @@ def evaluate_server(
             ) from error
     k = found["k_eval"] if k is None else k
     return Evaluation(env, k, seed, f"{url}/v1/models/{pinned}", played)
+
+
+def _check_module(env: str, module: str | None) -> None:
+    """Raises `ValueError` unless the user named the module that `env` would import."""
+    named = env.rpartition(":")[0]
+    if named and named != module:
+        raise ValueError(
+            f"The policy names the environment {env!r}, whose module {named!r} would be imported: "
+            "that runs the code that is in it. If it is your own or you trust it, give "
+            f"--import {named}."
+        )
 
 
 def _check(episodes: int, k: int | None, seed: int) -> None:

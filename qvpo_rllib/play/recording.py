@@ -53,6 +53,7 @@ def record_checkpoint(
     episodes: int = 1,
     k: int | None = None,
     seed: int = 0,
+    module: str | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> tuple[Evaluation, int]:
     """Plays episodes and writes them to the video `out`, one after the other.
@@ -60,6 +61,7 @@ def record_checkpoint(
     With one episode it is the episode of `evaluate_checkpoint(…, episodes=1)` with the same seed.
 
     Args:
+        module: as for `evaluate_checkpoint`.
         report: called after each step with the episode (from 0) and its return so far.
 
     Returns:
@@ -74,7 +76,7 @@ def record_checkpoint(
         recorder = Recorder(temporary, episodes, report)
         try:
             result = evaluate_checkpoint(
-                checkpoint, episodes=episodes, k=k, seed=seed, record=recorder.watch
+                checkpoint, episodes=episodes, k=k, seed=seed, module=module, record=recorder.watch
             )
         finally:
             recorder.close()

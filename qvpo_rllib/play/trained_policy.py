@@ -1,5 +1,7 @@
 """A trained policy that plays: of any algorithm's checkpoint, run directory or bundle."""
 
+import logging
+import os
 import pickle
 import time
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from qvpo_rllib.checkpoints.staging import committed
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.serving.bundle import DESCRIPTION_FILE, load
 from qvpo_rllib.serving.policy import BestOfKPolicy
+
+logger = logging.getLogger(__name__)
 
 POLICY_DIRECTORY = f"{POLICIES_DIRECTORY}/default_policy"
 # Wherever it was trained: a policy that only acts needs no learner, and acts on the CPU.
@@ -54,7 +58,7 @@ class TrainedPolicy:
             ValueError: there is neither, or it is damaged or of another format.
         """
         source = find_checkpoint(path)
-        if (source / DESCRIPTION_FILE).is_file():
+        if is_bundle(source):
             served = load(source)
             d = served.description
             return cls(source, d.env, d.env_config, d.obs_dim, served.scale, d.k_eval, served)
@@ -95,8 +99,13 @@ class TrainedPolicy:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Returns the checkpoint meant by `path`: itself, or a run directory's best (else its last)."""
+    """Returns the checkpoint meant by `path`: itself, or a run directory's best (else its last).
+
+    A bundle is itself, whatever lies beside it: nothing in one is unpickled.
+    """
     path = path.expanduser().absolute()
+    if is_bundle(path):
+        return path.resolve()
     in_run = path.is_file() and path.parent.name == named.CHECKPOINTS  # a name without a link
     found = (
         named.find(path.parents[1], path.name)
@@ -104,6 +113,10 @@ def find_checkpoint(path: Path) -> Path:
         else named.find(path, "best") or named.find(path, "last")
     )
     return found or path.resolve()
+
+
+def is_bundle(path: Path) -> bool:
+    return os.path.lexists(path / DESCRIPTION_FILE)
 
 
 class Checkpoint(NamedTuple):
@@ -117,11 +130,15 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     """Returns a checkpoint's policy, which only acts, and on the CPU. This runs code that is in it.
 
     Raises:
-        ValueError: there is no checkpoint, or it is damaged, of another format, or contradictory.
+        ValueError: there is no checkpoint, or it is a bundle, damaged, of another format, or
+            contradictory.
     """
+    if is_bundle(directory):
+        raise ValueError(f"{str(directory)!r} is a bundle, not a checkpoint; nothing was loaded.")
     files = committed(directory)
     metadata = Metadata.read(files)
     metadata.check_files(files, under=POLICIES_DIRECTORY)
+    logger.info("Loading the checkpoint %s, which runs code that is in it.", directory)
     with (files / POLICY_DIRECTORY / "policy_state.pkl").open("rb") as file:
         state = pickle.load(file)
     state["policy_spec"]["config"].update(ACTING_ONLY)

@@ -5,7 +5,8 @@ Every reply that is not a success is `{"error": "<sentence>"}`.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +17,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
 from qvpo_rllib.serving.batcher import Batcher, OverloadedError
+from qvpo_rllib.serving.description import MAX_NOISE
 from qvpo_rllib.serving.models import Models, Snapshot
 from qvpo_rllib.serving.policy import NonFiniteActionError, ServedPolicy
 from qvpo_rllib.serving.schema import (
@@ -26,6 +30,7 @@ from qvpo_rllib.serving.schema import (
     MAX_K,
     MAX_ROWS,
     MAX_SAMPLES,
+    READ_TIMEOUT_S,
     ActReply,
     ActRequest,
     ErrorReply,
@@ -35,12 +40,16 @@ from qvpo_rllib.serving.schema import (
 )
 from qvpo_rllib.version import __version__
 
+logger = logging.getLogger(__name__)
+
 REFRESH_INTERVAL_S = 2.0
 RETRY_AFTER_S = 1
 NOT_READY = "No model is loaded yet"
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorReply, "description": "A header is not UTF-8."},
     404: {"model": ErrorReply, "description": "There is no such model."},
+    408: {"model": ErrorReply, "description": "The body came too slowly."},
     413: {"model": ErrorReply, "description": "The body or the request is too large."},
     422: {"model": ErrorReply, "description": "The body is not a valid request."},
     503: {"model": ErrorReply, "description": "Too many requests wait, or no model is ready."},
@@ -54,11 +63,15 @@ _ACT_BODY = {
 
 
 class Engine:
-    """The models and the thread that computes; made and used within one event loop."""
+    """The models and what computes with them; made and used within one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        batcher: which computes.
+    """
+
+    def __init__(self, batcher: Batcher) -> None:
         self.models = Models()
-        self.batcher = Batcher()
+        self.batcher = batcher
         self._changing = asyncio.Lock()
 
     async def open(self, paths: Sequence[str | Path]) -> None:
@@ -66,21 +79,37 @@ class Engine:
         async with self._changing:
             await asyncio.to_thread(self.models.open, paths)
 
-    async def refresh_forever(self) -> None:
-        """Takes up replaced bundles as long as the server runs."""
-        while True:
-            await asyncio.sleep(REFRESH_INTERVAL_S)
+    async def update(self, bundles: Sequence[str | Path]) -> None:
+        """Takes up replaced bundles; opens `bundles` if nothing is served yet."""
+        try:
+            if bundles and not self.models.snapshot.policies:
+                await self.open(bundles)
             async with self._changing:
                 await asyncio.to_thread(self.models.refresh)
+        except ValueError as error:  # one went bad before this process began; it is tried again
+            logger.error("%s", error)
+
+    async def update_forever(self, bundles: Sequence[str | Path]) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_INTERVAL_S)
+            await self.update(bundles)
 
 
-def create_api() -> FastAPI:
-    """Returns the application, whose `app.state.engine` is there once its lifespan has begun."""
+def create_api(
+    bundles: Sequence[str | Path] = (), make_batcher: Callable[[], Batcher] = Batcher
+) -> FastAPI:
+    """Returns the application, whose `app.state.engine` is there once its lifespan has begun.
+
+    Args:
+        bundles: opened when its lifespan begins.
+        make_batcher: called then, for what computes.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.engine = Engine()
-        task = asyncio.create_task(app.state.engine.refresh_forever())
+        app.state.engine = Engine(make_batcher())
+        await app.state.engine.update(bundles)
+        task = asyncio.create_task(app.state.engine.update_forever(bundles))
         yield
         task.cancel()
         app.state.engine.batcher.close()
@@ -92,6 +121,8 @@ def create_api() -> FastAPI:
         lifespan=lifespan,
     )
     api.add_exception_handler(HTTPException, _http_error)
+    api.add_exception_handler(Exception, _our_error)
+    api.add_middleware(OnlyUTF8)
 
     @api.get("/healthz", response_model=None)
     async def healthz() -> dict[str, str]:
@@ -136,10 +167,11 @@ def create_api() -> FastAPI:
         except ValidationError as error:
             raise HTTPException(422, sentence_of(error)) from None
         k = policy.description.k_eval if body.k is None else body.k
-        if len(body.observations) * k > MAX_SAMPLES:
+        most = min(MAX_SAMPLES, MAX_NOISE // policy.description.noise_per_sample)
+        if len(body.observations) * k > most:
             raise HTTPException(
                 413,
-                f"{len(body.observations)} observations with k={k} are more than {MAX_SAMPLES:,} "
+                f"{len(body.observations)} observations with k={k} are more than {most:,} "
                 "samples: send fewer observations at a time, or a smaller k.",
             )
         obs = _check(policy, body.observations)
@@ -187,17 +219,25 @@ def _find(snapshot: Snapshot, name: str) -> ServedPolicy:
 
 async def _read_body(request: Request) -> bytes:
     """Returns the body, counted as it comes, whatever length it announced."""
+    close = {"Connection": "close"}  # nobody will read the rest
     too_large = HTTPException(
-        413, f"The body is larger than {MAX_BODY_BYTES:,} bytes: send fewer observations at a time."
+        413,
+        f"The body is larger than {MAX_BODY_BYTES:,} bytes: send fewer observations at a time.",
+        headers=close,
     )
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > MAX_BODY_BYTES:
         raise too_large
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large
+    try:
+        async with asyncio.timeout(READ_TIMEOUT_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise too_large
+    except TimeoutError:
+        sentence = f"The body did not arrive within {READ_TIMEOUT_S:g} seconds."
+        raise HTTPException(408, sentence, headers=close) from None
     return bytes(body)
 
 
@@ -220,3 +260,27 @@ def _check(policy: ServedPolicy, observations: list[list[float]]) -> Tensor:
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+
+async def _our_error(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"error": "The server failed; its log says why."}, 500)
+
+
+class OnlyUTF8:
+    """ASGI middleware: 400 for a header that is not UTF-8, at which Ray Serve fails."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
+        try:
+            b"".join(part for header in scope.get("headers", ()) for part in header).decode()
+        except UnicodeDecodeError:
+            app = JSONResponse({"error": "A header is not UTF-8."}, 400)
+        await app(scope, receive, send)
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """Returns what Ray Serve's proxies take by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH."""
+    return [Middleware(OnlyUTF8)]

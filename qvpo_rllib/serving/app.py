@@ -1,4 +1,4 @@
-"""The Ray Serve application: `serve run`, a RayService's `import_path`, or `qvpo serve`.
+"""The Ray Serve application: `serve run`, or a RayService's `import_path`.
 
     serve run qvpo_rllib.serving.app:build bundles=/models/a:/models/b
     import_path: qvpo_rllib.serving.app:build    args: {bundles: [/models/a, /models/b]}
@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 
 from qvpo_rllib.serving.api import create_api
-from qvpo_rllib.serving.batcher import MAX_PENDING_REQUESTS
 from qvpo_rllib.serving.bundle import load
 from qvpo_rllib.serving.models import check_references
 
@@ -37,10 +36,11 @@ class AppArguments(BaseModel):
 
 
 @serve.deployment(
-    # The replica's own queue is the limit that counts; Serve's lie above it and say the same, 503.
-    max_ongoing_requests=2 * MAX_PENDING_REQUESTS,
-    max_queued_requests=MAX_PENDING_REQUESTS,
+    # The replica's own queue is the limit that counts, whose 503 is JSON and never health's. Serve
+    # also counts requests whose bodies are still coming.
+    max_ongoing_requests=100_000,
     graceful_shutdown_timeout_s=10,
+    health_check_period_s=1,  # a replica that died is replaced when that is noticed
 )
 @serve.ingress(create_api)
 class PolicyServer:

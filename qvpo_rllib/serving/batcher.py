@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,6 +24,32 @@ MAX_PENDING_REQUESTS = 256
 
 class OverloadedError(Exception):
     """The queue is full; try again later."""
+
+
+# A request's observations [B, O] float32, and the seed of its noise; None for fresh noise.
+Seeded = tuple[NDArray[np.float32], int | None]
+# Actions [sum of B, A] in the environment's box, and whether they and their Q are finite.
+Actions = tuple[NDArray[np.floating], NDArray[np.bool_]]
+Compute = Callable[[ServedPolicy, int, Sequence[Seeded]], Actions]
+
+
+def compute(policy: ServedPolicy, k: int, requests: Sequence[Seeded]) -> Actions:
+    """Returns the best of k actions for all observations of all requests, in their order.
+
+    A generator of its own draws each request's noise, so that neither batch nor order changes a
+    seeded request.
+    """
+    noise = []
+    for obs, seed in requests:
+        generator = Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        noise.append(policy.draw_noise(len(obs), k, generator))
+    all_obs = torch.from_numpy(np.concatenate([obs for obs, _ in requests]))
+    actions, finite = policy.act_with_noise(all_obs, torch.cat(noise, dim=1))
+    return policy.scale.to_env(np.where(finite[:, None], actions, 0)), finite
 
 
 @dataclass(frozen=True)
@@ -48,17 +76,20 @@ class _Job:
 
 
 class Batcher:
-    """One thread computes; what arrives meanwhile waits and is computed together next.
+    """What arrives while all threads compute waits, and is computed together next.
 
-    No request waits for company: an idle thread starts at once. Its own generator draws each
-    request's noise, so that neither batch nor order changes a seeded request.
+    No request waits for company: an idle thread starts at once.
+
+    Args:
+        function: what computes a batch, called from `num_threads` threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, function: Compute = compute, num_threads: int = 1) -> None:
+        self._function, self._num_threads = function, num_threads
         self._pending: deque[_Job] = deque()
         self._pending_samples = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="qvpo-act")
-        self._task: asyncio.Task[None] | None = None
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="qvpo-act")
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def act(self, policy: ServedPolicy, obs: Tensor, k: int, seed: int | None) -> Result:
         """Returns actions for checked observations [B, O].
@@ -74,30 +105,44 @@ class Batcher:
             raise OverloadedError
         self._pending.append(job)
         self._pending_samples += job.samples
-        if self._task is None:
-            self._task = loop.create_task(self._work())
+        if len(self._tasks) < self._num_threads:
+            task = loop.create_task(self._work())
+            self._tasks.add(task)
         return await job.future
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         try:
             while self._pending:
-                batch = self._take()
-                if not batch:
-                    continue
-                try:
-                    results = await loop.run_in_executor(self._thread, _compute, batch)
-                except Exception as error:
-                    results = [error] * len(batch)
-                for job, result in zip(batch, results, strict=True):
-                    if job.future.done():  # its client is gone
-                        continue
-                    if isinstance(result, Result):
-                        job.future.set_result(result)
-                    else:
-                        job.future.set_exception(result)
+                if batch := self._take():
+                    await self._do(batch)
         finally:
-            self._task = None
+            self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
+
+    async def _do(self, batch: list[_Job]) -> None:
+        """Gives each job its result, or the error that its own observations caused."""
+        requests = [(job.obs.numpy(), job.seed) for job in batch]
+        started = time.perf_counter()
+        failure: Exception | None = None
+        try:
+            actions, finite = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._function, batch[0].policy, batch[0].k, requests
+            )
+        except Exception as error:
+            failure = error
+        computing_s = time.perf_counter() - started
+        start = 0
+        for job in batch:
+            rows = slice(start, start + len(job.obs))
+            start = rows.stop
+            if job.future.done():  # its client is gone
+                continue
+            if failure is not None:
+                job.future.set_exception(failure)
+            elif finite[rows].all():
+                job.future.set_result(Result(actions[rows], started - job.arrived, computing_s))
+            else:
+                row = int(np.flatnonzero(~finite[rows])[0])
+                job.future.set_exception(NonFiniteActionError(row))
 
     def _take(self) -> list[_Job]:
         """Returns the oldest job and those that fit it; the others keep their places."""
@@ -123,37 +168,7 @@ class Batcher:
         return batch
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._task is not None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for task in self._tasks:
             with contextlib.suppress(RuntimeError):  # the loop may be closed
-                self._task.cancel()
-
-
-def _compute(batch: list[_Job]) -> list[Result | Exception]:
-    """Returns each job's result, or the error that its own observations caused."""
-    started = time.perf_counter()
-    policy, k = batch[0].policy, batch[0].k
-    noise = []
-    for job in batch:
-        generator = Generator()
-        if job.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(job.seed)
-        noise.append(policy.draw_noise(len(job.obs), k, generator))
-    actions, finite = policy.act_with_noise(
-        torch.cat([job.obs for job in batch]), torch.cat(noise, dim=1)
-    )
-    in_box = policy.scale.to_env(np.where(finite[:, None], actions, 0))
-    computing_s = time.perf_counter() - started
-    results: list[Result | Exception] = []
-    start = 0
-    for job in batch:
-        rows = slice(start, start + len(job.obs))
-        start = rows.stop
-        if finite[rows].all():
-            results.append(Result(in_box[rows], started - job.arrived, computing_s))
-        else:
-            row = int(np.flatnonzero(~finite[rows])[0])
-            results.append(NonFiniteActionError(row))
-    return results
+                task.cancel()

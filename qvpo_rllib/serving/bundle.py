@@ -9,7 +9,9 @@ can write them too. What no bundle can do is run code: it is parsed, never unpic
 """
 
 import hashlib
+import itertools
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ PARAMETERS_FILE = "policy.safetensors"
 ONNX_FILE = "policy.onnx"
 # Beyond the parameters themselves: safetensors' header, a few hundred bytes per tensor.
 MAX_HEADER_BYTES = 2**20
+MAX_PARAMETER_BYTES = 2**30
 
 
 def encode_parameters(tensors: Mapping[str, Tensor]) -> bytes:
@@ -109,13 +112,14 @@ def load(directory: Path | str) -> ServedPolicy:
     with _refusing(directory / DESCRIPTION_FILE) as file:
         description, digests = description_json.decode(_read(file, description_json.MAX_BYTES))
     with _refusing(directory / PARAMETERS_FILE) as file:
-        num_bytes = sum(p.numel() * 4 for p in _empty(description).parameters())
+        networks = _untrained(description)
+        num_bytes = sum(p.numel() * 4 for p in networks.parameters())
         parameters = _read(file, num_bytes + MAX_HEADER_BYTES)
         if digest(parameters) != digests.get(PARAMETERS_FILE):
             raise ValueError(
                 "its SHA-256 is not the one in policy.json: it was changed or cut short"
             )
-        networks = build_networks(description, parameters)
+        _fill(networks, parameters)
     return ServedPolicy(description, networks)
 
 
@@ -134,8 +138,12 @@ def _refusing(file: Path) -> Iterator[Path]:
 def _read(file: Path, max_bytes: int) -> bytes:
     """Returns the file's bytes, read once, so that what is checked is what is used."""
     try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
+        # Opening a FIFO would wait for whoever writes to it.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is not a regular file")
+            size = status.st_size
             if size > max_bytes:
                 raise ValueError(
                     f"it has {size:,} bytes, longer than the {max_bytes:,} that it may have"
@@ -145,19 +153,33 @@ def _read(file: Path, max_bytes: int) -> bytes:
         raise ValueError(f"it cannot be read ({error})") from error
 
 
-def _empty(description: Description) -> PolicyNetworks:
-    """Returns the networks without memory for their parameters: names and shapes."""
-    with torch.device("meta"):
-        return PolicyNetworks(description)
-
-
 def build_networks(description: Description, parameters: bytes) -> PolicyNetworks:
     """Returns the networks with these parameters. Raises `ValueError` if they do not fit."""
+    networks = _untrained(description)
+    _fill(networks, parameters)
+    return networks
+
+
+def _untrained(description: Description) -> PolicyNetworks:
+    """Returns new networks. Raises `ValueError` if they are larger than any policy's."""
+    d = description
+    widths = [d.obs_dim + d.act_dim, *d.hidden, d.act_dim]
+    num_bytes = 4 * 3 * sum(a * b for a, b in itertools.pairwise(widths))  # actor and critics
+    if num_bytes > MAX_PARAMETER_BYTES:
+        raise ValueError(
+            f"policy.json describes networks of {num_bytes:,} bytes, more than the "
+            f"{MAX_PARAMETER_BYTES:,} that they may have"
+        )
+    return PolicyNetworks(d)
+
+
+def _fill(networks: PolicyNetworks, parameters: bytes) -> None:
+    """Loads the parameters. Raises `ValueError` if they do not fit."""
     try:
         tensors = safetensors.torch.load(parameters)
     except safetensors.SafetensorError as error:
         raise ValueError(f"it is not a whole safetensors file ({error})") from error
-    expected = {name: p.shape for name, p in _empty(description).named_parameters()}
+    expected = {name: p.shape for name, p in networks.named_parameters()}
     wrong = sorted(expected.keys() ^ tensors.keys())
     if wrong:
         raise ValueError(f"these tensors are missing or foreign: {', '.join(wrong[:4])}")
@@ -170,6 +192,5 @@ def build_networks(description: Description, parameters: bytes) -> PolicyNetwork
             )
         if not tensor.isfinite().all():
             raise ValueError(f"{name} has a NaN or an infinite parameter")
-    networks = PolicyNetworks(description)
     networks.load_state_dict(tensors)
-    return networks.requires_grad_(False).eval()
+    networks.requires_grad_(False).eval()

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-RETRIES = 5  # of a request that a busy server turned away
+RETRIES = 5  # of a request that a busy server turned away, or whose connection was lost
 
 
 class ServerError(RuntimeError):
@@ -85,12 +85,16 @@ class Client:
                 self._connection.request(method, self._prefix + path, content, headers)
                 response = self._connection.getresponse()
                 text = response.read()
-            except http.client.HTTPException as error:
+            except (OSError, http.client.HTTPException) as error:
                 self._connection.close()
+                # The server's process died, or the connection was idle for too long.
+                lost = isinstance(error, ConnectionError | http.client.IncompleteRead)
+                if lost and not isinstance(error, ConnectionRefusedError) and attempt < RETRIES:
+                    time.sleep(0.1 * 2**attempt)
+                    continue
+                if isinstance(error, OSError):
+                    raise
                 raise OSError(f"{self._connection.host} speaks no proper HTTP: {error}") from error
-            except OSError:
-                self._connection.close()
-                raise
             if response.status != 503 or attempt == RETRIES:
                 break
             time.sleep(0.1 * 2**attempt)

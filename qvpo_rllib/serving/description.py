@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -19,6 +19,8 @@ NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 MAX_DIMS = 65_536  # observation or action dimensions
 MAX_STEPS = 10_000  # diffusion steps, and actions per observation
 MAX_BYTES = 16 * 2**20  # a policy.json; Humanoid's takes 10 kB
+MAX_NESTING = 32  # of a policy.json
+MAX_NOISE = 2**26  # numbers drawn at once, T × K × A for an observation: 256 MiB
 FLOATS = ("float16", "float32", "float64")
 
 
@@ -58,8 +60,23 @@ class Description:
         for name, size in sizes.items():
             if len(getattr(self, name)) != size:
                 raise ValueError(f"{name} has {len(getattr(self, name))} numbers, not {size}.")
-        if not all(low < high for low, high in zip(self.act_low, self.act_high, strict=True)):
-            raise ValueError("act_low must be below act_high in every dimension.")
+        scale = self.action_scale
+        if not (np.isfinite(scale.low).all() and np.isfinite(scale.high).all()):
+            raise ValueError(f"act_low and act_high must be finite as {self.act_dtype}.")
+        if not (scale.low < scale.high).all():
+            raise ValueError(
+                f"act_low must be below act_high in every dimension, as {self.act_dtype}."
+            )
+        with np.errstate(invalid="ignore"):  # infinity times zero
+            middle = scale.to_env(np.zeros(self.act_dim))
+        if not np.isfinite(middle).all():
+            raise ValueError("act_low and act_high are too far apart.")
+        k = max(self.k_eval, self.k_behavior)
+        if k * self.noise_per_sample > MAX_NOISE:
+            raise ValueError(
+                f"diffusion_steps={self.diffusion_steps}, K = {k} and {self.act_dim} action "
+                f"dimensions need more than {MAX_NOISE:,} random numbers for one action."
+            )
         QVPOHyperparameters(  # the one home of what these may be
             hidden=tuple(self.hidden),
             diffusion_steps=self.diffusion_steps,
@@ -73,10 +90,16 @@ class Description:
         return len(self.act_low)
 
     @property
+    def noise_per_sample(self) -> int:
+        """Random numbers that one of the K actions takes, T × A."""
+        return self.diffusion_steps * self.act_dim
+
+    @property
     def action_scale(self) -> ActionScale:
         """The map from the networks' [-1, 1] to the environment's box."""
         dtype = np.dtype(self.act_dtype)
-        return ActionScale(np.array(self.act_low, dtype), np.array(self.act_high, dtype))
+        with np.errstate(over="ignore"):  # to infinity, which is not allowed
+            return ActionScale(np.array(self.act_low, dtype), np.array(self.act_high, dtype))
 
 
 def encode(description: Description, files: dict[str, str]) -> bytes:
@@ -98,9 +121,13 @@ def encode(description: Description, files: dict[str, str]) -> bytes:
 def decode(text: bytes) -> tuple[Description, dict[str, str]]:
     """Returns what `encode` was given. Raises `ValueError` that says what is wrong with it."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_refuse_constant)
+        # Half a surrogate pair, which JSON may hold and UTF-8 may not, is for no reply.
+        json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error})") from None
+    if not _is_flat(content, MAX_NESTING):
+        raise ValueError(f"it is nested more than {MAX_NESTING} levels deep")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"it does not say format: {FORMAT!r}")
     if content.get("format_version") != FORMAT_VERSION:
@@ -122,6 +149,17 @@ def decode(text: bytes) -> tuple[Description, dict[str, str]]:
     if wrong:
         raise ValueError(f"these fields are missing or unknown: {', '.join(map(_short, wrong))}")
     return Description(**content), files
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number in JSON")
+
+
+def _is_flat(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_flat(item, levels - 1) for item in inner)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -68,10 +68,7 @@ class Models:
     def refresh(self) -> None:
         """Takes up the bundles that were replaced; a bad one is reported and not taken."""
         if any([self._renew(place) for place in self._places]):
-            try:
-                self.snapshot = _snapshot(self._places)
-            except ValueError as error:
-                logger.error("%s", error)
+            self.snapshot = _snapshot(self._places)
 
     def _renew(self, place: _Place) -> bool:
         stamp = _stamp(place.path)
@@ -80,7 +77,9 @@ class Models:
             return False
         try:
             policy = _load_warm(place.path)
-        except ValueError as error:
+            others = [(p.path, p.policy) for p in self._places if p is not place]
+            check_references([*others, (place.path, policy)])
+        except Exception as error:  # whatever a bundle may do, the next one is looked at
             # The stamp stays as it was, so that a bundle still being copied is tried again.
             changed = place.problem != str(error)
             if changed:

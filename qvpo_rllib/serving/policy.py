@@ -5,6 +5,7 @@ may round a row differently when the matrix has another height, so observations 
 networks one by one.
 """
 
+import os
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,9 @@ from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 from qvpo_rllib.serving.description import Description
 
 CPU = torch.device("cpu")
+
+# OpenMP's threads do not survive a fork, and a child that asks for them waits for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class NonFiniteActionError(ValueError):

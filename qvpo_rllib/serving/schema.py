@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # They bound memory and the time that one client can make others wait.
 MAX_BODY_BYTES = 4 * 2**20
+READ_TIMEOUT_S = 5.0  # for a request's head, and for its body
 MAX_ROWS = 256  # observations of a request
 MAX_K = 256
 MAX_SAMPLES = 8_192  # observations × k of a request: about a second at the paper's network sizes

@@ -1,46 +1,50 @@
-"""`qvpo serve`'s server: Ray Serve on this machine or a cluster, until a signal asks it to stop."""
+"""`qvpo serve`'s server: processes of this machine, until a signal asks it to stop.
 
+    this process     holds the listening socket and starts the next one again if it dies
+    HTTP process     checks requests and batches them; see `api.py`
+    workers          compute; see `workers.py`
+
+A process that is killed is replaced in a moment: by a fork of one that has imported everything.
+Connections wait meanwhile, for the socket stays open.
+"""
+
+import contextlib
+import functools
 import logging
-import os
+import multiprocessing
+import resource
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import uvicorn
 
 from qvpo_rllib.core.options import require_at_least
-from qvpo_rllib.ray_session import LOOPBACK, start_ray
+from qvpo_rllib.ray_session import LOOPBACK
+from qvpo_rllib.serving.api import create_api
+from qvpo_rllib.serving.batcher import Batcher
+from qvpo_rllib.serving.bundle import load
 from qvpo_rllib.serving.client import Client
+from qvpo_rllib.serving.http_protocol import ImpatientProtocol
+from qvpo_rllib.serving.models import check_references
+from qvpo_rllib.serving.workers import Workers, name_process, work
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerProcess
+
+logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal's; Kubernetes' and systemd's
-APPLICATION = "qvpo"
-
-# Serve's own defaults keep user code and router in threads of their own, for user code that blocks
-# the event loop. Ours never does, and each hop between threads costs time. And a proxy that is not
-# ready within 5 s is killed and started anew: on a busy machine that need not end.
-SETTINGS = {
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-}
-
-
-def direct_ingress(port: int) -> dict[str, str]:
-    """Returns the settings by which a single replica listens on `port` itself.
-
-    Through Serve's proxy a request makes four calls between two Ray actors, several milliseconds of
-    the two cores; the proxy stays for several replicas, among which it divides the requests.
-    """
-    return {
-        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),  # exclusive
-        # For load balancers, of which there is none: a replica may stop and start at once.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        "RAY_SERVE_PORT_QUARANTINE_S": "0",
-    }
+START_TIMEOUT_S = 120.0
+KEEP_ALIVE_S = 75  # longer than most proxies' own
+STOP_TIMEOUT_S = 20  # for the requests that have begun; longer than any may take to arrive
+RESTART_DELAY_S = 0.1
+CONNECTIONS_WAITING = 1024
 
 
 def serve_until_stopped(
@@ -56,15 +60,10 @@ def serve_until_stopped(
     """
     stop = threading.Event()
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-    def listen() -> None:
+    try:
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: stop.set())
-
-    try:
-        listen()
         with serving(bundles, host=host, port=port, replicas=replicas):
-            listen()  # Ray has put a handler of its own for SIGTERM, which aborts
             url = f"http://{host if host != '0.0.0.0' else LOOPBACK}:{port}"
             with Client(url) as client:
                 for model in client.models():
@@ -86,66 +85,117 @@ def serving(
 ) -> Iterator[tuple[str, int]]:
     """Serves bundles as long as the block runs, and yields host and port.
 
-    It uses the cluster of RAY_ADDRESS if that is set, else a Ray of its own.
+    Args:
+        replicas: processes that compute.
 
     Raises:
-        ValueError: Ray Serve is missing, the address is not allowed or taken, or a bundle is
-            refused.
+        ValueError: the address is not allowed or taken, or a bundle is refused.
     """
-    _check_address(host, port)
     require_at_least("--replicas", replicas, 1)
-    direct = replicas == 1 and not os.environ.get("RAY_ADDRESS")
-    # Before Serve is imported, which reads them once; Ray's processes inherit them.
-    os.environ.update(SETTINGS | (direct_ingress(port) if direct else {}))
-    try:
-        import ray
-        from ray import serve
-
-        from qvpo_rllib.serving.app import AppArguments, build
-    except ImportError as error:
-        raise ValueError(
-            f"Serving needs Ray Serve, which is not installed ({error}): pip install "
-            "'qvpo_rllib[serve]'."
-        ) from error
-    paths = [str(bundle.expanduser().absolute()) for bundle in bundles]
-    application = build(AppArguments(bundles=paths, num_replicas=replicas))
-    try:
-        start_ray(replicas + 1)
-        start_serve(host, _free_port(host) if direct else port)
-        serve.run(application, name=APPLICATION)
-        yield host, port
-        serve.delete(APPLICATION)  # finishes the requests that have begun
-    finally:
-        ray.shutdown()
+    paths = [bundle.expanduser().absolute() for bundle in bundles]
+    with _listen(host, port) as listener:
+        check_references([(path, load(path)) for path in paths])
+        supervisor = _Supervisor(listener, paths, replicas)
+        try:
+            with Client(f"http://{host}:{port}", timeout_s=START_TIMEOUT_S) as client:
+                client.models()  # waits until it answers
+            yield host, port
+        finally:
+            listener.close()  # before the HTTP process stops: nobody connects any more
+            supervisor.stop()
 
 
-def start_serve(host: str, port: int) -> None:
-    """Starts Serve's proxy on the Ray that runs, without a line per request in its logs."""
-    from ray import serve
-
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": host, "port": port},
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
-
-
-def _check_address(host: str, port: int) -> None:
-    """Raises `ValueError` if nothing could listen there; Serve itself would try for a minute."""
+def _listen(host: str, port: int) -> socket.socket:
     if not 1 <= port <= 65535:
         raise ValueError(f"--port {port} is not allowed: it must be from 1 to 65535.")
     try:
-        with socket.create_server((host, port)):
-            pass
+        return socket.create_server((host, port), backlog=CONNECTIONS_WAITING)
     except OSError as error:
         raise ValueError(
             f"--host {host} --port {port} cannot be listened on: {error}. Give another --port."
         ) from error
 
 
-def _free_port(host: str) -> int:
-    """Returns a port for the proxy, which Serve starts even if nobody uses it."""
-    with socket.create_server((host, 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+class _Supervisor:
+    """Keeps the HTTP process and the workers running."""
+
+    def __init__(self, listener: socket.socket, paths: Sequence[Path], replicas: int) -> None:
+        # Forks one that has imported everything and has no threads, which takes milliseconds.
+        self._processes = multiprocessing.get_context("forkserver")
+        self._processes.set_forkserver_preload(["__main__", "qvpo_rllib.serving.api"])
+        self._arguments = (listener, paths, replicas)
+        self._stopping = threading.Event()
+        self._http = self._start_http()
+        self._threads = [threading.Thread(target=self._keep_http, daemon=True)]
+        for _ in range(replicas):
+            self._threads.append(threading.Thread(target=self._keep_worker, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Lets the HTTP process finish what it has begun; the workers end with it."""
+        self._stopping.set()
+        self._http.terminate()
+        self._http.join(STOP_TIMEOUT_S + 5)
+        self._http.kill()
+        for thread in self._threads:
+            thread.join()
+
+    def _start_http(self) -> "ForkServerProcess":
+        self._supply, theirs = socket.socketpair()
+        process = self._processes.Process(target=_serve_http, args=(*self._arguments, theirs))
+        process.start()
+        theirs.close()
+        return process
+
+    def _keep_http(self) -> None:
+        while True:
+            self._http.join()
+            # A signal to all processes ends that one first.
+            if self._stopping.wait(RESTART_DELAY_S):
+                return
+            logger.error("The HTTP process ended; another one is started.")
+            self._supply.close()
+            self._http = self._start_http()
+
+    def _keep_worker(self) -> None:
+        """A worker's pipe goes to the HTTP process of the moment; the worker ends with that."""
+        while not self._stopping.is_set():
+            ours, theirs = self._processes.Pipe()
+            process = self._processes.Process(target=work, args=(theirs,))
+            process.start()
+            theirs.close()
+            with contextlib.suppress(OSError):  # there is none for a moment: it ends at once
+                socket.send_fds(self._supply, [b"w"], [ours.fileno()])
+            ours.close()
+            process.join()
+            self._stopping.wait(RESTART_DELAY_S)
+
+
+def _serve_http(
+    listener: socket.socket, paths: Sequence[Path], replicas: int, supply: socket.socket
+) -> None:
+    """Serves HTTP until SIGTERM, or until the process that started this one has ended."""
+    name_process("qvpo-http")
+    torch.set_num_threads(1)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections that stall are many
+
+    def stop() -> None:
+        server.should_exit = True
+
+    batcher = functools.partial(Batcher, Workers(supply, at_end=stop), replicas)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_api(paths, batcher),
+            http=ImpatientProtocol,
+            ws="none",
+            log_config=None,
+            log_level="critical",  # it warns of every bad request
+            access_log=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=STOP_TIMEOUT_S,
+        )
+    )
+    server.run(sockets=[listener])

@@ -121,6 +121,12 @@ def dotted(key: KeyPath) -> str:
 
 
 Made = TypeVar("Made")
+MAX_BYTES = 2**20  # of a file; the largest here has 3 kB
+MAX_VALUES, MAX_NESTING = 10_000, 50  # in it
+
+
+def _refuse(node: yaml.Node, problem: str) -> NoReturn:
+    raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -129,15 +135,22 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self.lines: dict[KeyPath, int] = {}
+        self._num_values = 0
 
     def convert(self, node: yaml.Node, key: KeyPath = ()) -> Any:
         """The value of `node`; `lines` gets the line of every key and list entry in it."""
         self.lines.setdefault(key, node.start_mark.line + 1)
+        # A few lines of aliases may stand for gigabytes, or for something without an end.
+        self._num_values += 1
+        if self._num_values > MAX_VALUES or len(key) > MAX_NESTING:
+            _refuse(node, f"more than {MAX_VALUES:,} values or {MAX_NESTING} levels, aliases read")
         if isinstance(node, yaml.SequenceNode):
             return [self.convert(item, (*key, i)) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             values: dict[str, Any] = {}
             for name_node, value_node in node.value:
+                if not isinstance(name_node, yaml.ScalarNode):
+                    _refuse(name_node, "a key must be a word")
                 name = str(self.construct_object(name_node, deep=True))
                 place = (*key, name)
                 self.lines[place] = name_node.start_mark.line + 1
@@ -162,13 +175,16 @@ def read_yaml(path: Path, make: Callable[[Any], Made]) -> Made:
         ValueError: no file, no YAML, or a `SpecError` of `make`; names file, line and key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        loader = _Loader(content.decode("utf-8"))  # which refuses NUL and its like
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"The experiment file {str(path)!r} cannot be read: {error}. Give a YAML file, such as "
             "tune_configs/smoke.yaml."
         ) from None
-    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -177,6 +193,8 @@ def read_yaml(path: Path, make: Callable[[Any], Made]) -> Made:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{path}, line {line}: this is not YAML: {error.problem}.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply: {MAX_NESTING} levels at most.") from None
     except SpecError as error:
         key = error.key
         while key not in loader.lines:
