@@ -20,7 +20,7 @@ from qvpo_rllib.cli import (
     tune,
 )
 from qvpo_rllib.cli.terminal import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
-from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.errors import ENDS_TRAINING
 from qvpo_rllib.ray_session import keep_private
 
 COMMANDS = (train, play, tune, report, serve, paper, bench)
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
     except ValueError as error:
         return _report(error, EXIT_BAD_INPUT)
-    except NonFiniteError as error:
+    except ENDS_TRAINING as error:
         return _report(error, EXIT_FAILED)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
