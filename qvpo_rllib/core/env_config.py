@@ -40,10 +40,10 @@ def encode_env_config(value: Any, name: str = "env_config") -> Any:
         return items if kind is list else {"$tuple": items}
     if isinstance(value, PurePath):
         return {"$path": str(value)}
-    if kind is np.ndarray or isinstance(value, np.generic):
-        if value.dtype.kind in ARRAY_KINDS:
-            tag = "$array" if kind is np.ndarray else "$scalar"
-            return {tag: [value.dtype.str, list(value.shape), value.tobytes().hex()]}
+    is_scalar = isinstance(value, np.generic)
+    if (is_scalar or kind is np.ndarray) and value.dtype.kind in ARRAY_KINDS:
+        content = [value.dtype.str, list(value.shape), value.tobytes().hex()]
+        return {"$scalar" if is_scalar else "$array": content}
     raise ValueError(
         f"{name}={_short(value)} is not allowed: checkpoints and bundles keep the environment's "
         f"arguments, and a {kind.__name__} like this cannot be kept without loss. Allowed are "
@@ -57,6 +57,7 @@ def decode_env_config(value: Any) -> Any:
         return [decode_env_config(item) for item in value]
     if not isinstance(value, dict):
         return value
+    content: Any
     tag, content = next(iter(value.items()), ("", None))
     if not tag.startswith("$"):
         return {key: decode_env_config(item) for key, item in value.items()}

@@ -1,6 +1,6 @@
 """RLlib's `on_episode_…` callbacks for loops that step their environments themselves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,7 +158,7 @@ class CombinedCallbacks(RLlibCallback):  # type: ignore[misc]
 
 def combined(
     kinds: Sequence[Callable[[], RLlibCallback]],
-    functions: dict[str, Sequence[Callable[..., None]]],
+    functions: Mapping[str, Sequence[Callable[..., None]]],
 ) -> type[RLlibCallback]:
     """Returns callbacks that call those of `kinds` in their order, and then `functions` by name.
 
@@ -176,11 +176,7 @@ def combined(
         return call
 
     classes = [kind if isinstance(kind, type) else type(kind()) for kind in kinds]
-    names = {
-        name
-        for name in dir(RLlibCallback)
-        if name.startswith("on_")
-        and (name in functions or any(overrides(c, name) for c in classes))
-    }
+    known = [name for name in dir(RLlibCallback) if name.startswith("on_")]
+    names = {n for n in known if n in functions or any(overrides(c, n) for c in classes)}
     members = {name: calling(name) for name in names}
     return type("CombinedCallbacks", (CombinedCallbacks,), {"kinds": tuple(kinds), **members})

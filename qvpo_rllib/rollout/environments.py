@@ -12,7 +12,7 @@ from qvpo_rllib.core.action_scale import ActionScale
 
 logger = logging.getLogger(__name__)
 
-Env = gym.Env[Any, Any]
+MAX_EPISODE_STEPS = 10_000  # of an evaluation's episode, where no time limit is declared
 
 
 def name_of(env: Any) -> str:
@@ -20,15 +20,15 @@ def name_of(env: Any) -> str:
     return f"{env.__module__}.{env.__qualname__}" if isinstance(env, type) else str(env)
 
 
-def layers_of(env: Env) -> list[Env]:
+def layers_of(env: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
     """Returns the environment's wrappers, outermost first, and the environment itself."""
-    layers = [env]
+    layers: list[gym.Env[Any, Any]] = [env]
     while isinstance(layers[-1], gym.Wrapper):
         layers.append(layers[-1].env)
     return layers
 
 
-def check_environment(env: Env, name: str) -> None:
+def check_environment(env: gym.Env[Any, Any], name: str) -> None:
     """Checks all that can be seen before the first step; warns if there is no time limit.
 
     Args:
@@ -46,8 +46,8 @@ def check_environment(env: Env, name: str) -> None:
         _warn_of_endless_episodes(name)
 
 
-def has_time_limit(env: Env) -> bool:
-    """Returns whether a wrapper cuts episodes off; an environment that does so itself may not say."""
+def has_time_limit(env: gym.Env[Any, Any]) -> bool:
+    """Returns whether a wrapper cuts episodes off; environments that do so themselves may not."""
     return any(isinstance(layer, gym.wrappers.TimeLimit) for layer in layers_of(env))
 
 
@@ -55,16 +55,17 @@ def has_time_limit(env: Env) -> bool:
 def _warn_of_endless_episodes(name: str) -> None:
     logger.warning(
         "%s declares no time limit (max_episode_steps). If it does not end its episodes itself, "
-        "training may see no end of one; evaluations cut theirs off after 10,000 steps. Register "
-        "it with max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit.",
+        "training may see no end of one; evaluations cut theirs off after %s steps. Register it with "
+        "max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit.",
         name,
+        f"{MAX_EPISODE_STEPS:,}",
     )
 
 
 RUNNING_STATISTICS = (gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward)
 
 
-def _refuse_running_statistics(env: Env) -> None:
+def _refuse_running_statistics(env: gym.Env[Any, Any]) -> None:
     """Each environment would have statistics of its own, and checkpoints and bundles none."""
     for layer in layers_of(env):
         if isinstance(layer, RUNNING_STATISTICS) and layer.update_running_mean:

@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
-from qvpo_rllib.rollout.environments import has_time_limit
+from qvpo_rllib.rollout.environments import MAX_EPISODE_STEPS, has_time_limit
 from qvpo_rllib.rollout.outcomes import OutcomeCheck
 
 logger = logging.getLogger(__name__)
 
-# Env steps after which an evaluation's episode ends if the environment declares no time limit.
-MAX_EPISODE_STEPS = 10_000
 REPORT_EVERY_S = 30.0  # between two messages of how far an evaluation is
 
 # Observations [B, O] → actions [B, A] in [-1, 1], and their Q [B] if it is known.
@@ -29,7 +27,7 @@ Reset = Callable[[], tuple[Any, dict[str, Any]]]  # of an environment: observati
 
 
 class Hooks:
-    """Watches the episodes of environments, which it knows by their index; this one does nothing."""
+    """Watches environments' episodes, knowing each by its index; this one does nothing."""
 
     def start(self, i: int, reset: Reset) -> tuple[Any, dict[str, Any]]:
         """Starts an episode: calls `reset` once and returns what it returned."""

@@ -329,7 +329,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         return self._checks[i].reset(returned)
 
     def _drop_episode(self, i: int, error: Exception) -> None:
-        """Replaces environment `i`, which raised in a step, and begins an episode in the new one."""
+        """Replaces environment `i`, which raised in a step, and begins an episode there."""
         self._restart(i, error)
         self._hooks.fail(i, error)
         self._finished.append(RolloutMetrics(episode_faulty=True))

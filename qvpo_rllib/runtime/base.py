@@ -143,8 +143,8 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     def non_finite(self, quantity: str, value: float, advice: str) -> NonFiniteError:
         """Returns the error for a loss that is NaN or infinite."""
         return NonFiniteError(
-            f"{name_of(self.config.env)}: {quantity} became {value} at env step {self.env_steps} (update "
-            f"{self.updates}). Training stops here; the last checkpoint is untouched. {advice}"
+            f"{name_of(self.config.env)}: {quantity} became {value} at env step {self.env_steps} "
+            f"(update {self.updates}). Training stops here; the last checkpoint is untouched. {advice}"
         )
 
     # --- an iteration, and its end by a stop ---------------------------------------------------

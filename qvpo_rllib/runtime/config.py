@@ -6,6 +6,7 @@ import math
 from typing import Any, ClassVar, Self
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.utils import force_list
 
 from qvpo_rllib.core.env_config import encode_env_config
 from qvpo_rllib.core.hyperparameters import resolved_hyperparameters
@@ -31,6 +32,8 @@ ASYNC_FRAGMENT_STEPS = 64
 # By configuration class: the algorithm that names it. Not an attribute of the configuration: Ray
 # disassembles an actor's class with all classes in it, and would go round in a circle.
 ALGORITHM_OF: dict[type, type] = {}
+# Called on the workers, which RLlib's old API stack does with a class's methods alone.
+WORKER_CALLBACKS = (*EPISODE_CALLBACKS, "on_sample_end")
 # The switches of the API stack, which is fixed: RLlib's update would warn about them.
 UNUSED_STATE = ("enable_rl_module_and_learner", "enable_env_runner_and_connector_v2")
 
@@ -175,17 +178,14 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
                 )
 
     def callbacks(self, callbacks_class: Any = NotProvided, **functions: Any) -> Self:
-        """RLlib's; it takes lists of classes and functions too, which the old API stack does not."""
-        mine = {
-            n: f for n, f in functions.items() if f and n in (*EPISODE_CALLBACKS, "on_sample_end")
-        }
-        super().callbacks(callbacks_class, **{n: f for n, f in functions.items() if n not in mine})
-        if mine or isinstance(self.callbacks_class, list | tuple):
-            by_name = {n: f if isinstance(f, list | tuple) else (f,) for n, f in mine.items()}
-            kinds = self.callbacks_class
-            self.callbacks_class = combined(
-                kinds if isinstance(kinds, list | tuple) else (kinds,), by_name
-            )
+        """RLlib's, but lists of classes, and functions of episodes, work on the old API stack."""
+        on_workers = {n: force_list(f) for n, f in functions.items() if n in WORKER_CALLBACKS}
+        super().callbacks(
+            callbacks_class, **{n: f for n, f in functions.items() if n not in on_workers}
+        )
+        kinds = self.callbacks_class  # type: ignore[has-type]
+        if on_workers or isinstance(kinds, list | tuple):
+            self.callbacks_class = combined(force_list(kinds), on_workers)
         return self
 
     # Callbacks of RLlib's that nothing calls here, and what to use instead.
@@ -199,8 +199,10 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
     def _refuse_unread_callbacks(self) -> None:
         kind = self.callbacks_class
         kind = kind if isinstance(kind, type) else type(kind())
-        for name, instead in self.unread_callbacks.items():
-            if overrides(kind, name) or getattr(self, f"callbacks_{name}", None):
+        by_method = dict.fromkeys(WORKER_CALLBACKS, "give the function to config.callbacks(…)")
+        for name, instead in (by_method | self.unread_callbacks).items():
+            overridden = name not in by_method and overrides(kind, name)
+            if overridden or getattr(self, f"callbacks_{name}", None):
                 raise ValueError(
                     f"The callback {name} is not supported: {self.algorithm_name} never calls it; "
                     f"{instead}."
