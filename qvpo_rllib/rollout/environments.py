@@ -55,8 +55,8 @@ def has_time_limit(env: gym.Env[Any, Any]) -> bool:
 def _warn_of_endless_episodes(name: str) -> None:
     logger.warning(
         "%s declares no time limit (max_episode_steps). If it does not end its episodes itself, "
-        "training may see no end of one; evaluations cut theirs off after %s steps. Register it with "
-        "max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit.",
+        "training may see no end of one; evaluations cut theirs off after %s steps. Register it "
+        "with max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit.",
         name,
         f"{MAX_EPISODE_STEPS:,}",
     )

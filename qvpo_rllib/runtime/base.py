@@ -144,7 +144,8 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         """Returns the error for a loss that is NaN or infinite."""
         return NonFiniteError(
             f"{name_of(self.config.env)}: {quantity} became {value} at env step {self.env_steps} "
-            f"(update {self.updates}). Training stops here; the last checkpoint is untouched. {advice}"
+            f"(update {self.updates}). Training stops here; the last checkpoint is untouched. "
+            f"{advice}"
         )
 
     # --- an iteration, and its end by a stop ---------------------------------------------------
