@@ -94,6 +94,7 @@ class WorkerPool:
     ) -> None:
         self.config = config
         self.faults = Faults()
+        self.recreated: list[int] = []  # workers that came back; whoever reads it empties it
         self._manager = manager
         self._env_steps = env_steps
         actors = self._manager.actors()
@@ -259,6 +260,7 @@ class WorkerPool:
             return  # it is the old process, which has not ended yet
         worker.process, worker.killed, worker.down_since = process, False, None
         self.faults.restarts += 1
+        self.recreated.append(worker.index)
         self._manager.set_actor_state(worker.index, healthy=True)
 
     def _bury(self, worker: _Worker, error: Exception) -> None:
