@@ -341,3 +341,10 @@ def test_no_more_evaluation_environments_than_episodes() -> None:
     config = QVPOConfig().environment("Counting-v0")
     config.evaluation(evaluation_interval=1, evaluation_duration=5, evaluation_num_env_runners=2)
     assert config.get_evaluation_config_object().num_envs_per_env_runner == 3
+
+
+def test_sacs_ratio_is_of_the_training_environments_alone() -> None:
+    config = ALGORITHMS["sac"].load().get_default_config().environment("Counting-v0")
+    config.training(update_ratio=0.5).evaluation(evaluation_interval=1, evaluation_duration=3)
+    config.validate()
+    config.get_evaluation_config_object().validate()
