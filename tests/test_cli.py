@@ -438,3 +438,16 @@ def test_the_packages_warnings_are_plain_text_on_standard_error(capsys: Any) -> 
     logging.getLogger("qvpo_rllib.some.module").warning("Interrupted: %d trials", 2)
     logging.getLogger("qvpo_rllib.some.module").debug("a detail")
     assert capsys.readouterr().err == "Interrupted: 2 trials\n"
+
+
+def test_modules_here_are_found_alike_but_not_for_a_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "policy.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path)
+    for first in ("", "/somewhere"):  # as `python -m` and `qvpo` begin
+        for arguments, found in ((["train"], True), (["evaluate", "."], False)):
+            monkeypatch.setattr(sys, "path", [first, *sys.path])
+            cli._import_from_here(cli.build_parser().parse_args(arguments))
+            assert (here in sys.path, "" in sys.path) == (found, False)

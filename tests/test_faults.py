@@ -73,10 +73,18 @@ ASYNC = pytest.mark.parametrize("run", ["async"], indirect=True, scope="module")
 
 
 @BOTH
-def test_a_killed_worker_is_replaced(run: Run) -> None:
-    before = dict(run.faults)
+def test_a_killed_worker_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, algorithm = dict(run.faults), run.algorithm
+    recreated: list[int] = []
+    monkeypatch.setattr(
+        algorithm.callbacks,
+        "on_env_runners_recreated",
+        lambda *, env_runner_indices, **arguments: recreated.extend(env_runner_indices),
+    )
     run.kill_a_worker()
     run.train_until(lambda faults: faults["restarts"] == before["restarts"] + 1)
+    recreated += algorithm.restore_env_runners(algorithm.env_runner_group)  # if that was just now
+    assert len(recreated) == 1
     assert run.faults["workers_lost"] == before["workers_lost"] + 1
     lost = run.faults["fragments_lost"] - before["fragments_lost"]
     assert lost <= IN_FLIGHT[run.mode]

@@ -1,5 +1,7 @@
 """What RLlib's own PPO, SPO and SAC get here: options, streams, evaluation, checkpoints."""
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -7,19 +9,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from ray.rllib.env.vector_env import VectorEnv
 from ray.rllib.evaluation.metrics import RolloutMetrics
 from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.utils.metrics.learner_info import LEARNER_STATS_KEY
 from torch import Generator
 
-from qvpo_rllib.core.errors import NonFiniteError
-from qvpo_rllib.core.seeding import Stream, spawn_seed
-from qvpo_rllib.rollout.environments import action_scale, check_spaces
-from qvpo_rllib.rollout.episodes import run_episodes
+from qvpo_rllib.core.errors import ENDS_TRAINING, NonFiniteError
+from qvpo_rllib.core.seeding import Stream, environment_seed, spawn_seed
+from qvpo_rllib.rollout.callbacks import EpisodeCallbacks
+from qvpo_rllib.rollout.environments import action_scale, name_of
+from qvpo_rllib.rollout.episodes import check_finite, environment_failure, run_episodes
+from qvpo_rllib.rollout.outcomes import OutcomeCheck
 from qvpo_rllib.rollout.policy import refuse_k
+from qvpo_rllib.rollout.worker import episode_metrics, restart_of
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.runtime.config import REPLACED_OPTIONS, BaseConfig
 from qvpo_rllib.runtime.ray_private import is_frozen
+
+logger = logging.getLogger(__name__)
 
 UPDATES = "num_updates"
 
@@ -47,6 +55,86 @@ class ChoosingPolicy:
         return np.asarray(np.clip(actions, -1.0, 1.0), np.float32)
 
 
+class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
+    """RLlib's vector of environments, which checks and copies what they return.
+
+    With `restarts`, an environment that raises is replaced. The exception of a step stands in the
+    place of the observation, as RLlib expects it.
+    """
+
+    def __init__(self, vector_env: VectorEnv, where: str, *, restarts: bool) -> None:
+        super().__init__(vector_env.observation_space, vector_env.action_space, vector_env.num_envs)
+        self.restart_at = vector_env.restart_at
+        self.try_render_at = vector_env.try_render_at
+        self._envs: list[Any] = vector_env.get_sub_environments()
+        self._restarts = restarts
+        self._names = [f"{where}, environment {i})" for i in range(self.num_envs)]
+        pairs = zip(self._envs, self._names, strict=True)
+        self._checks = [OutcomeCheck(env, name, dtype=None) for env, name in pairs]
+        self._lengths = [0] * self.num_envs
+        self._seeds: dict[int, int] = {}  # of the next reset
+        self._seed_of: Callable[[int, int], int] | None = None
+        self._num_restarted = 0
+
+    def seed(self, seed_of: Callable[[int, int], int]) -> None:
+        """Gives the next reset of each environment a seed, and that of each replacement.
+
+        Args:
+            seed_of: called with the environment's index and how many were replaced since.
+        """
+        self._seed_of, self._num_restarted = seed_of, 0
+        self._seeds = {i: seed_of(i, 0) for i in range(self.num_envs)}
+
+    def get_sub_environments(self) -> list[Any]:
+        return self._envs
+
+    def vector_reset(
+        self, *, seeds: Any = None, options: Any = None
+    ) -> tuple[list[Any], list[Any]]:
+        first = [self.reset_at(i) for i in range(self.num_envs)]
+        return [obs for obs, _ in first], [info for _, info in first]
+
+    def reset_at(
+        self, index: int | None = None, *, seed: int | None = None, options: Any = None
+    ) -> tuple[Any, Any]:
+        i = index or 0
+        self._lengths[i] = 0
+        try:
+            returned = self._envs[i].reset(seed=self._seeds.pop(i, seed), options=options)
+        except Exception as error:
+            self._replace(i, error)
+            returned = self._envs[i].reset(seed=self._seeds.pop(i, seed), options=options)
+        obs, info = self._checks[i].reset(returned)
+        check_finite(obs, "observation", self._names[i], 0)
+        return obs, info
+
+    def vector_step(self, actions: Sequence[Any]) -> tuple[list[Any], ...]:
+        steps = [self._step(i, action) for i, action in enumerate(actions)]
+        return tuple(list(column) for column in zip(*steps, strict=True))
+
+    def _step(self, i: int, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._lengths[i] += 1
+        try:
+            returned = self._envs[i].step(action)
+        except Exception as error:
+            self._replace(i, error)
+            return error, 0.0, True, True, {}
+        step = self._checks[i].step(returned, self._lengths[i])
+        check_finite(step[0], "observation", self._names[i], self._lengths[i])
+        check_finite(step[1], "reward", self._names[i], self._lengths[i])
+        return step
+
+    def _replace(self, i: int, error: Exception) -> None:
+        failure = environment_failure(self._names[i], error, self._lengths[i])
+        if not self._restarts:
+            raise failure from error
+        logger.warning("%s. This environment alone is restarted.", failure)
+        self.restart_at(i)
+        self._num_restarted += 1
+        if self._seed_of is not None:
+            self._seeds[i] = self._seed_of(i, self._num_restarted)
+
+
 class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
     """RLlib's rollout worker with this project's streams of random numbers and its evaluation.
 
@@ -56,18 +144,24 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
+        if self.env is not None:
+            self.async_env.vector_env = CheckedVectorEnv(
+                self.async_env.vector_env,
+                f"{name_of(self.config.env)} (worker {self.worker_index}",
+                restarts=self.config.restart_failed_sub_environments,
+            )
         self.restart_streams(0)
 
     def restart_streams(self, env_steps: int) -> None:
-        """Gives this worker new streams; those of a run that goes on depend on its `env_steps`."""
+        """Gives this worker new streams; those of a run that goes on depend on its `env_steps`.
+
+        An episode under way goes on with the old one.
+        """
         seed = self.config.seed
         if self.env is None or self.config.in_evaluation or seed is None:
             return  # evaluation seeds every episode
         index = self.worker_index
-        for i, env in enumerate(self.async_env.get_sub_environments()):
-            stream = spawn_seed(seed, Stream.ENVIRONMENT, env_steps, index, i)
-            # Not by `reset`, which would cut short an episode under way.
-            env.unwrapped.np_random = np.random.default_rng(stream)
+        self.async_env.vector_env.seed(functools.partial(environment_seed, seed, env_steps, index))
         actions = spawn_seed(seed, Stream.ACTION, env_steps, index, 0)
         if index > 0 or env_steps > 0:  # the learner's process was seeded by the algorithm
             torch.manual_seed(actions)
@@ -78,7 +172,7 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
         seeds: Sequence[int],
         action_seed: int,
         before_step: Callable[[], None] = lambda: None,
-    ) -> list[RolloutMetrics] | NonFiniteError:
+    ) -> list[RolloutMetrics] | Exception:
         """Plays one whole episode per seed, acting with the distribution's mode.
 
         Args:
@@ -92,12 +186,13 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
             before_step()
             return policy.act(obs), None
 
-        scale, name = action_scale(envs[0].action_space), f"{self.config.env} (evaluation)"
+        scale, name = action_scale(envs[0].action_space), f"{name_of(self.config.env)} (evaluation)"
+        hooks = EpisodeCallbacks(self)
         try:
-            episodes = run_episodes(envs, act, scale, seeds, name)
-        except NonFiniteError as error:
+            episodes = run_episodes(envs, act, scale, seeds, name, hooks, restart_of(self))
+        except ENDS_TRAINING as error:
             return error
-        return [RolloutMetrics(e.length, e.episode_return) for e in episodes]
+        return [episode_metrics(e.length, e.episode_return, e.extras) for e in episodes]
 
 
 class OnRLlibConfig(BaseConfig):
@@ -125,11 +220,6 @@ class OnRLlibConfig(BaseConfig):
 
 class OnRLlibAlgorithm(BaseAlgorithm):
     """A subclass puts it before RLlib's own algorithm in its bases."""
-
-    @staticmethod
-    def validate_env(env: Any, env_context: Any) -> None:
-        """Refuses spaces that RLlib would take, such as discrete actions; see `check_spaces`."""
-        check_spaces(env.observation_space, env.action_space)
 
     @property
     def updates(self) -> int:

@@ -178,7 +178,8 @@ class RivalSACConfig(OnRLlibConfig, rllib.SACConfig):  # type: ignore[misc]
             "seed": spawn_seed(self.seed, Stream.REPLAY),
             "truncation_as_terminal": hp.truncation_as_terminal,
         }
-        self.training_intensity = self._training_intensity(hp)
+        if not self.in_evaluation:  # its copy has other environments, which nobody learns from
+            self.training_intensity = self._training_intensity(hp)
 
     def _training_intensity(self, hp: SACHyperparameters) -> float:
         """RLlib's name for transitions trained on per transition sampled.

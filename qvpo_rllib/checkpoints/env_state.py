@@ -18,6 +18,8 @@ from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.utils import EzPickle
 from ray import cloudpickle
 
+from qvpo_rllib.rollout.environments import layers_of
+
 # Attributes that say how an environment was made, not where it is.
 CONSTANT = ("spec", "_cached_spec")
 OTHER_PARTS = "it has other wrappers, or is another environment, than when its state was taken"
@@ -29,7 +31,7 @@ class NotCapturableError(Exception):
 
 def capture(env: gym.Env[Any, Any]) -> bytes:
     """Returns the state of an environment and its wrappers. Raises `NotCapturableError`."""
-    layers = _layers(env)
+    layers = layers_of(env)
     file = io.BytesIO()
     try:
         states = [(type(layer).__name__, _state_of(layer)) for layer in layers]
@@ -47,7 +49,7 @@ def restore(env: gym.Env[Any, Any], state: bytes) -> None:
     Raises:
         NotCapturableError: the environment was made in another way; reset it then.
     """
-    layers = _layers(env)
+    layers = layers_of(env)
     try:
         states = _Unpickler(io.BytesIO(state), layers).load()
         if [name for name, _ in states] != [type(layer).__name__ for layer in layers]:
@@ -58,14 +60,6 @@ def restore(env: gym.Env[Any, Any], state: bytes) -> None:
         raise
     except Exception as error:
         raise NotCapturableError(f"{type(error).__name__}: {error}") from error
-
-
-def _layers(env: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
-    """Returns the environment's wrappers, outermost first, and the environment itself."""
-    layers: list[gym.Env[Any, Any]] = [env]
-    while isinstance(layers[-1], gym.Wrapper):
-        layers.append(layers[-1].env)
-    return layers
 
 
 def _has_own_state(layer: gym.Env[Any, Any]) -> bool:

@@ -44,7 +44,7 @@ class Metadata:
 
     Attributes:
         algorithm: whose checkpoint it is, "QVPO" or another.
-        env_config: arguments of the environment; None where JSON cannot hold them.
+        env_config: arguments of the environment, as `encode_env_config` gives them.
         shapes: numbers of observations and of action dimensions.
         action_box: lower and upper bounds of the actions.
         seed: of the run.
@@ -58,7 +58,7 @@ class Metadata:
 
     algorithm: str
     env: str
-    env_config: dict[str, Any] | None
+    env_config: dict[str, Any]
     shapes: list[int]
     action_box: list[list[float]]
     seed: int | None

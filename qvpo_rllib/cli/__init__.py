@@ -26,7 +26,7 @@ from qvpo_rllib.cli.terminal import (
     paragraph,
     write_anything,
 )
-from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.errors import ENDS_TRAINING
 from qvpo_rllib.ray_session import keep_private
 
 COMMANDS = (train, play, tune, report, serve, paper, bench)
@@ -65,12 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         _subparser(options).error(f"unrecognized arguments: {' '.join(unknown)}")
     _quiet()
+    _import_from_here(options)
     keep_private(getattr(options, "address", None))
     try:
         code: int = options.run(options)
     except ValueError as error:
         return _report(error, EXIT_BAD_INPUT)
-    except NonFiniteError as error:
+    except ENDS_TRAINING as error:
         return _report(error, EXIT_FAILED)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -80,6 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
     return code
+
+
+def _import_from_here(options: argparse.Namespace) -> None:
+    """Lets modules in the working directory be imported where the user names an environment or
+    loads a checkpoint, which runs code anyway: `qvpo` would find none, `python -m` always.
+
+    The environment that a bundle names is no reason to run what lies there.
+    """
+    here = os.getcwd()
+    sys.path[:] = [entry for entry in sys.path if entry not in ("", here)]
+    source = getattr(options, "checkpoint", None)
+    is_bundle = source is not None and (source / "policy.json").is_file()
+    if options.command != "serve" and not is_bundle:
+        sys.path.append(here)
 
 
 def _subparser(options: argparse.Namespace) -> argparse.ArgumentParser:

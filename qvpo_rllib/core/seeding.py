@@ -31,8 +31,21 @@ def sequence(seed: int | None, stream: Stream, *indices: int) -> np.random.SeedS
 
 
 def spawn_seed(seed: int | None, stream: Stream, *indices: int) -> int:
-    """Returns a 63-bit seed for torch or Gymnasium."""
+    """Returns a 63-bit seed for torch."""
     return _seed_of(sequence(seed, stream, *indices))
+
+
+def environment_seed(
+    seed: int | None, env_steps: int, worker: int, environment: int, again: int = 0
+) -> int:
+    """Returns a 32-bit seed for `reset`: environments hand it to generators that take no more.
+
+    Args:
+        env_steps: of the run at its last start.
+        again: how often the environment has been replaced since.
+    """
+    indices = (env_steps, worker, environment, *([again] if again else []))
+    return int(sequence(seed, Stream.ENVIRONMENT, *indices).generate_state(1, np.uint32)[0])
 
 
 def episode_seeds(seed: int | None, env_steps: int, num_episodes: int) -> list[int]:

@@ -1,6 +1,5 @@
 """Evaluating a policy, without a cluster: the code behind `qvpo evaluate`."""
 
-import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +10,15 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from ray.rllib.env.env_context import EnvContext
 
 from qvpo_rllib.core.action_scale import ActionScale
+from qvpo_rllib.core.env_config import decode_env_config
 from qvpo_rllib.core.options import require_at_least
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.play.trained_policy import TrainedPolicy, is_bundle
 from qvpo_rllib.rollout.episodes import Episode, Hooks, run_episodes
+from qvpo_rllib.runtime.ray_private import environment_maker
 from qvpo_rllib.serving.client import Client, ServerError
 from qvpo_rllib.training.plan import check_environment
 
@@ -150,7 +152,7 @@ def evaluate_server(
             env = env or found["env"]
             played = _play(
                 env,
-                found["env_config"] if env == found["env"] else {},
+                decode_env_config(found["env_config"]) if env == found["env"] else {},
                 (found["obs_dim"], found["act_low"], found["act_high"]),
                 lambda obs, noise_seed: client.act(pinned, obs, k, noise_seed),
                 episodes,
@@ -205,8 +207,8 @@ def _play(
     """
     check_environment(env_id, env_config)
     rendering = {} if record is None else {"render_mode": "rgb_array"}
-    make = functools.partial(gym.make, env_id, **env_config | rendering)
-    envs = [make() for _ in range(min(episodes, MAX_ENVS if record is None else 1))]
+    make, context = environment_maker(env_id), EnvContext(env_config | rendering, worker_index=0)
+    envs = [make(context) for _ in range(min(episodes, MAX_ENVS if record is None else 1))]
     step_number = itertools.count()
     try:
         space = envs[0].action_space

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,10 +55,10 @@ def export_checkpoint(
     parameters = encode_parameters(policy.networks.state_dict())
     obs, act, env = policy.observation_space, policy.action_space_struct, metadata.env
     description = Description(
-        name=name or env.rsplit("/", 1)[-1].rsplit(":", 1)[-1],
+        name=name or re.split(r"[/:]", env)[-1].lstrip("_."),
         version=version or digest(parameters)[:VERSION_DIGITS],
         env=env,
-        env_config=metadata.env_config or {},
+        env_config=metadata.env_config,
         obs_dim=policy.obs_dim,
         obs_dtype=str(obs.dtype),
         obs_low=_bounds(obs.low),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qvpo_rllib.files import replacing
 from qvpo_rllib.play.evaluation import Evaluation, evaluate_checkpoint
+from qvpo_rllib.rollout.episodes import Hooks
 
 FORMATS = (".mp4", ".gif")
 MAX_FPS = 50  # a GIF cannot be faster; environments that are (Hopper: 125) lose frames, not speed
@@ -83,7 +84,7 @@ def record_checkpoint(
     return result, recorder.num_frames
 
 
-class Recorder:
+class Recorder(Hooks):
     """Writes a frame of every step of one environment's episodes: `rollout.Hooks`."""
 
     def __init__(
@@ -122,16 +123,15 @@ class Recorder:
         self._write_frame()
         return first
 
-    def step(self, i: int, reward: float) -> None:
+    def step(
+        self, i: int, action: NDArray[np.floating], obs: Any, reward: float, info: dict[str, Any]
+    ) -> None:
         self._step += 1
         self._return += reward
         if self._step % self._stride == 0:
             self._write_frame()
         if self._report is not None:
             self._report(self._episode, self._return)
-
-    def end(self, i: int) -> dict[str, Any]:
-        return {}
 
     def close(self) -> None:
         """Finishes the file, if one was begun. May be called again."""

@@ -18,6 +18,7 @@ from qvpo_rllib.checkpoints import named
 from qvpo_rllib.checkpoints.metadata import POLICIES_DIRECTORY, Metadata
 from qvpo_rllib.checkpoints.staging import committed
 from qvpo_rllib.core.action_scale import ActionScale
+from qvpo_rllib.core.env_config import decode_env_config
 from qvpo_rllib.serving.bundle import DESCRIPTION_FILE, load
 from qvpo_rllib.serving.policy import BestOfKPolicy
 
@@ -61,7 +62,8 @@ class TrainedPolicy:
         if is_bundle(source):
             served = load(source)
             d = served.description
-            return cls(source, d.env, d.env_config, d.obs_dim, served.scale, d.k_eval, served)
+            env_config = decode_env_config(d.env_config)
+            return cls(source, d.env, env_config, d.obs_dim, served.scale, d.k_eval, served)
         metadata, policy = load_checkpoint(source)
         space = policy.action_space_struct
         scale, k = ActionScale(space.low, space.high), None
@@ -72,7 +74,7 @@ class TrainedPolicy:
         return cls(
             source,
             metadata.env,
-            metadata.env_config or {},
+            decode_env_config(metadata.env_config),
             metadata.shapes[0],
             scale,
             k,

@@ -70,6 +70,10 @@ class Collector:
         episodes, self.episodes = self.episodes, []
         return episodes
 
+    def pop_recreated(self) -> list[int]:
+        """Returns the indices of the workers that have come back since the last call."""
+        return []
+
     def pop_staleness(self) -> dict[str, float]:
         """Returns `staleness_mean` and `staleness_max` of what was collected since the last call.
 
@@ -138,6 +142,10 @@ class _RemoteCollector(Collector):
         super().reset()
         self.pool.reset()
         self._weights: ray.ObjectRef | None = None
+
+    def pop_recreated(self) -> list[int]:
+        recreated, self.pool.recreated = self.pool.recreated, []
+        return recreated
 
     def close(self) -> None:
         self.pool.kill_hung(patience_s=1.0)

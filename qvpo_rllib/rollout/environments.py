@@ -1,6 +1,8 @@
-"""Checks of environments' spaces, and MuJoCo's warnings."""
+"""Checks of environments before they are stepped, and MuJoCo's warnings."""
 
+import functools
 import logging
+from typing import Any
 
 import gymnasium as gym
 import mujoco
@@ -9,6 +11,72 @@ import numpy as np
 from qvpo_rllib.core.action_scale import ActionScale
 
 logger = logging.getLogger(__name__)
+
+MAX_EPISODE_STEPS = 10_000  # of an evaluation's episode, where no time limit is declared
+
+
+def name_of(env: Any) -> str:
+    """Returns the name of a configuration's `env`; a class has its path, "module.Class"."""
+    return f"{env.__module__}.{env.__qualname__}" if isinstance(env, type) else str(env)
+
+
+def layers_of(env: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
+    """Returns the environment's wrappers, outermost first, and the environment itself."""
+    layers: list[gym.Env[Any, Any]] = [env]
+    while isinstance(layers[-1], gym.Wrapper):
+        layers.append(layers[-1].env)
+    return layers
+
+
+def check_environment(env: gym.Env[Any, Any], name: str) -> None:
+    """Checks all that can be seen before the first step; warns if there is no time limit.
+
+    Args:
+        name: of the environment, in messages.
+
+    Raises:
+        ValueError: its spaces do not suit, or a wrapper changes with the steps that it has seen.
+    """
+    try:
+        check_spaces(env.observation_space, env.action_space)
+        _refuse_running_statistics(env)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if not has_time_limit(env):
+        _warn_of_endless_episodes(name)
+
+
+def has_time_limit(env: gym.Env[Any, Any]) -> bool:
+    """Returns whether a wrapper cuts episodes off; environments that do so themselves may not."""
+    return any(isinstance(layer, gym.wrappers.TimeLimit) for layer in layers_of(env))
+
+
+@functools.cache  # once in a process
+def _warn_of_endless_episodes(name: str) -> None:
+    logger.warning(
+        "%s declares no time limit (max_episode_steps). If it does not end its episodes itself, "
+        "training may see no end of one; evaluations cut theirs off after %s steps. Register it "
+        "with max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit.",
+        name,
+        f"{MAX_EPISODE_STEPS:,}",
+    )
+
+
+RUNNING_STATISTICS = (gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward)
+
+
+def _refuse_running_statistics(env: gym.Env[Any, Any]) -> None:
+    """Each environment would have statistics of its own, and checkpoints and bundles none."""
+    for layer in layers_of(env):
+        if isinstance(layer, RUNNING_STATISTICS) and layer.update_running_mean:
+            raise ValueError(
+                f"The wrapper {type(layer).__name__} is not supported: its statistics move with "
+                "the steps that it sees, so workers, evaluations and the exported policy would "
+                "each see other observations or rewards. Scale by a fixed mean and deviation "
+                "(gymnasium.wrappers.TransformObservation or TransformReward, the numbers given by "
+                "env_config), or set the wrapper's statistics and update_running_mean=False. PPO "
+                "and SPO normalise by themselves (normalize_observations, normalize_rewards)."
+            )
 
 
 def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:

@@ -1,15 +1,23 @@
 """Plays whole episodes in several environments at once, for evaluations."""
 
+import logging
 import math
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
 from qvpo_rllib.core.action_scale import ActionScale
-from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
+from qvpo_rllib.rollout.environments import MAX_EPISODE_STEPS, has_time_limit
+from qvpo_rllib.rollout.outcomes import OutcomeCheck
+
+logger = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 30.0  # between two messages of how far an evaluation is
 
 # Observations [B, O] → actions [B, A] in [-1, 1], and their Q [B] if it is known.
 Act = Callable[[NDArray[np.float32]], tuple[NDArray[np.floating], NDArray[np.floating] | None]]
@@ -18,26 +26,29 @@ Act = Callable[[NDArray[np.float32]], tuple[NDArray[np.floating], NDArray[np.flo
 Reset = Callable[[], tuple[Any, dict[str, Any]]]  # of an environment: observation and info
 
 
-class Hooks(Protocol):
-    """Watches the episodes of environments, which it knows by their index."""
+class Hooks:
+    """Watches environments' episodes, knowing each by its index; this one does nothing."""
 
     def start(self, i: int, reset: Reset) -> tuple[Any, dict[str, Any]]:
         """Starts an episode: calls `reset` once and returns what it returned."""
         return reset()
 
-    def step(self, i: int, reward: float) -> None:
-        """Is called after every step."""
+    def step(
+        self,
+        i: int,
+        action: NDArray[np.floating],
+        obs: NDArray[np.float32],
+        reward: float,
+        info: dict[str, Any],
+    ) -> None:
+        """Is called after every step with its action, [A] in [-1, 1], and what came of it."""
 
     def end(self, i: int) -> dict[str, Any]:
         """Ends an episode. Returns fields of `RolloutMetrics` beside its length and return."""
         return {}
 
-
-class NoHooks(Hooks):
-    """Watches nothing."""
-
-    def step(self, i: int, reward: float) -> None:
-        pass
+    def fail(self, i: int, error: Exception) -> None:
+        """Drops an episode whose environment raised."""
 
 
 class Episode(NamedTuple):
@@ -63,6 +74,31 @@ def check_finite(
         )
 
 
+def environment_failure(where: str, error: Exception, env_steps: int) -> EnvironmentFailure:
+    """Returns the error for an environment that raised after so many steps of an episode."""
+    return EnvironmentFailure(
+        f"{where}: {type(error).__name__}: {error} (after {env_steps} steps of the episode)"
+    )
+
+
+def try_a_step(env: gym.Env[Any, Any], where: str) -> None:
+    """Resets `env` and takes a step in the middle of its box, to see what it returns.
+
+    Raises:
+        UnusableOutcome, EnvironmentFailure: as `run_episodes` does.
+    """
+    space, check = env.action_space, OutcomeCheck(env, where)
+    assert isinstance(space, gym.spaces.Box)
+    step = 0
+    try:
+        first, step = env.reset(seed=0), 1
+        second = env.step(((space.low.astype(np.float64) + space.high) / 2).astype(space.dtype))
+    except Exception as error:
+        raise environment_failure(where, error, step) from error
+    check.reset(first)
+    check.step(second, 1)
+
+
 def run_episodes(
     envs: Sequence[gym.Env[Any, Any]],
     act: Act,
@@ -70,61 +106,127 @@ def run_episodes(
     seeds: Sequence[int],
     name: str,
     hooks: Hooks | None = None,
+    restart: Callable[[int], None] | None = None,
 ) -> list[Episode]:
     """Returns one whole episode per seed, in the order of the seeds.
 
     Environment i plays a quota of them, i, i + E, i + 2E, …: if playing ended with the first N that
-    finish, short episodes would be favoured.
+    finish, short episodes would be favoured. An environment that declares no time limit is cut off
+    after `MAX_EPISODE_STEPS`.
 
     Args:
         name: of the environment, in messages.
+        restart: replaces an environment in `envs` that raised; the episode begins again, once.
 
     Raises:
         NonFiniteError: an observation, reward or action is NaN or infinite.
+        UnusableOutcome: an environment returned what its spaces or Gymnasium's API rule out.
+        EnvironmentFailure: an environment raised anything, twice if it was restarted.
     """
-    hooks = hooks or NoHooks()
-    results: dict[int, Episode] = {}
-    current = {i: i for i in range(min(len(envs), len(seeds)))}  # environment → episode
-    obs = {i: _reset(envs, i, seeds[i], name, hooks) for i in current}
-    rewards: dict[int, list[float]] = {i: [] for i in current}
-    predicted: dict[int, list[float]] = {i: [] for i in current}
-    while current:
-        live = list(current)
-        actions, q = act(np.stack([obs[i] for i in live]))
-        for row, i in enumerate(live):
-            check_finite(actions[row], "action", name, len(rewards[i]))
-            next_obs, reward, terminated, truncated, _ = envs[i].step(scale.to_env(actions[row]))
-            rewards[i].append(float(reward))
-            check_finite(next_obs, "observation", name, len(rewards[i]))
-            check_finite(reward, "reward", name, len(rewards[i]))
-            if q is not None:
-                predicted[i].append(float(q[row]))
-            hooks.step(i, float(reward))
-            obs[i] = np.asarray(next_obs, dtype=np.float32)
-            if terminated or truncated:
-                results[current[i]] = Episode(
-                    sum(rewards[i]),
-                    len(rewards[i]),
-                    hooks.end(i),
-                    bool(terminated),
-                    rewards[i],
-                    predicted[i],
-                )
-                current[i] += len(envs)
-                if current[i] >= len(seeds):
-                    del current[i]
-                    continue
-                obs[i] = _reset(envs, i, seeds[current[i]], name, hooks)
-                rewards[i], predicted[i] = [], []
-    return [results[episode] for episode in range(len(seeds))]
+    players = [
+        _Player(envs, i, seeds, name, hooks or Hooks(), restart)
+        for i in range(min(len(envs), len(seeds)))
+    ]
+    reported_s = time.monotonic()
+    while live := [player for player in players if player.playing]:
+        actions, q = act(np.stack([player.obs for player in live]))
+        for row, player in enumerate(live):
+            check_finite(actions[row], "action", name, len(player.rewards))
+            player.step(actions[row], scale, None if q is None else float(q[row]))
+        if time.monotonic() - reported_s > REPORT_EVERY_S:
+            reported_s = time.monotonic()
+            done, longest = (
+                sum(len(p.episodes) for p in players),
+                max(len(p.rewards) for p in players),
+            )
+            logger.info(
+                f"{name}: {done} of {len(seeds)} episodes have ended; the longest under way is at "
+                f"step {longest:,}."
+            )
+    cut_off = sum(player.cut_off for player in players)
+    if cut_off:
+        logger.warning(
+            f"{name}: {cut_off} of {len(seeds)} episodes were cut off after {MAX_EPISODE_STEPS:,} "
+            "steps, since the environment declares no time limit. Register it with "
+            "max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit."
+        )
+    return [players[i % len(players)].episodes[i // len(players)] for i in range(len(seeds))]
 
 
-def _reset(
-    envs: Sequence[gym.Env[Any, Any]], i: int, seed: int, name: str, hooks: Hooks
-) -> NDArray[np.float32]:
-    obs, _ = hooks.start(i, lambda: envs[i].reset(seed=seed))
-    check_finite(obs, "observation", name, 0)
-    return np.asarray(obs, dtype=np.float32)
+class _Player:
+    """Plays the episodes i, i + E, i + 2E, … of `seeds` in environment i of E."""
+
+    def __init__(
+        self,
+        envs: Sequence[gym.Env[Any, Any]],
+        i: int,
+        seeds: Sequence[int],
+        name: str,
+        hooks: Hooks,
+        restart: Callable[[int], None] | None,
+    ) -> None:
+        self.episodes: list[Episode] = []
+        self.cut_off = 0
+        self._envs, self._i, self._name = envs, i, name
+        self._seeds = seeds[i :: len(envs)]
+        self._hooks, self._restart = hooks, restart
+        self._restarted = -1  # the last episode that began again
+        self._check = OutcomeCheck(envs[i], name)
+        self._limit = math.inf if has_time_limit(envs[i]) else MAX_EPISODE_STEPS
+        self._begin()
+
+    @property
+    def playing(self) -> bool:
+        return len(self.episodes) < len(self._seeds)
+
+    def step(self, action: NDArray[np.floating], scale: ActionScale, q: float | None) -> None:
+        """Takes a step, and begins the next episode where this one has ended."""
+        try:
+            returned = self._envs[self._i].step(scale.to_env(action))
+        except Exception as error:
+            self._replace(error)
+            self._hooks.fail(self._i, error)
+            self._begin()
+            return
+        number = len(self.rewards) + 1
+        obs, reward, terminated, truncated, info = self._check.step(returned, number)
+        check_finite(obs, "observation", self._name, number)
+        check_finite(reward, "reward", self._name, number)
+        self.obs = obs
+        self.rewards.append(reward)
+        if q is not None:
+            self._q.append(q)
+        self._hooks.step(self._i, action, obs, reward, info)
+        if terminated or truncated or number >= self._limit:
+            self.cut_off += not (terminated or truncated)
+            extras = self._hooks.end(self._i)
+            self.episodes.append(
+                Episode(sum(self.rewards), number, extras, terminated, self.rewards, self._q)
+            )
+            if self.playing:
+                self._begin()
+
+    def _begin(self) -> None:
+        self.rewards: list[float] = []
+        self._q: list[float] = []
+        self.obs, _ = self._hooks.start(self._i, self._reset)
+
+    def _reset(self) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        try:
+            returned = self._envs[self._i].reset(seed=self._seeds[len(self.episodes)])
+        except Exception as error:
+            self._replace(error)
+            return self._reset()
+        obs, info = self._check.reset(returned)
+        check_finite(obs, "observation", self._name, 0)
+        return obs, info
+
+    def _replace(self, error: Exception) -> None:
+        """Replaces the environment, which raised, if that has not been done in this episode."""
+        if self._restart is None or self._restarted == len(self.episodes):
+            raise environment_failure(self._name, error, len(self.rewards)) from error
+        self._restarted = len(self.episodes)
+        self._restart(self._i)
 
 
 # In a truncated episode only those states count for which the discount of what the time limit cut

@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 
-from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.errors import ENDS_TRAINING
 from qvpo_rllib.rollout.worker import Fragment
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class WorkerPool:
     ) -> None:
         self.config = config
         self.faults = Faults()
+        self.recreated: list[int] = []  # workers that came back; whoever reads it empties it
         self._manager = manager
         self._env_steps = env_steps
         actors = self._manager.actors()
@@ -132,7 +133,7 @@ class WorkerPool:
         """Returns the answers that have arrived; if none has, waits up to `timeout_s` for one.
 
         Raises:
-            NonFiniteError: an environment returned a NaN or an infinity, or the policy did.
+            NonFiniteError, UnusableOutcome: a worker met one, and would again.
             RuntimeError: a worker failed too often in a row, or none has been up for too long.
         """
         self._restart_slow_workers()
@@ -178,9 +179,8 @@ class WorkerPool:
         try:
             fragment = ray.get(ref)
         except RayTaskError as error:
-            cause = error.as_instanceof_cause()
-            if isinstance(cause, NonFiniteError):
-                raise NonFiniteError(str(error.cause)) from None
+            if isinstance(error.cause, ENDS_TRAINING):
+                raise type(error.cause)(str(error.cause)) from None
             self.faults.env_errors += 1
             self._lose(worker, str(error), kill=True)
             return None
@@ -260,6 +260,7 @@ class WorkerPool:
             return  # it is the old process, which has not ended yet
         worker.process, worker.killed, worker.down_since = process, False, None
         self.faults.restarts += 1
+        self.recreated.append(worker.index)
         self._manager.set_actor_state(worker.index, healthy=True)
 
     def _bury(self, worker: _Worker, error: Exception) -> None:

@@ -1,5 +1,6 @@
 """The rollout worker: it steps many environments and returns one batch of columns."""
 
+import logging
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -12,13 +13,27 @@ from ray.rllib.evaluation.metrics import RolloutMetrics
 from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
 
-from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
-from qvpo_rllib.core.seeding import Stream, sequence, spawn_seed
-from qvpo_rllib.rollout.callbacks import EpisodeCallbacks
-from qvpo_rllib.rollout.environments import action_scale, check_spaces, filter_warnings
-from qvpo_rllib.rollout.episodes import Episode, check_finite, run_episodes, value_bias
+from qvpo_rllib.core.errors import ENDS_TRAINING
+from qvpo_rllib.core.seeding import Stream, environment_seed, sequence
+from qvpo_rllib.rollout.callbacks import AGENT, EpisodeCallbacks
+from qvpo_rllib.rollout.environments import (
+    action_scale,
+    check_spaces,
+    filter_warnings,
+    name_of,
+)
+from qvpo_rllib.rollout.episodes import (
+    Episode,
+    check_finite,
+    environment_failure,
+    run_episodes,
+    value_bias,
+)
+from qvpo_rllib.rollout.outcomes import OutcomeCheck
 from qvpo_rllib.rollout.policy import AnyPolicy
 from qvpo_rllib.rollout.stepper import EnvStepper, Outcome, allowed_threads
+
+logger = logging.getLogger(__name__)
 
 # An evaluation beside training yields to it where processes share cores.
 EVALUATION_NICENESS = 10
@@ -49,6 +64,8 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         self._returns = np.zeros(len(self.envs))
         self._lengths = np.zeros(len(self.envs), dtype=np.int64)
         self._finished: list[RolloutMetrics] = []
+        self._num_restarted = 0  # environments, since `restart_streams`
+        self._checks = [OutcomeCheck(env, self._where(i)) for i, env in enumerate(self.envs)]
         self._hooks = EpisodeCallbacks(self)
         self._process_id = uuid.uuid4().hex
         self._failed = False
@@ -73,7 +90,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             env_steps: 0 when a run starts; the run's when it goes on without this worker's state,
                 where the first seeds would collect the first episodes again.
         """
-        self._started_at = env_steps
+        self._started_at, self._num_restarted = env_steps, 0
         self._obs = None
         self._warmup = np.random.default_rng(
             sequence(self.config.seed, Stream.WARMUP, env_steps, self.worker_index)
@@ -89,6 +106,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             "returns": self._returns,
             "lengths": self._lengths,
             "finished": self._finished,
+            "num_restarted": self._num_restarted,
             "warmup": self._warmup,
             "hooks": self._hooks.state(),
         }
@@ -98,13 +116,14 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         self._started_at, self._obs = progress["started_at"], progress["obs"]
         self._returns, self._lengths = progress["returns"], progress["lengths"]
         self._finished, self._warmup = progress["finished"], progress["warmup"]
+        self._num_restarted = progress["num_restarted"]
         self._hooks.set_state(progress["hooks"])
 
     def start_episode(self, i: int, env_steps: int) -> None:
         """Begins a new episode in environment `i` of a run that goes on at `env_steps`."""
         self._started_at = env_steps
         if self._obs is not None:  # otherwise every environment is about to begin one
-            self._obs[i] = self._reset(i, self._env_seed(i))
+            self._obs[i] = self._begin(i, self._env_seed(i))
 
     def sample(self, **kwargs: Any) -> SampleBatch:
         """Returns a fragment that the behaviour policy collected."""
@@ -117,42 +136,53 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
     ) -> SampleBatch:
         """Returns a fragment, acting with `weights` if given, or uniformly at random.
 
+        With `restart_failed_sub_environments`, an environment that raises is replaced, and the
+        fragment lacks that step.
+
         Raises:
             NonFiniteError: an observation, reward or action is NaN or infinite.
+            UnusableOutcome: an environment returned what its spaces or Gymnasium's API rule out.
             EnvironmentFailure: an environment raised anything.
         """
         if weights is not None:
             self.policy.set_weights(weights)
         if self._obs is None:
-            self._obs = np.stack([self._reset(i, self._env_seed(i)) for i in range(len(self.envs))])
+            self._obs = np.stack([self._begin(i, self._env_seed(i)) for i in range(len(self.envs))])
         shape = (self.fragment_length, len(self.envs))
         obs = np.empty((*shape, self._obs.shape[1]), np.float32)
         next_obs = np.empty_like(obs)
         actions = np.empty((*shape, self.policy.act_dim), np.float32)
         rewards = np.empty(shape, np.float32)
         terminateds, truncateds = np.empty(shape, bool), np.empty(shape, bool)
+        lost: list[int] = []  # rows whose environment raised
         for step in range(self.fragment_length):
             obs[step] = self._obs
             actions[step] = self._act(random_actions)
             env_actions = self.scale.to_env(actions[step])
             lengths = self._lengths + 1
             for i, outcome in enumerate(self.stepper.step(env_actions)):
+                if isinstance(outcome, Exception):
+                    self._drop_episode(i, outcome)
+                    lost.append(step * len(self.envs) + i)
+                    next_obs[step, i], rewards[step, i] = 0, 0
+                    continue
                 next_obs[step, i], rewards[step, i], terminateds[step, i], truncateds[step, i] = (
-                    self._take(i, outcome)
+                    self._take(i, actions[step, i], outcome)
                 )
             # A check of each environment alone would take as long as the rest of the loop.
             if not (np.isfinite(next_obs[step]).all() and np.isfinite(rewards[step]).all()):
                 self._refuse_non_finite(next_obs[step], rewards[step], lengths)
-        batch = SampleBatch(
-            {
-                SampleBatch.OBS: _flat(obs),
-                SampleBatch.ACTIONS: _flat(actions),
-                SampleBatch.REWARDS: _flat(rewards),
-                SampleBatch.NEXT_OBS: _flat(next_obs),
-                SampleBatch.TERMINATEDS: _flat(terminateds),
-                SampleBatch.TRUNCATEDS: _flat(truncateds),
-            }
-        )
+        columns = {
+            SampleBatch.OBS: _flat(obs),
+            SampleBatch.ACTIONS: _flat(actions),
+            SampleBatch.REWARDS: _flat(rewards),
+            SampleBatch.NEXT_OBS: _flat(next_obs),
+            SampleBatch.TERMINATEDS: _flat(terminateds),
+            SampleBatch.TRUNCATEDS: _flat(truncateds),
+        }
+        if lost:
+            columns = {name: np.delete(rows, lost, axis=0) for name, rows in columns.items()}
+        batch = SampleBatch(columns)
         self.callbacks.on_sample_end(worker=self, samples=batch)
         return batch
 
@@ -191,8 +221,8 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         seeds: Sequence[int],
         action_seed: int,
         before_step: Callable[[], None] = lambda: None,
-    ) -> list[RolloutMetrics] | NonFiniteError:
-        """Returns one whole episode per seed, without exploration, or the error that ended them.
+    ) -> list[RolloutMetrics] | Exception:
+        """Returns one whole episode per seed, without exploration, or the error that ends training.
 
         Args:
             seeds: the environments' seeds, one per episode.
@@ -214,15 +244,16 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
                 act,
                 self.scale,
                 seeds,
-                f"{self.config.env} (evaluation)",
+                f"{name_of(self.config.env)} (evaluation)",
                 self._hooks,
+                restart_of(self),
             )
-        except NonFiniteError as error:
+        except ENDS_TRAINING as error:
             return error
         return [self._metrics_of(episode) for episode in episodes]
 
     def _metrics_of(self, episode: Episode) -> RolloutMetrics:
-        metrics = RolloutMetrics(episode.length, episode.episode_return, **episode.extras)
+        metrics = episode_metrics(episode.length, episode.episode_return, episode.extras)
         q, rewards = np.asarray(episode.q), np.asarray(episode.rewards)
         bias = value_bias(q, rewards, episode.terminated, self.policy.hp.gamma) if len(q) else None
         if bias is None:
@@ -250,22 +281,23 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             check_finite(actions[bad], "action", self._where(bad), int(self._lengths[bad]))
         return actions
 
-    def _take(self, i: int, outcome: Outcome) -> tuple[NDArray[np.float32], float, bool, bool]:
+    def _take(
+        self, i: int, action: NDArray[np.float32], outcome: Outcome
+    ) -> tuple[NDArray[np.float32], float, bool, bool]:
         """Counts a step of environment `i`, and begins a new episode where one has ended."""
-        if isinstance(outcome, Exception):
-            raise self._failure(i, outcome) from outcome
-        observed, reward, terminated, truncated, _ = outcome
         self._lengths[i] += 1
-        next_obs = np.asarray(observed, dtype=np.float32)
+        next_obs, reward, terminated, truncated, info = self._checks[i].step(
+            outcome, self._lengths[i]
+        )
         self._returns[i] += reward
-        self._hooks.step(i, float(reward))
+        self._hooks.step(i, action, next_obs, reward, info)
         assert self._obs is not None
         if terminated or truncated:
             self._finish(i)
-            self._obs[i] = self._reset(i, None)
+            self._obs[i] = self._begin(i, None)
         else:
             self._obs[i] = next_obs
-        return next_obs, float(reward), bool(terminated), bool(truncated)
+        return next_obs, reward, terminated, truncated
 
     def _refuse_non_finite(
         self, obs: NDArray[np.float32], rewards: NDArray[np.float32], lengths: NDArray[np.int64]
@@ -277,33 +309,66 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
     def _finish(self, i: int) -> None:
         extras = self._hooks.end(i)
         self._finished.append(
-            RolloutMetrics(int(self._lengths[i]), float(self._returns[i]), **extras)
+            episode_metrics(int(self._lengths[i]), float(self._returns[i]), extras)
         )
 
-    def _reset(self, i: int, seed: int | None) -> NDArray[np.float32]:
+    def _begin(self, i: int, seed: int | None) -> NDArray[np.float32]:
+        """Begins an episode in environment `i` and returns its first observation."""
         self._returns[i], self._lengths[i] = 0.0, 0
-        try:
-            obs, _ = self._hooks.start(i, lambda: self.envs[i].reset(seed=seed))
-        except Exception as error:
-            raise self._failure(i, error) from error
+        obs: NDArray[np.float32]
+        obs, _ = self._hooks.start(i, lambda: self._reset(i, seed))
         check_finite(obs, "observation", self._where(i), 0)
-        return np.asarray(obs, dtype=np.float32)
+        return obs
 
-    def _failure(self, i: int, error: Exception) -> EnvironmentFailure:
-        step = int(self._lengths[i])
-        return EnvironmentFailure(
-            f"{self._where(i)}: {type(error).__name__}: {error} (after {step} steps of the episode)"
-        )
+    def _reset(self, i: int, seed: int | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        try:
+            returned = self.envs[i].reset(seed=seed)
+        except Exception as error:
+            self._restart(i, error)
+            returned = self.envs[i].reset(seed=self._env_seed(i))
+        return self._checks[i].reset(returned)
+
+    def _drop_episode(self, i: int, error: Exception) -> None:
+        """Replaces environment `i`, which raised in a step, and begins an episode there."""
+        self._restart(i, error)
+        self._hooks.fail(i, error)
+        self._finished.append(RolloutMetrics(episode_faulty=True))
+        assert self._obs is not None
+        self._obs[i] = self._begin(i, self._env_seed(i))
+
+    def _restart(self, i: int, error: Exception) -> None:
+        """Replaces environment `i`, which raised; raises where that was not asked for."""
+        failure = environment_failure(self._where(i), error, int(self._lengths[i]))
+        restart = restart_of(self)
+        if restart is None:
+            raise failure from error
+        logger.warning("%s. This environment alone is restarted.", failure)
+        restart(i)
+        self._num_restarted += 1
 
     def _env_seed(self, i: int) -> int:
-        return spawn_seed(
-            self.config.seed, Stream.ENVIRONMENT, self._started_at, self.worker_index, i
-        )
+        """Returns the seed of the first episode of environment `i`, or of its replacement."""
+        where = (self._started_at, self.worker_index, i)
+        return environment_seed(self.config.seed, *where, self._num_restarted)
 
     def _where(self, i: int) -> str:
-        return f"{self.config.env} (worker {self.worker_index}, environment {i})"
+        return f"{name_of(self.config.env)} (worker {self.worker_index}, environment {i})"
 
 
 def _flat(columns: NDArray[Any]) -> NDArray[Any]:
     """Returns columns [time, environment, …] as [time · environment, …]."""
     return columns.reshape(-1, *columns.shape[2:])
+
+
+def restart_of(worker: RolloutWorker) -> Callable[[int], None] | None:
+    """Returns what replaces an environment of `worker`, if `restart_failed_sub_environments`."""
+    if not worker.config.restart_failed_sub_environments:
+        return None
+    restart: Callable[[int], None] = worker.async_env.vector_env.restart_at
+    return restart
+
+
+def episode_metrics(length: int, episode_return: float, extras: dict[str, Any]) -> RolloutMetrics:
+    """Returns an episode as RLlib's results take it in."""
+    by_agent = {(AGENT, DEFAULT_POLICY_ID): episode_return}
+    return RolloutMetrics(length, episode_return, agent_rewards=by_agent, **extras)

@@ -105,9 +105,12 @@ class OffPolicyAlgorithm(BaseAlgorithm):
             self._check_losses()
 
     def restore_env_runners(self, env_runner_group: Any) -> list[int]:
-        """RLlib's waits for lost workers before every training step; the collector does not."""
+        """RLlib's waits for lost workers before every training step; the collector does not.
+
+        Returns the indices of those that came back, for `on_env_runners_recreated`.
+        """
         if env_runner_group is self.env_runner_group:
-            return []
+            return self.collector.pop_recreated()
         restored: list[int] = super().restore_env_runners(env_runner_group)
         return restored
 

@@ -4,6 +4,7 @@ It overrides private methods of RLlib's `Algorithm`; nothing else in the package
 (`tests/test_private_ray.py`).
 """
 
+import contextlib
 import functools
 import json
 import threading
@@ -33,11 +34,19 @@ from ray.tune.result import TIME_TOTAL_S, TRAINING_ITERATION
 from qvpo_rllib.checkpoints.metadata import Metadata, plain
 from qvpo_rllib.checkpoints.run_state import RunState
 from qvpo_rllib.checkpoints.staging import committed, staged
-from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.env_config import encode_env_config
+from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
+from qvpo_rllib.rollout.environments import check_environment, name_of
+from qvpo_rllib.rollout.episodes import try_a_step
 from qvpo_rllib.runtime.config import ALGORITHM_OF
 from qvpo_rllib.runtime.evaluation import Share, Summary, evaluate_shares, summarize
-from qvpo_rllib.runtime.ray_private import StopSignal, is_local, save_in_place
+from qvpo_rllib.runtime.ray_private import (
+    StopSignal,
+    environment_maker,
+    is_local,
+    save_in_place,
+)
 
 # The evaluation return at the top level of a result, by which Ray Tune keeps the best checkpoint.
 SCORE = "evaluation_return_mean"
@@ -72,6 +81,23 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     @classmethod
     def get_default_policy_class(cls, config: Any) -> type:
         return cls.policy_class
+
+    @staticmethod
+    def validate_env(env: Any, env_context: Any) -> None:
+        """Refuses what RLlib would take, such as discrete actions, before anything is trained."""
+        check_environment(env, env.spec.id if env.spec else name_of(type(env.unwrapped)))
+        if env_context.worker_index == 0 < env_context.num_workers:
+            # Nobody else steps this one, and RLlib restarts remote workers that raise for ever.
+            with contextlib.suppress(EnvironmentFailure):
+                try_a_step(env, str(env))
+
+    @staticmethod
+    def _get_env_id_and_creator(env_specifier: Any, config: Any) -> tuple[Any, Any]:
+        """Returns what makes the environments here and in `qvpo evaluate`, alike."""
+        if env_specifier is None:
+            found: tuple[Any, Any] = Algorithm._get_env_id_and_creator(None, config)
+            return found
+        return env_specifier, environment_maker(env_specifier)
 
     def setup(self, config: Any) -> None:
         if self.config.num_gpus and not torch.cuda.is_available():
@@ -118,8 +144,9 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     def non_finite(self, quantity: str, value: float, advice: str) -> NonFiniteError:
         """Returns the error for a loss that is NaN or infinite."""
         return NonFiniteError(
-            f"{self.config.env}: {quantity} became {value} at env step {self.env_steps} (update "
-            f"{self.updates}). Training stops here; the last checkpoint is untouched. {advice}"
+            f"{name_of(self.config.env)}: {quantity} became {value} at env step {self.env_steps} "
+            f"(update {self.updates}). Training stops here; the last checkpoint is untouched. "
+            f"{advice}"
         )
 
     # --- an iteration, and its end by a stop ---------------------------------------------------
@@ -335,8 +362,8 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         box = policy.action_space_struct
         return Metadata(
             algorithm=self.config.algorithm_name,
-            env=str(self.config.env),
-            env_config=_plain_env_config(self.config.env_config),
+            env=name_of(self.config.env),
+            env_config=encode_env_config(self.config.env_config),
             shapes=[int(np.prod(policy.observation_space.shape)), box.shape[0]],
             action_box=[box.low.tolist(), box.high.tolist()],
             seed=self.config.seed,
@@ -380,14 +407,6 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
 
     def release(self) -> None:
         """Frees large objects before `reset_config` makes new ones: both may not fit."""
-
-
-def _plain_env_config(env_config: Any) -> dict[str, Any] | None:
-    """Returns the environment's arguments as JSON has them, or None if it cannot hold them."""
-    try:
-        return dict(plain(dict(env_config)))
-    except TypeError:
-        return None
 
 
 def _directory_of(saved: Any) -> Path:

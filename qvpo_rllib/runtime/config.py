@@ -6,11 +6,14 @@ import math
 from typing import Any, ClassVar, Self
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
+from ray.rllib.utils import force_list
 
+from qvpo_rllib.core.env_config import encode_env_config
 from qvpo_rllib.core.hyperparameters import resolved_hyperparameters
 from qvpo_rllib.core.options import Options, check_name, defaults_of, options_of
+from qvpo_rllib.rollout.callbacks import EPISODE_CALLBACKS, combined, overrides
 from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
-from qvpo_rllib.runtime.ray_private import check_environment_id, check_setting
+from qvpo_rllib.runtime.ray_private import check_setting, environment_maker
 
 # Settings of RLlib's `training()` and the options that replace them, where an algorithm has no
 # option of that name. They are refused, not ignored.
@@ -29,6 +32,8 @@ ASYNC_FRAGMENT_STEPS = 64
 # By configuration class: the algorithm that names it. Not an attribute of the configuration: Ray
 # disassembles an actor's class with all classes in it, and would go round in a circle.
 ALGORITHM_OF: dict[type, type] = {}
+# Called on the workers, which RLlib's old API stack does with a class's methods alone.
+WORKER_CALLBACKS = (*EPISODE_CALLBACKS, "on_sample_end")
 # The switches of the API stack, which is fixed: RLlib's update would warn about them.
 UNUSED_STATE = ("enable_rl_module_and_learner", "enable_env_runner_and_connector_v2")
 
@@ -145,14 +150,19 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
                 f"Several policies (multi_agent) are not supported: {name} trains one."
             )
         self._refuse_unread_settings()
+        self._refuse_unread_callbacks()
         if isinstance(self.env, str):
-            check_environment_id(self.env)
+            environment_maker(self.env)
+        encode_env_config(self.env_config)
 
     # Settings of RLlib's that mean something for other algorithms and nothing here: the only value
     # that is allowed, and what to do instead.
     unread_settings: ClassVar[dict[str, tuple[Any, str]]] = {
         "remote_worker_envs": (False, "raise num_envs_per_env_runner or num_env_runners"),
-        "observation_filter": ("NoFilter", "normalise observations in an environment wrapper"),
+        "observation_filter": (
+            "NoFilter",
+            "scale observations by a fixed mean and deviation in an environment wrapper",
+        ),
         "normalize_actions": (True, "the policy's actions are in [-1, 1]"),
         "num_learners": (0, "the learner runs in the algorithm's own process"),
     }
@@ -166,6 +176,46 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
                     f"{setting}={getattr(self, setting)!r} is not supported: "
                     f"{self.algorithm_name} allows {only!r} alone; {reason}."
                 )
+
+    def callbacks(self, callbacks_class: Any = NotProvided, **functions: Any) -> Self:
+        """RLlib's, but lists of classes, and functions of episodes, work on the old API stack."""
+        on_workers = {n: force_list(f) for n, f in functions.items() if n in WORKER_CALLBACKS}
+        super().callbacks(
+            callbacks_class, **{n: f for n, f in functions.items() if n not in on_workers}
+        )
+        kinds = self.callbacks_class  # type: ignore[has-type]
+        if on_workers or isinstance(kinds, list | tuple):
+            self.callbacks_class = combined(force_list(kinds), on_workers)
+        return self
+
+    # Callbacks of RLlib's that nothing calls here, and what to use instead.
+    unread_callbacks: ClassVar[dict[str, str]] = {
+        "on_environment_created": "use on_sub_environment_created",
+        "on_evaluate_offline_start": "use on_evaluate_start",
+        "on_evaluate_offline_end": "use on_evaluate_end",
+        "on_offline_eval_runners_recreated": "use on_env_runners_recreated",
+    }
+
+    def _refuse_unread_callbacks(self) -> None:
+        kind = self.callbacks_class
+        kind = kind if isinstance(kind, type) else type(kind())
+        by_method = dict.fromkeys(WORKER_CALLBACKS, "give the function to config.callbacks(…)")
+        for name, instead in (by_method | self.unread_callbacks).items():
+            overridden = name not in by_method and overrides(kind, name)
+            if overridden or getattr(self, f"callbacks_{name}", None):
+                raise ValueError(
+                    f"The callback {name} is not supported: {self.algorithm_name} never calls it; "
+                    f"{instead}."
+                )
+
+    def get_evaluation_config_object(self) -> Any:
+        """RLlib's, with no more environments than episodes to play."""
+        config = super().get_evaluation_config_object()
+        if config is not None and isinstance(self.evaluation_duration, int):
+            workers = max(1, self.evaluation_num_env_runners)
+            most = max(1, math.ceil(self.evaluation_duration / workers))
+            config.num_envs_per_env_runner = min(config.num_envs_per_env_runner, most)
+        return config
 
     def _set_options(self, options: dict[str, Any]) -> None:
         for name, value in options.items():
@@ -193,6 +243,12 @@ class OffPolicyConfig(BaseConfig):
 
     unread_settings = BaseConfig.unread_settings | {
         "batch_mode": ("truncate_episodes", "a fragment is rollout_fragment_length env steps"),
+    }
+    unread_callbacks = BaseConfig.unread_callbacks | {
+        "on_postprocess_trajectory": "a fragment is complete at on_sample_end, whose `samples` may "
+        "be changed in place",
+        "on_learn_on_batch": "batches stay on the learner's device; on_train_result has the "
+        "learner's metrics",
     }
 
     def __init__(self, algo_class: type | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.evaluation.metrics import summarize_episodes
 
-from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.errors import ENDS_TRAINING
 
 # What RLlib's evaluation methods return: metrics, env steps, agent steps, batches.
 Summary = tuple[Any, int, int, list[Any]]
@@ -48,12 +48,12 @@ def summarize(results: Sequence[Any], config: Any, *, keep_custom_metrics: bool)
     """Returns one summary of all episodes.
 
     Raises:
-        NonFiniteError: a worker met one.
+        NonFiniteError, UnusableOutcome: a worker met one.
         RuntimeError: episodes are missing.
     """
     episodes = []
     for metrics in results:
-        if isinstance(metrics, NonFiniteError):
+        if isinstance(metrics, ENDS_TRAINING):
             raise metrics
         episodes += metrics
     if len(episodes) != config.evaluation_duration:

@@ -5,7 +5,9 @@ An upgrade of Ray fails here in one place: `tests/test_private_ray.py` asserts w
 
 import contextlib
 import difflib
+import importlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from ray._private.utils import get_used_memory
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.train._internal.checkpoint_manager import _TrainingResult
@@ -87,19 +90,49 @@ def worker_manager(group: EnvRunnerGroup) -> FaultTolerantActorManager:
     return group._worker_manager
 
 
-def check_environment_id(env_id: str) -> None:
-    """Raises `ValueError` with the nearest names if neither Gymnasium nor Ray knows `env_id`."""
-    if _global_registry.contains(ENV_CREATOR, env_id) or env_id in gym.registry:
-        return
-    if ":" in env_id or "." in env_id:  # "module:Env-v0", or a class path that RLlib imports
-        return
+def environment_maker(env: Any) -> Callable[[EnvContext], gym.Env[Any, Any]]:
+    """Returns what makes an environment of its arguments: the same in training and afterwards.
+
+    Args:
+        env: a class, which is called with the arguments as a dict; or a text: a name registered by
+            `ray.tune.register_env`, an id of Gymnasium's, "module:Id-v0", or "module.Class".
+
+    Raises:
+        ValueError: nobody knows the text here; it names the nearest ids.
+    """
+    if not isinstance(env, str):
+        return lambda context: env(context)
+    if _global_registry.contains(ENV_CREATOR, env):
+        registered: Callable[[EnvContext], gym.Env[Any, Any]]
+        registered = _global_registry.get(ENV_CREATOR, env)
+        return registered
+    if env in gym.registry or ":" in env:
+        return lambda context: gym.make(env, **context)
+    if "." in env:
+        return lambda context: _class_at(env)(context)
     latest = {(spec.namespace, spec.name): spec.id for spec in gym.registry.values()}
-    close = difflib.get_close_matches(env_id, latest.values(), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(env, latest.values(), n=3, cutoff=0.5)
     suggestion = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(
-        f"There is no environment {env_id!r}.{suggestion} Allowed are Gymnasium's ids (such as "
-        "'Ant-v5'), 'module:Id-v0', and names registered with ray.tune.register_env."
+        f"There is no environment {env!r}.{suggestion} Allowed are Gymnasium's ids (such as "
+        "'Ant-v5'), 'module:Id-v0', 'module.Class', and names that this process has registered "
+        "with ray.tune.register_env: elsewhere use 'module:Id-v0', whose module calls "
+        "gymnasium.register."
     )
+
+
+def _class_at(path: str) -> Callable[[EnvContext], gym.Env[Any, Any]]:
+    module, _, name = path.rpartition(".")
+    try:
+        found: Callable[[EnvContext], gym.Env[Any, Any]]
+        found = getattr(importlib.import_module(module), name)
+        return found
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"There is no class {path!r} to be imported here ({error}). A class must stand at the "
+            "top of a module that is installed or in the working directory; or register it there "
+            "with gymnasium.register and name it 'module:Id-v0'."
+        ) from None
 
 
 def check_setting(name: str, config: AlgorithmConfig) -> None:

@@ -34,7 +34,7 @@ class Description:
     name: str  # the model's name when served
     version: str  # tells two policies of one name apart
     env: str
-    env_config: dict[str, Any]
+    env_config: dict[str, Any]  # as `encode_env_config` gives it
     obs_dim: int
     obs_dtype: str
     obs_low: list[float | None]  # [O]; None: unbounded. For the reader: nothing is clipped

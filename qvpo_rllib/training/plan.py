@@ -7,11 +7,12 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
-import gymnasium as gym
 import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.env.env_context import EnvContext
 
 from qvpo_rllib.algorithms import AlgorithmEntry, entry_of
+from qvpo_rllib.core.errors import EnvironmentFailure, UnusableOutcome
 from qvpo_rllib.core.options import (
     Options,
     OptionValue,
@@ -19,8 +20,10 @@ from qvpo_rllib.core.options import (
     parse_option,
     require_at_least,
 )
-from qvpo_rllib.rollout.environments import check_spaces, filter_warnings
-from qvpo_rllib.runtime.ray_private import check_environment_id
+from qvpo_rllib.rollout import environments
+from qvpo_rllib.rollout.environments import filter_warnings
+from qvpo_rllib.rollout.episodes import try_a_step
+from qvpo_rllib.runtime.ray_private import environment_maker
 
 EVALUATION_EPISODES = 10
 INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(min)?")
@@ -213,19 +216,25 @@ def parse_settings(settings: Sequence[str], kind: type[Options]) -> dict[str, Op
 
 
 def check_environment(env: str, env_config: Mapping[str, Any] | None = None) -> None:
-    """Makes the environment once: it must exist, and its spaces must suit (`check_spaces`)."""
-    check_environment_id(env)
+    """Makes the environment once and takes a step in it, before anything else starts.
+
+    Raises:
+        ValueError: it does not exist, cannot be made, raises, does not suit any algorithm here, or
+            returns what Gymnasium's API rules out.
+    """
     filter_warnings()
+    make = environment_maker(env)
     try:
-        made = gym.make(env, **(env_config or {}))
+        made = make(EnvContext(env_config or {}, worker_index=0))
     except Exception as error:  # an environment's own code may raise anything
         raise ValueError(
             f"The environment {env!r} could not be made: {type(error).__name__}: {error}"
         ) from error
     try:
-        check_spaces(made.observation_space, made.action_space)
-    except ValueError as error:
-        raise ValueError(f"{env}: {error}") from error
+        environments.check_environment(made, env)
+        try_a_step(made, env)
+    except (UnusableOutcome, EnvironmentFailure) as error:
+        raise ValueError(str(error)) from error
     finally:
         made.close()
 
