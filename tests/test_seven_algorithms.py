@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from qvpo_rllib import cli
@@ -26,6 +27,23 @@ TINY: dict[str, dict[str, Any]] = {
     "ppo": ON_POLICY,
     "spo": ON_POLICY,
     "sac": OFF_POLICY,
+}
+# Other values of options that a run may change when it goes on from a checkpoint.
+OF_REPLAY = {"actor_lr": 2e-5, "critic_lr": 3e-5, "gamma": 0.7, "tau": 0.3, "grad_clip": 0.4}
+OF_PPO = {
+    "lr": 2e-5,
+    "gamma": 0.7,
+    "lambda_": 0.6,
+    "clip_param": 0.4,
+    "entropy_coeff": 0.03,
+    "vf_loss_coeff": 0.2,
+    "grad_clip": 0.4,
+}
+OTHER: dict[str, dict[str, Any]] = {
+    **{name: OF_REPLAY for name in ("qvpo", "dipo", "qsm", "td3")},
+    "ppo": OF_PPO,
+    "spo": OF_PPO,
+    "sac": {**OF_REPLAY, "alpha_lr": 4e-5, "auto_alpha": True},
 }
 seven = pytest.mark.parametrize("name", ALGORITHMS)
 
@@ -64,6 +82,30 @@ def assert_same_weights(one: Any, other: Any) -> None:
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def options_in_force(policy: Any) -> dict[str, Any]:
+    """The options of `OTHER`, each read from where an update reads it."""
+
+    def rate(optimizer: Any) -> float:
+        return float(optimizer.param_groups[0]["lr"])
+
+    if hasattr(policy, "learner"):
+        learner = policy.learner
+        found = {name: getattr(learner.hp, name) for name in ("gamma", "tau", "grad_clip")}
+        found["actor_lr"] = rate(learner.actor_optimizer)
+        return found | {"critic_lr": rate(learner.critic_optimizer)}
+    found = {name: policy.config[name] for name in ("gamma", "grad_clip")}
+    if hasattr(policy, "alpha_optim"):
+        rates = {rate(optimizer) for optimizer in policy.critic_optims}
+        found |= {"tau": policy.config["tau"], "actor_lr": rate(policy.actor_optim)}
+        found |= {"critic_lr": rates.pop(), "alpha_lr": rate(policy.alpha_optim)}
+        assert not rates
+        return found | {"auto_alpha": found["alpha_lr"] > 0}
+    found |= {name: policy.config[name] for name in ("clip_param", "vf_loss_coeff")}
+    found |= {"lambda_": policy.config["lambda"], "entropy_coeff": policy.entropy_coeff}
+    assert policy.cur_lr == rate(policy._optimizers[0])
+    return found | {"lr": policy.cur_lr}
 
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
@@ -225,12 +267,15 @@ def test_a_run_goes_on_from_its_checkpoint(
     name, algorithm, _ = trained
     monkeypatch.chdir(tmp_path)
     algorithm.save("saved")
-    again = build(config_of(name))
+    again = build(config_of(name, **OTHER[name]))
     again.restore("saved")  # a relative path, which RLlib takes for an address
+    assert options_in_force(again.get_policy()) == OTHER[name]
     new = type(algorithm).from_checkpoint("saved")
     for other in (again, new):
         assert_same_weights(algorithm, other)
         assert (other.env_steps, other.updates) == (algorithm.env_steps, algorithm.updates)
+        counters = {a.get_policy().num_grad_updates for a in (algorithm, other)}
+        assert counters == {algorithm.updates}
         assert other.metadata().ledger == algorithm.metadata().ledger
         returns = [a.evaluate()["env_runners"]["episode_return_mean"] for a in (algorithm, other)]
         assert returns[0] == returns[1]
@@ -239,6 +284,26 @@ def test_a_run_goes_on_from_its_checkpoint(
     assert again.env_steps == steps + 60
     assert again.updates > updates
     new.stop()
+
+
+def test_what_a_state_brings_along_gives_way_to_the_policys_own_options() -> None:
+    """A schedule of learning rates, and SAC's fixed alpha, which is one of its weights."""
+
+    def policy_of(name: str, **options: Any) -> Any:
+        algorithm, box = ALGORITHMS[name].load(), spaces.Box(-1, 1, (2,), np.float32)
+        config = config_of(name, **options)
+        config.validate()
+        return algorithm.policy_class(box, box, {**config.to_dict(), "worker_index": 0})
+
+    half = policy_of("ppo", lr=3e-4, lr_end=1e-4, lr_decay_steps=100)
+    half.set_state({**policy_of("ppo").get_state(), "global_timestep": 50})
+    assert options_in_force(half)["lr"] == pytest.approx(2e-4)
+    fixed = policy_of("sac", alpha=0.3)
+    fixed.set_state(policy_of("sac", alpha=0.2, auto_alpha=True).get_state())
+    assert fixed.model.log_alpha.exp().item() == pytest.approx(0.3)
+    learnt = policy_of("sac", alpha=0.3, auto_alpha=True)
+    learnt.set_state(policy_of("sac", alpha=0.2).get_state())
+    assert learnt.model.log_alpha.exp().item() == pytest.approx(0.2)
 
 
 def test_a_checkpoint_of_another_algorithm_changes_nothing(

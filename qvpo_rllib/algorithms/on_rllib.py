@@ -21,8 +21,6 @@ from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.runtime.config import REPLACED_OPTIONS, BaseConfig
 from qvpo_rllib.runtime.ray_private import is_frozen
 
-UPDATES = "num_updates"
-
 
 class ChoosingPolicy:
     """Lets RLlib's own policy class, before which it stands, act as this package's policies do."""
@@ -45,6 +43,16 @@ class ChoosingPolicy:
         refuse_k(k, self)
         actions = self.compute_actions(np.asarray(obs, np.float32), explore=explore)[0]
         return np.asarray(np.clip(actions, -1.0, 1.0), np.float32)
+
+    def set_state(self: Any, state: dict[str, Any]) -> None:
+        """Restores `get_state()`; this policy's own options stay in force."""
+        super().set_state({k: v for k, v in state.items() if k != "policy_spec"})  # type: ignore[misc]
+        self.num_grad_updates = state["num_grad_updates"]
+        self.restore_options()
+
+    def restore_options(self) -> None:
+        """Puts the options back in force that came with a state's weights or optimisers."""
+        raise NotImplementedError
 
 
 class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
@@ -131,13 +139,9 @@ class OnRLlibAlgorithm(BaseAlgorithm):
         """Refuses spaces that RLlib would take, such as discrete actions; see `check_spaces`."""
         check_spaces(env.observation_space, env.action_space)
 
-    def setup(self, config: Any) -> None:
-        self._updates_before = 0  # those of the policy that a checkpoint was made of
-        super().setup(config)
-
     @property
     def updates(self) -> int:
-        return self._updates_before + int(self.get_policy().num_grad_updates)
+        return int(self.get_policy().num_grad_updates)
 
     def training_step(self) -> dict[str, Any]:
         self.raise_if_stop_requested()
@@ -159,14 +163,6 @@ class OnRLlibAlgorithm(BaseAlgorithm):
 
     def _refuse(self, quantity: str, value: float) -> NonFiniteError:
         return self.non_finite(quantity, value, "Lower the learning rates, or set grad_clip.")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), UPDATES: self.updates}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # A restored policy counts from 0.
-        self._updates_before = int(state[UPDATES]) - int(self.get_policy().num_grad_updates)
 
 
 def _single_numbers(stats: dict[str, Any]) -> Iterator[tuple[str, NDArray[Any]]]:

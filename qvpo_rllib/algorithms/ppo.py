@@ -122,6 +122,12 @@ class PPOPolicy(ChoosingPolicy, PPOTorchPolicy):  # type: ignore[misc]
         self._obs_moments = Moments.none(int(np.prod(self.observation_space.shape)))
         self._return_moments = Moments.none(1)
 
+    def restore_options(self) -> None:
+        self.on_global_var_update({"timestep": self.global_timestep})  # the learning rate moves
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.cur_lr
+
     def pop_moments(self) -> tuple[Moments, Moments]:
         """Those of the observations and discounted returns since the last call."""
         found = self._obs_moments, self._return_moments

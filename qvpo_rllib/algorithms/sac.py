@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from ray.rllib.algorithms import sac as rllib
 from ray.rllib.algorithms.sac.sac_torch_policy import SACTorchPolicy
 from ray.rllib.models.torch.torch_action_dist import TorchSquashedGaussian
@@ -142,6 +143,20 @@ class SACPolicy(ChoosingPolicy, SACTorchPolicy):  # type: ignore[misc]
     """RLlib's policy with this distribution."""
 
     dist_class = SquashedGaussian
+
+    def restore_options(self) -> None:
+        rates = self.config["optimization"]
+        for name, optimizers in (
+            ("actor", [self.actor_optim]),
+            ("critic", self.critic_optims),
+            ("entropy", [self.alpha_optim]),
+        ):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rates[f"{name}_learning_rate"]
+        if not self.config["auto_alpha"]:
+            with torch.no_grad():
+                self.model.log_alpha.fill_(math.log(self.config["alpha"]))
 
 
 class RivalSACConfig(OnRLlibConfig, rllib.SACConfig):  # type: ignore[misc]

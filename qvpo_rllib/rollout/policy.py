@@ -172,6 +172,7 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         batch = Transitions(*(column.to(self.device) for column in batch))
         metrics = self.learner.update(batch)
         self.learner.num_updates += 1
+        self.num_grad_updates = self.learner.num_updates
         return {"learner_stats": {name: float(value) for name, value in metrics.items()}}
 
     def get_weights(self) -> dict[str, NDArray[np.float32]]:

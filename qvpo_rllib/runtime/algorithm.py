@@ -101,6 +101,7 @@ class OffPolicyAlgorithm(BaseAlgorithm):
             self.learner.set_env_steps(self.ledger.ingested)
             self.learner.train(self.replay, owed)
             self.ledger.done += owed
+            self.policy.num_grad_updates = self.ledger.done  # RLlib's counter
             self.count_steps(trained=owed * self.hp.batch_size)
             self._check_losses()
 
