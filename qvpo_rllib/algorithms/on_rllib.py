@@ -18,8 +18,7 @@ from qvpo_rllib.rollout.environments import action_scale, check_spaces
 from qvpo_rllib.rollout.episodes import run_episodes
 from qvpo_rllib.rollout.policy import refuse_k
 from qvpo_rllib.runtime.base import BaseAlgorithm
-from qvpo_rllib.runtime.config import REPLACED_OPTIONS, BaseConfig
-from qvpo_rllib.runtime.ray_private import is_frozen
+from qvpo_rllib.runtime.config import BaseConfig
 
 
 class ChoosingPolicy:
@@ -109,9 +108,9 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
 
 
 class OnRLlibConfig(BaseConfig):
-    """Its `validate` turns the hyperparameters into RLlib's own settings, by `apply`."""
+    """Its `derive` turns the hyperparameters into RLlib's own settings."""
 
-    derived = tuple(REPLACED_OPTIONS)
+    honoured_too = frozenset({"metrics_episode_collection_timeout_s", "ignore_env_runner_failures"})
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class)
@@ -119,16 +118,6 @@ class OnRLlibConfig(BaseConfig):
         # New minibatches in every epoch; RLlib's loader for several GPUs cuts a batch up once.
         self.simple_optimizer = True
         self.env_runners(env_runner_cls=SeededRolloutWorker)
-
-    def apply(self, hp: Any) -> None:
-        """Sets RLlib's own settings by the hyperparameters."""
-        raise NotImplementedError
-
-    def validate(self) -> None:
-        hp = self.hyperparameters()
-        if not is_frozen(self):
-            self.apply(hp)
-        super().validate()
 
 
 class OnRLlibAlgorithm(BaseAlgorithm):
