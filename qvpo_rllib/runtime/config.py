@@ -105,6 +105,11 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
         super().update_from_dict(kept)
         return self
 
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Any:
+        # What an earlier version has saved was in force.
+        return super().from_state({"derived_values": state, **state})
+
     def hyperparameters(self) -> Any:
         """The checked hyperparameters with what is left to the task resolved."""
         return resolved_hyperparameters(self, self.hyperparameters_class)
@@ -124,7 +129,7 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
         name = self.algorithm_name
         if self.env is None:
             raise ValueError(
-                f"No environment is given: call environment('Ant-v5'), say, on the {name} configuration."
+                "No environment is given. Name one, such as `config.environment('Ant-v5')`."
             )
         if not isinstance(self.num_gpus, int | float) or not 0 <= self.num_gpus <= 1:
             raise ValueError(

@@ -1,93 +1,52 @@
 """What every setting of RLlib's `AlgorithmConfig` means here: one table for all algorithms.
 
-A setting is honoured, or refused where it has another value than the algorithm's own, or RLlib keeps
-its own books in it. None is ignored in silence: what is in no list is refused too.
+A setting is honoured, or refused where it has another value than the algorithm's own, or RLlib's
+own bookkeeping. None is ignored in silence: what is in no list is refused too.
 """
 
-import functools
 import reprlib
 from fnmatch import fnmatchcase
 from typing import Any
 
 from qvpo_rllib.core.options import nearest, options_of
 
-HONOURED = frozenset(
-    [
-        "placement_strategy",
-        "num_gpus",
-        "num_cpus_for_main_process",
-        "custom_resources_for_main_process",
-        "num_env_runners",
-        "num_cpus_per_env_runner",
-        "num_gpus_per_env_runner",
-        "custom_resources_per_env_runner",
-        "extra_python_environs_for_driver",
-        "extra_python_environs_for_worker",
-        "env",
-        "env_config",
-        "num_envs_per_env_runner",
-        "rollout_fragment_length",
-        "sample_timeout_s",
-        "validate_env_runners_after_construction",
-        "callbacks_class",
-        "callbacks_on_algorithm_init",
-        "callbacks_on_env_runners_recreated",
-        "callbacks_on_checkpoint_loaded",
-        "callbacks_on_evaluate_start",
-        "callbacks_on_evaluate_end",
-        "callbacks_on_train_result",
-        "evaluation_interval",
-        "evaluation_duration",
-        "evaluation_num_env_runners",
-        "evaluation_config",
-        "evaluation_parallel_to_training",
-        "evaluation_sample_timeout_s",
-        "evaluation_unhealthy_workers_timeout_s",
-        "evaluation_error_after_n_consecutive_skips",
-        "min_time_s_per_iteration",
-        "min_train_timesteps_per_iteration",
-        "min_sample_timesteps_per_iteration",
-        "metrics_num_episodes_for_smoothing",
-        "keep_per_episode_custom_metrics",
-        "seed",
-        "log_level",
-        "log_sys_usage",
-        "restart_failed_env_runners",
-        "max_num_env_runner_restarts",
-        "delay_between_env_runner_restarts_s",
-        "num_consecutive_env_runner_failures_tolerance",
-        "restart_failed_sub_environments",
-        "env_runner_health_probe_timeout_s",
-        "env_runner_restore_timeout_s",
-        "replay_in_checkpoints",
-    ]
-)
-# Of these, what `evaluation_config` may set for the evaluation's own workers.
-IN_EVALUATION = frozenset(
-    [
-        "env",
-        "env_config",
-        "num_envs_per_env_runner",
-        "explore",
-        "k_eval",
-        "callbacks_class",
-        "log_level",
-        "num_cpus_per_env_runner",
-        "num_gpus_per_env_runner",
-        "custom_resources_per_env_runner",
-        "extra_python_environs_for_worker",
-        "validate_env_runners_after_construction",
-        "restart_failed_env_runners",
-        "max_num_env_runner_restarts",
-        "delay_between_env_runner_restarts_s",
-        "restart_failed_sub_environments",
-        "env_runner_health_probe_timeout_s",
-        "keep_per_episode_custom_metrics",
-    ]
-)
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+HONOURED = _names("""
+    placement_strategy num_gpus num_cpus_for_main_process custom_resources_for_main_process
+    num_env_runners num_cpus_per_env_runner num_gpus_per_env_runner custom_resources_per_env_runner
+    extra_python_environs_for_driver extra_python_environs_for_worker
+    env env_config num_envs_per_env_runner rollout_fragment_length sample_timeout_s
+    validate_env_runners_after_construction
+    callbacks_class callbacks_on_algorithm_init callbacks_on_env_runners_recreated
+    callbacks_on_checkpoint_loaded callbacks_on_evaluate_start callbacks_on_evaluate_end
+    callbacks_on_train_result
+    evaluation_interval evaluation_duration evaluation_num_env_runners evaluation_config
+    evaluation_parallel_to_training evaluation_sample_timeout_s
+    evaluation_unhealthy_workers_timeout_s evaluation_error_after_n_consecutive_skips
+    min_time_s_per_iteration min_train_timesteps_per_iteration min_sample_timesteps_per_iteration
+    metrics_num_episodes_for_smoothing keep_per_episode_custom_metrics
+    seed log_level log_sys_usage replay_in_checkpoints
+    restart_failed_env_runners max_num_env_runner_restarts delay_between_env_runner_restarts_s
+    num_consecutive_env_runner_failures_tolerance restart_failed_sub_environments
+    env_runner_health_probe_timeout_s env_runner_restore_timeout_s
+""")
+# What `evaluation_config` may set for the evaluation's own workers.
+IN_EVALUATION = _names("""
+    env env_config num_envs_per_env_runner explore k_eval callbacks_class log_level
+    num_cpus_per_env_runner num_gpus_per_env_runner custom_resources_per_env_runner
+    extra_python_environs_for_worker validate_env_runners_after_construction
+    restart_failed_env_runners max_num_env_runner_restarts delay_between_env_runner_restarts_s
+    restart_failed_sub_environments env_runner_health_probe_timeout_s
+    keep_per_episode_custom_metrics
+""")
 # What RLlib, or this package, changes by itself.
 BOOKKEEPING = {
     "algo_class": "follows from the configuration's class",
+    "class": "RLlib notes it in a copy",
     "derived_values": "what `validate` made of the options the last time",
     "in_evaluation": "marks the copy that evaluation workers get",
     "policies": "RLlib writes the specification of the one policy in several forms",
@@ -99,7 +58,7 @@ BOOKKEEPING = {
     "_per_module_overrides": "RLlib's cache",
     "_prior_exploration_config": "RLlib keeps here what a switch of its API stack replaces",
 }
-# By reason: settings, or patterns of them, that must keep the algorithm's own value. The first holds.
+# By reason: settings, or patterns of them, that must keep their value. The first that fits holds.
 REFUSED = {
     "{label} has no such option": """
         lr lr_schedule gamma grad_clip grad_clip_by train_batch_size _train_batch_size_per_learner
@@ -142,7 +101,7 @@ REFUSED = {
     "the workers are of {label}'s own class": """
         env_runner_cls sample_collector sampler_perf_stats_ema_coef create_env_on_local_worker""",
     "{label} trains one policy, and counts env steps": "policy_* policies_to_train count_steps_by",
-    "{label} evaluates whole episodes with a quota for each environment, so that short ones are not "
+    "evaluation plays whole episodes with a quota for each environment, so that short ones are not "
     "favoured; give a number of episodes": """
         evaluation_duration_unit evaluation_auto_* evaluation_force_reset_envs_before_iteration
         custom_evaluation_function""",
@@ -198,17 +157,17 @@ def refusal(config: Any, name: str, value: object) -> ValueError:
         *rest, last = instead
         text = f"{', '.join(rest)} and {last}" if rest else last
         return ValueError(f"{label} does not read {name!r}: use {text} instead.")
-    own = own_values(type(config)).get(name)
-    reason = "RLlib has given it up" if own == GIVEN_UP else reason_to_refuse(name)
+    own = own_values(config).get(name)
+    reason = reason_to_refuse(name, own) or "nothing here reads it"
     return ValueError(
         f"{name}={reprlib.repr(value)} is not supported: {label} allows {own!r} alone; "
-        f"{(reason or 'nothing here reads it').format(label=label)}."
+        f"{reason.format(label=label)}."
     )
 
 
 def check_settings(config: Any) -> None:
     """Raises `ValueError` for the first setting whose value nothing would read."""
-    own, options = own_values(type(config)), options_of(config.hyperparameters_class)
+    own, options = own_values(config), options_of(config.hyperparameters_class)
     read = HONOURED | BOOKKEEPING.keys() | options.keys() | config.honoured_too
     for name, value in vars(config).items():
         if name in read or (name in own and same(value, own[name])):
@@ -238,10 +197,9 @@ def check_evaluation_config(config: Any) -> None:
             )
 
 
-@functools.cache
-def own_values(kind: type) -> dict[str, Any]:
-    """Returns the value of every setting in a new configuration of this class; not to be changed."""
-    return vars(kind())
+def own_values(config: Any) -> dict[str, Any]:
+    """Returns every setting's value in a new configuration of the same class."""
+    return dict(vars(type(config)()))
 
 
 def same(one: object, other: object) -> bool:
@@ -252,8 +210,10 @@ def same(one: object, other: object) -> bool:
         return False
 
 
-def reason_to_refuse(name: str) -> str | None:
-    """Returns why the setting `name` is refused; None if it is in no list of `REFUSED`."""
+def reason_to_refuse(name: str, own: object) -> str | None:
+    """Returns why a setting must keep its `own` value; None if it is in no list."""
+    if own == GIVEN_UP:
+        return "RLlib has given it up"
     matching = (
         reason
         for reason, patterns in REFUSED.items()

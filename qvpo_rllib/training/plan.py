@@ -1,5 +1,6 @@
 """From the command line's words to a checked training plan, before anything starts."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from qvpo_rllib.core.options import (
 )
 from qvpo_rllib.rollout.environments import check_spaces, filter_warnings
 from qvpo_rllib.runtime.ray_private import check_environment_id
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_EPISODES = 10
 INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(min)?")
@@ -226,3 +229,11 @@ def resolve_gpus(num_gpus: float | None) -> float:
             "device. Use --num-gpus 0, or a machine and a PyTorch build with CUDA."
         )
     return num_gpus
+
+
+def gpus_here(before: float, asked: float | None) -> float:
+    """Returns the GPUs of a run that goes on: those asked for, else as before, if there are any."""
+    if asked is None and before > 0 and not torch.cuda.is_available():
+        logger.warning("The run used a GPU, and there is none here: it goes on on the CPU.")
+        return 0.0
+    return before if asked is None else resolve_gpus(asked)
