@@ -43,6 +43,12 @@ class ChoosingPolicy:
         actions = self.compute_actions(np.asarray(obs, np.float32), explore=explore)[0]
         return np.asarray(np.clip(actions, -1.0, 1.0), np.float32)
 
+    def export_model(self: Any, export_dir: str, onnx: int | None = None) -> None:
+        """Writes `model.pt`, RLlib's model for `torch.load`. Raises `ValueError` for `onnx`."""
+        if onnx:
+            raise ValueError(f"{type(self).__name__} has no ONNX: qvpo export has QVPO's.")
+        super().export_model(export_dir)  # type: ignore[misc]
+
     def set_state(self: Any, state: dict[str, Any]) -> None:
         """Restores `get_state()`; this policy's own options stay in force."""
         super().set_state({k: v for k, v in state.items() if k != "policy_spec"})  # type: ignore[misc]

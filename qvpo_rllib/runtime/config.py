@@ -1,5 +1,6 @@
 """RLlib's `AlgorithmConfig` with an algorithm's own options: for all, and for off-policy ones."""
 
+import copy
 import functools
 import inspect
 import math
@@ -124,7 +125,7 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
             check_evaluation_config(self)
             if not is_frozen(self):
                 self.derived_values = self.derive()
-                self._set_options(self.derived_values)
+                self._set_options(copy.deepcopy(self.derived_values))
         super().validate()
         name = self.algorithm_name
         if self.env is None:
