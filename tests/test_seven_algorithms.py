@@ -11,6 +11,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.utils import test_utils
 
 from qvpo_rllib import cli
 from qvpo_rllib.algorithms import ALGORITHMS
@@ -232,6 +233,44 @@ def test_a_result_has_the_same_names(trained: Any) -> None:
     for episodes in (result["env_runners"], result["evaluation"]["env_runners"]):
         assert {"episode_return_mean", "episode_len_mean", "hist_stats"} <= set(episodes)
     assert len(result["evaluation"]["env_runners"]["hist_stats"]["episode_reward"]) == 2
+
+
+def test_rllibs_own_checks_hold(trained: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    """RLlib's `check_train_results`, `check_compute_single_action`, `check_inference_w_connectors`.
+
+    Left out: `check_supported_spaces` runs discrete and nested spaces, which are refused here
+    (`test_spaces_are_refused_for_a_reason_that_is_true`); `check_learning_achieved` and
+    `check_reproducibilty` train for minutes, which the reports and tests/test_exact_resume.py do;
+    `check_off_policyness`, `check_train_results_new_api_stack` and `ModelChecker` are for the new
+    API stack or for models of RLlib's catalogue.
+    """
+    _, algorithm, result = trained
+    test_utils.check_train_results(result)
+    policy = algorithm.get_policy()
+    test_utils.check_inference_w_connectors(policy, ENV, max_steps=5)
+    if hasattr(policy, "learner"):
+        # A diffusion policy draws without `explore` too: the same noise each time.
+        act = policy.act
+        monkeypatch.setattr(
+            policy,
+            "act",
+            lambda obs, *, explore=False: act(
+                obs, explore=explore, generator=torch.Generator().manual_seed(0)
+            ),
+        )
+        for method, arguments in (
+            ("export_model", (str(tmp_path),)),
+            ("compute_gradients", (None,)),
+            ("compute_log_likelihoods", (None, None)),
+        ):
+            with pytest.raises(ValueError, match=f"has no {method}: "):
+                getattr(policy, method)(*arguments)
+    else:
+        with pytest.raises(ValueError, match="has no ONNX"):
+            policy.export_model(str(tmp_path), onnx=11)
+        policy.export_model(str(tmp_path))
+        assert (tmp_path / "model.pt").is_file()
+    test_utils.check_compute_single_action(algorithm)
 
 
 def test_callbacks_are_called(trained: Any) -> None:
