@@ -250,7 +250,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_the_cpu(
 
 def test_more_workers_than_the_cluster_can_hold_are_refused(build: Any, tiny_config: Any) -> None:
     config = tiny_config(ENV).env_runners(num_env_runners=4, num_cpus_per_env_runner=2)
-    with pytest.raises(ValueError, match="8 CPU are needed, of 4. Lower num_env_runners"):
+    with pytest.raises(ValueError, match=r"8 CPU are needed, of 4\. Lower num_env_runners"):
         build(config)
     config = tiny_config(ENV).env_runners(num_env_runners=1, num_gpus_per_env_runner=1)
     with pytest.raises(ValueError, match="1 GPU are needed, of 0"):

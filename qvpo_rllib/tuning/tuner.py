@@ -173,7 +173,7 @@ def _search(
 
 
 def _domains(spec: ExperimentSpec, algorithm: str) -> dict[str, Domain]:
-    """Returns what Tune draws from, with choices such as "none" and "1e-3" as an option has them."""
+    """Returns what Tune draws from; a choice of "none" or "1e-3" is a value of its option."""
 
     def typed(name: str, value: OptionValue) -> Any:
         return spec.options(algorithm, {name: value}).to_json()[name]
