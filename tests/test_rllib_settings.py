@@ -81,6 +81,7 @@ def test_every_other_setting_is_refused_by_its_name(name: str) -> None:
         ("evaluation", {"evaluation_config": {"num_env_runners": 2}}, "no evaluation reads it"),
         ("api_stack", {"enable_rl_module_and_learner": True}, "runs on RLlib's old API stack"),
         ("framework", {"framework": "tf2"}, "written in PyTorch"),
+        ("callbacks", {"on_train_result": print}, "give a class with this method"),
         ("learners", {"num_gpus_per_learner": 1}, r"resources\(num_gpus=1\)"),
         ("environment", {"env": None}, "No environment is given"),
         ("training", {}, None),
@@ -147,18 +148,10 @@ def test_a_checkpoint_of_an_earlier_version_has_no_derived_values(name: str) -> 
 # --- what is honoured --------------------------------------------------------------------------
 
 
-def seen_by(events: list[str], name: str) -> Callable[..., None]:
-    return lambda **kwargs: events.append(name)
-
-
 @pytest.fixture(scope="module")
 def seen(build_shared: Any, tmp_path_factory: Any) -> Any:
     """A QVPO with settings of all kinds after two iterations, and what was to be seen of it."""
-    events: list[str] = []
     config = config_of("qvpo", warmup_steps=12)
-    names = ("algorithm_init", "checkpoint_loaded", "train_result")
-    names += ("evaluate_start", "evaluate_end", "env_runners_recreated")
-    config.callbacks(**{f"on_{name}": seen_by(events, name) for name in names})
     config.environment(env_config={"reset_noise_scale": 0.02})
     config.env_runners(
         num_envs_per_env_runner=2,
@@ -209,12 +202,6 @@ def seen(build_shared: Any, tmp_path_factory: Any) -> Any:
     directory = tmp_path_factory.mktemp("saved")
     results = [algorithm.train(), algorithm.train()]
     algorithm.save(str(directory))
-    algorithm.restore(str(directory))
-    algorithm._make_on_env_runners_recreated_callbacks(
-        config=algorithm.config,
-        env_runner_group=algorithm.env_runner_group,
-        restored_env_runner_indices=[1],
-    )
     return SimpleNamespace(**locals())
 
 
@@ -281,10 +268,6 @@ def restore_timeout(seen: Any) -> str:
     return str(error.value)
 
 
-def callback(name: str) -> tuple[str, Callable[[Any], bool]]:
-    return f"callbacks_on_{name}", lambda s: name in s.events
-
-
 # What shows that a setting acts, given `seen`.
 EFFECTS: dict[str, Callable[[Any], bool]] = {
     "env": lambda s: s.algorithm.env_runner.envs[0].spec.id == ENV,
@@ -295,8 +278,6 @@ EFFECTS: dict[str, Callable[[Any], bool]] = {
     "extra_python_environs_for_driver": lambda s: s.on_driver == "driver",
     "extra_python_environs_for_worker": lambda s: s.on_worker == "worker",
     "callbacks_class": lambda s: all(r["seen_by_a_callback"] for r in s.results),
-    **dict(map(callback, ("algorithm_init", "checkpoint_loaded", "train_result"))),
-    **dict(map(callback, ("evaluate_start", "evaluate_end", "env_runners_recreated"))),
     "evaluation_interval": lambda s: ["evaluation" in r for r in s.results] == [False, True],
     "evaluation_duration": lambda s: s.results[1]["evaluation"]["env_runners"]["num_episodes"] == 3,
     "evaluation_config": lambda s: len(s.algorithm.eval_env_runner.envs) == 2,

@@ -20,10 +20,7 @@ HONOURED = _names("""
     num_env_runners num_cpus_per_env_runner num_gpus_per_env_runner custom_resources_per_env_runner
     extra_python_environs_for_driver extra_python_environs_for_worker
     env env_config num_envs_per_env_runner rollout_fragment_length sample_timeout_s
-    validate_env_runners_after_construction
-    callbacks_class callbacks_on_algorithm_init callbacks_on_env_runners_recreated
-    callbacks_on_checkpoint_loaded callbacks_on_evaluate_start callbacks_on_evaluate_end
-    callbacks_on_train_result
+    validate_env_runners_after_construction callbacks_class
     evaluation_interval evaluation_duration evaluation_num_env_runners evaluation_config
     evaluation_parallel_to_training evaluation_sample_timeout_s
     evaluation_unhealthy_workers_timeout_s evaluation_error_after_n_consecutive_skips
@@ -105,8 +102,7 @@ REFUSED = {
     "favoured; give a number of episodes": """
         evaluation_duration_unit evaluation_auto_* evaluation_force_reset_envs_before_iteration
         custom_evaluation_function""",
-    "give a class with this method as callbacks_class": """
-        callbacks_on_episode_* callbacks_on_sample_end callbacks_on_environment_created""",
+    "give a class with this method as callbacks_class": "callbacks_on_*",
     "`qvpo export` writes the policy": """
         export_native_model_files checkpoint_trainable_policies_only""",
     "environments and configurations are always checked": """
