@@ -13,6 +13,7 @@ from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from qvpo_rllib.core.replay import UpdateLedger
 from qvpo_rllib.core.seeding import restore_generator
+from qvpo_rllib.training.plan import gpus_here
 from qvpo_rllib.training.run import _interrupts
 
 ENV = "InvertedPendulum-v5"
@@ -230,3 +231,36 @@ def test_the_environments_arguments_are_in_the_checkpoint(
     build(config).save(str(tmp_path))
     stored = json.loads((tmp_path / "qvpo.json").read_text())
     assert stored["env_config"] == {"reset_noise_scale": 0.02}
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_on_the_cpu(
+    build: Any, tiny_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    original = build(tiny_config(ENV))
+    original.config = original.config.copy(copy_frozen=False).resources(num_gpus=1)
+    original.save(str(tmp_path))
+    restored = type(original).from_checkpoint(str(tmp_path))
+    restored.stop()
+    assert restored.config.num_gpus == 0
+    assert "goes on on the CPU" in caplog.text
+    assert gpus_here(1.0, None) == gpus_here(1.0, 0.0) == 0.0
+
+
+def test_more_workers_than_the_cluster_can_hold_are_refused(build: Any, tiny_config: Any) -> None:
+    config = tiny_config(ENV).env_runners(num_env_runners=4, num_cpus_per_env_runner=2)
+    with pytest.raises(ValueError, match=r"8 CPU are needed, of 4\. Lower num_env_runners"):
+        build(config)
+    config = tiny_config(ENV).env_runners(num_env_runners=1, num_gpus_per_env_runner=1)
+    with pytest.raises(ValueError, match="1 GPU are needed, of 0"):
+        build(config)
+
+
+def test_a_seed_repeats_a_single_action(build: Any, tiny_config: Any) -> None:
+    algorithm, obs = build(tiny_config(ENV)), np.zeros(4, np.float32)
+    before = algorithm.policy.generator.get_state()
+    first, second = (algorithm.compute_single_action(obs, explore=False, seed=3) for _ in range(2))
+    assert first == second
+    assert torch.equal(algorithm.policy.generator.get_state(), before)
+    assert first != algorithm.compute_single_action(obs, explore=False, seed=4)

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.utils import test_utils
 
 from qvpo_rllib import cli
 from qvpo_rllib.algorithms import ALGORITHMS
@@ -26,6 +28,23 @@ TINY: dict[str, dict[str, Any]] = {
     "ppo": ON_POLICY,
     "spo": ON_POLICY,
     "sac": OFF_POLICY,
+}
+# Other values of options that a run may change when it goes on from a checkpoint.
+OF_REPLAY = {"actor_lr": 2e-5, "critic_lr": 3e-5, "gamma": 0.7, "tau": 0.3, "grad_clip": 0.4}
+OF_PPO = {
+    "lr": 2e-5,
+    "gamma": 0.7,
+    "lambda_": 0.6,
+    "clip_param": 0.4,
+    "entropy_coeff": 0.03,
+    "vf_loss_coeff": 0.2,
+    "grad_clip": 0.4,
+}
+OTHER: dict[str, dict[str, Any]] = {
+    **{name: OF_REPLAY for name in ("qvpo", "dipo", "qsm", "td3")},
+    "ppo": OF_PPO,
+    "spo": OF_PPO,
+    "sac": {**OF_REPLAY, "alpha_lr": 4e-5, "auto_alpha": True},
 }
 seven = pytest.mark.parametrize("name", ALGORITHMS)
 
@@ -64,6 +83,30 @@ def assert_same_weights(one: Any, other: Any) -> None:
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+def options_in_force(policy: Any) -> dict[str, Any]:
+    """The options of `OTHER`, each read from where an update reads it."""
+
+    def rate(optimizer: Any) -> float:
+        return float(optimizer.param_groups[0]["lr"])
+
+    if hasattr(policy, "learner"):
+        learner = policy.learner
+        found = {name: getattr(learner.hp, name) for name in ("gamma", "tau", "grad_clip")}
+        found["actor_lr"] = rate(learner.actor_optimizer)
+        return found | {"critic_lr": rate(learner.critic_optimizer)}
+    found = {name: policy.config[name] for name in ("gamma", "grad_clip")}
+    if hasattr(policy, "alpha_optim"):
+        rates = {rate(optimizer) for optimizer in policy.critic_optims}
+        found |= {"tau": policy.config["tau"], "actor_lr": rate(policy.actor_optim)}
+        found |= {"critic_lr": rates.pop(), "alpha_lr": rate(policy.alpha_optim)}
+        assert not rates
+        return found | {"auto_alpha": found["alpha_lr"] > 0}
+    found |= {name: policy.config[name] for name in ("clip_param", "vf_loss_coeff")}
+    found |= {"lambda_": policy.config["lambda"], "entropy_coeff": policy.entropy_coeff}
+    assert policy.cur_lr == rate(policy._optimizers[0])
+    return found | {"lr": policy.cur_lr}
 
 
 @pytest.fixture(scope="module", params=ALGORITHMS)
@@ -192,6 +235,44 @@ def test_a_result_has_the_same_names(trained: Any) -> None:
     assert len(result["evaluation"]["env_runners"]["hist_stats"]["episode_reward"]) == 2
 
 
+def test_rllibs_own_checks_hold(trained: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    """RLlib's `check_train_results`, `check_compute_single_action`, `check_inference_w_connectors`.
+
+    Left out: `check_supported_spaces` runs discrete and nested spaces, which are refused here
+    (`test_spaces_are_refused_for_a_reason_that_is_true`); `check_learning_achieved` and
+    `check_reproducibilty` train for minutes, which the reports and tests/test_exact_resume.py do;
+    `check_off_policyness`, `check_train_results_new_api_stack` and `ModelChecker` are for the new
+    API stack or for models of RLlib's catalogue.
+    """
+    _, algorithm, result = trained
+    test_utils.check_train_results(result)
+    policy = algorithm.get_policy()
+    test_utils.check_inference_w_connectors(policy, ENV, max_steps=5)
+    if hasattr(policy, "learner"):
+        # A diffusion policy draws without `explore` too: the same noise each time.
+        act = policy.act
+        monkeypatch.setattr(
+            policy,
+            "act",
+            lambda obs, *, explore=False: act(
+                obs, explore=explore, generator=torch.Generator().manual_seed(0)
+            ),
+        )
+        for method, arguments in (
+            ("export_model", (str(tmp_path),)),
+            ("compute_gradients", (None,)),
+            ("compute_log_likelihoods", (None, None)),
+        ):
+            with pytest.raises(ValueError, match=f"has no {method}: "):
+                getattr(policy, method)(*arguments)
+    else:
+        with pytest.raises(ValueError, match="has no ONNX"):
+            policy.export_model(str(tmp_path), onnx=11)
+        policy.export_model(str(tmp_path))
+        assert (tmp_path / "model.pt").is_file()
+    test_utils.check_compute_single_action(algorithm)
+
+
 def test_callbacks_are_called(trained: Any) -> None:
     _, _, result = trained
     assert result["seen_by_a_callback"]
@@ -226,12 +307,15 @@ def test_a_run_goes_on_from_its_checkpoint(
     name, algorithm, _ = trained
     monkeypatch.chdir(tmp_path)
     algorithm.save("saved")
-    again = build(config_of(name).evaluation(evaluation_num_env_runners=1))
+    again = build(config_of(name, **OTHER[name]).evaluation(evaluation_num_env_runners=1))
     again.restore("saved")  # a relative path, which RLlib takes for an address
+    assert options_in_force(again.get_policy()) == OTHER[name]
     new = type(algorithm).from_checkpoint("saved")
     for other in (again, new):
         assert_same_weights(algorithm, other)
         assert (other.env_steps, other.updates) == (algorithm.env_steps, algorithm.updates)
+        counters = {a.get_policy().num_grad_updates for a in (algorithm, other)}
+        assert counters == {algorithm.updates}
         assert other.metadata().ledger == algorithm.metadata().ledger
         returns = [a.evaluate()["env_runners"]["episode_return_mean"] for a in (algorithm, other)]
         assert returns[0] == returns[1]
@@ -249,6 +333,26 @@ def foreign(build_shared: Callable[[Any], Any], tmp_path_factory: Any) -> dict[s
     for name, path in paths.items():
         build_shared(config_of(name)).save(path)
     return paths
+
+
+def test_what_a_state_brings_along_gives_way_to_the_policys_own_options() -> None:
+    """A schedule of learning rates, and SAC's fixed alpha, which is one of its weights."""
+
+    def policy_of(name: str, **options: Any) -> Any:
+        algorithm, box = ALGORITHMS[name].load(), spaces.Box(-1, 1, (2,), np.float32)
+        config = config_of(name, **options)
+        config.validate()
+        return algorithm.policy_class(box, box, {**config.to_dict(), "worker_index": 0})
+
+    half = policy_of("ppo", lr=3e-4, lr_end=1e-4, lr_decay_steps=100)
+    half.set_state({**policy_of("ppo").get_state(), "global_timestep": 50})
+    assert options_in_force(half)["lr"] == pytest.approx(2e-4)
+    fixed = policy_of("sac", alpha=0.3)
+    fixed.set_state(policy_of("sac", alpha=0.2, auto_alpha=True).get_state())
+    assert fixed.model.log_alpha.exp().item() == pytest.approx(0.3)
+    learnt = policy_of("sac", alpha=0.3, auto_alpha=True)
+    learnt.set_state(policy_of("sac", alpha=0.2).get_state())
+    assert learnt.model.log_alpha.exp().item() == pytest.approx(0.2)
 
 
 def test_a_checkpoint_of_another_algorithm_changes_nothing(

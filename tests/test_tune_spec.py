@@ -12,7 +12,7 @@ from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.options import options_of
 from qvpo_rllib.tuning.smoke import MAX_SEEDS, shrink
 from qvpo_rllib.tuning.spec import ExperimentSpec
-from qvpo_rllib.tuning.tuner import confirmation_spec, fixed_config, planned_trials
+from qvpo_rllib.tuning.tuner import _domains, confirmation_spec, fixed_config, planned_trials
 
 FILES = sorted((Path(__file__).parents[1] / "tune_configs").glob("*.yaml"))
 BASE: dict[str, Any] = {"name": "x", "task": "InvertedPendulum-v5", "preset": "quick"}
@@ -211,3 +211,17 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
     file.write_text("name: x\npreset: quick\nenv_steps: 2e4\ntraining: {actor_lr: 1e-4}\n")
     spec = ExperimentSpec.load(file)
     assert (spec.env_steps, spec.training["actor_lr"]) == (20_000, 1e-4)
+
+
+@pytest.mark.parametrize("method", ["optuna", "pbt"])
+def test_choices_are_values_of_their_options_whatever_searches(method: str) -> None:
+    space = {"grad_clip": ["none", "1e-1"], "hidden": [[8, 8], [16, 16]]}
+    many = {"seeds": [0, 1]} if method == "pbt" else {}
+    search = {"method": method, **({} if many else {"num_samples": 2})}
+    if many:
+        space.pop("hidden")  # a checkpoint fits one value
+    spec = spec_of(sweep={"space": space}, search=search, **many)
+    domains = _domains(spec, "qvpo")
+    assert domains["grad_clip"].categories == [None, 0.1]
+    for trial in planned_trials(spec, "qvpo") or []:
+        assert trial["grad_clip"] in (None, 0.1)

@@ -24,12 +24,9 @@ from qvpo_rllib.rollout.outcomes import OutcomeCheck
 from qvpo_rllib.rollout.policy import refuse_k
 from qvpo_rllib.rollout.worker import episode_metrics, restart_of
 from qvpo_rllib.runtime.base import BaseAlgorithm
-from qvpo_rllib.runtime.config import REPLACED_OPTIONS, BaseConfig
-from qvpo_rllib.runtime.ray_private import is_frozen
+from qvpo_rllib.runtime.config import BaseConfig
 
 logger = logging.getLogger(__name__)
-
-UPDATES = "num_updates"
 
 
 class ChoosingPolicy:
@@ -53,6 +50,22 @@ class ChoosingPolicy:
         refuse_k(k, self)
         actions = self.compute_actions(np.asarray(obs, np.float32), explore=explore)[0]
         return np.asarray(np.clip(actions, -1.0, 1.0), np.float32)
+
+    def export_model(self: Any, export_dir: str, onnx: int | None = None) -> None:
+        """Writes `model.pt`, RLlib's model for `torch.load`. Raises `ValueError` for `onnx`."""
+        if onnx:
+            raise ValueError(f"{type(self).__name__} has no ONNX: qvpo export has QVPO's.")
+        super().export_model(export_dir)  # type: ignore[misc]
+
+    def set_state(self: Any, state: dict[str, Any]) -> None:
+        """Restores `get_state()`; this policy's own options stay in force."""
+        super().set_state({k: v for k, v in state.items() if k != "policy_spec"})  # type: ignore[misc]
+        self.num_grad_updates = state["num_grad_updates"]
+        self.restore_options()
+
+    def restore_options(self) -> None:
+        """Puts the options back in force that came with a state's weights or optimisers."""
+        raise NotImplementedError
 
 
 class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
@@ -196,9 +209,9 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
 
 
 class OnRLlibConfig(BaseConfig):
-    """Its `validate` turns the hyperparameters into RLlib's own settings, by `apply`."""
+    """Its `derive` turns the hyperparameters into RLlib's own settings."""
 
-    derived = tuple(REPLACED_OPTIONS)
+    honoured_too = frozenset({"metrics_episode_collection_timeout_s", "ignore_env_runner_failures"})
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class)
@@ -206,16 +219,6 @@ class OnRLlibConfig(BaseConfig):
         # New minibatches in every epoch; RLlib's loader for several GPUs cuts a batch up once.
         self.simple_optimizer = True
         self.env_runners(env_runner_cls=SeededRolloutWorker)
-
-    def apply(self, hp: Any) -> None:
-        """Sets RLlib's own settings by the hyperparameters."""
-        raise NotImplementedError
-
-    def validate(self) -> None:
-        hp = self.hyperparameters()
-        if not is_frozen(self):
-            self.apply(hp)
-        super().validate()
 
 
 class OnRLlibAlgorithm(BaseAlgorithm):
@@ -245,13 +248,6 @@ class OnRLlibAlgorithm(BaseAlgorithm):
 
     def _refuse(self, quantity: str, value: float) -> NonFiniteError:
         return self.non_finite(quantity, value, "Lower the learning rates, or set grad_clip.")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), UPDATES: self.updates}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.get_policy().num_grad_updates = state[UPDATES]  # RLlib restores all but this
 
 
 def _single_numbers(stats: dict[str, Any]) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -122,6 +122,12 @@ class PPOPolicy(ChoosingPolicy, PPOTorchPolicy):  # type: ignore[misc]
         self._obs_moments = Moments.none(int(np.prod(self.observation_space.shape)))
         self._return_moments = Moments.none(1)
 
+    def restore_options(self) -> None:
+        self.on_global_var_update({"timestep": self.global_timestep})  # the learning rate moves
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.cur_lr
+
     def pop_moments(self) -> tuple[Moments, Moments]:
         """Those of the observations and discounted returns since the last call."""
         found = self._obs_moments, self._return_moments
@@ -165,6 +171,7 @@ class RivalPPOConfig(OnRLlibConfig, rllib.PPOConfig):  # type: ignore[misc]
 
     hyperparameters_class: ClassVar[type[Options]] = PPOHyperparameters
     algorithm_name = "PPO"
+    honoured_too = OnRLlibConfig.honoured_too | {"batch_mode"}
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class)
@@ -172,19 +179,21 @@ class RivalPPOConfig(OnRLlibConfig, rllib.PPOConfig):  # type: ignore[misc]
         self.kl_coeff = 0.0
         self.vf_clip_param = float("inf")
 
-    def apply(self, hp: PPOHyperparameters) -> None:
-        model: dict[str, Any] = self.model  # type: ignore[has-type]
-        self.model = {
-            **model,
-            "custom_model": NormalizedNetwork,
-            "custom_model_config": {"normalize_observations": hp.normalize_observations},
-            "fcnet_hiddens": list(hp.hidden),
-            "fcnet_activation": hp.activation,
-            "free_log_std": True,
-            "vf_share_layers": False,
+    def derive(self) -> dict[str, Any]:
+        hp: PPOHyperparameters = self.hyperparameters()
+        decays = hp.lr_end is not None and hp.lr_decay_steps is not None
+        return {
+            "model": {
+                **self.model,
+                "custom_model": NormalizedNetwork,
+                "custom_model_config": {"normalize_observations": hp.normalize_observations},
+                "fcnet_hiddens": list(hp.hidden),
+                "fcnet_activation": hp.activation,
+                "free_log_std": True,
+                "vf_share_layers": False,
+            },
+            "lr_schedule": [[0, hp.lr], [hp.lr_decay_steps, hp.lr_end]] if decays else None,
         }
-        if hp.lr_end is not None and hp.lr_decay_steps is not None:
-            self.lr_schedule = [[0, hp.lr], [hp.lr_decay_steps, hp.lr_end]]
 
 
 class RivalPPO(OnRLlibAlgorithm, rllib.PPO):  # type: ignore[misc]

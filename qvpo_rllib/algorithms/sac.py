@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from ray.rllib.algorithms import sac as rllib
 from ray.rllib.algorithms.sac.sac_torch_policy import SACTorchPolicy
 from ray.rllib.models.torch.torch_action_dist import TorchSquashedGaussian
@@ -143,6 +144,20 @@ class SACPolicy(ChoosingPolicy, SACTorchPolicy):  # type: ignore[misc]
 
     dist_class = SquashedGaussian
 
+    def restore_options(self) -> None:
+        rates = self.config["optimization"]
+        for name, optimizers in (
+            ("actor", [self.actor_optim]),
+            ("critic", self.critic_optims),
+            ("entropy", [self.alpha_optim]),
+        ):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rates[f"{name}_learning_rate"]
+        if not self.config["auto_alpha"]:
+            with torch.no_grad():
+                self.model.log_alpha.fill_(math.log(self.config["alpha"]))
+
 
 class RivalSACConfig(OnRLlibConfig, rllib.SACConfig):  # type: ignore[misc]
     """`training(...)` takes every field of `SACHyperparameters`."""
@@ -150,36 +165,35 @@ class RivalSACConfig(OnRLlibConfig, rllib.SACConfig):  # type: ignore[misc]
     hyperparameters_class: ClassVar[type[Options]] = SACHyperparameters
     algorithm_name = "SAC"
 
-    def apply(self, hp: SACHyperparameters) -> None:
+    def derive(self) -> dict[str, Any]:
+        hp: SACHyperparameters = self.hyperparameters()
         networks: dict[str, Any] = {
             "fcnet_hiddens": list(hp.hidden),
             "fcnet_activation": hp.activation,
         }
-        self.q_model_config = {**self.q_model_config, **networks}  # type: ignore[has-type]
-        self.policy_model_config = {
-            **self.policy_model_config,  # type: ignore[has-type]
-            **networks,
+        return {
+            "q_model_config": {**self.q_model_config, **networks},
+            "policy_model_config": {**self.policy_model_config, **networks},
+            "initial_alpha": hp.alpha,
+            "optimization": {
+                "actor_learning_rate": hp.actor_lr,
+                "critic_learning_rate": hp.critic_lr,
+                "entropy_learning_rate": hp.alpha_lr if hp.auto_alpha else 0.0,
+            },
+            "train_batch_size": hp.batch_size,
+            "_train_batch_size_per_learner": hp.batch_size,
+            "num_steps_sampled_before_learning_starts": hp.warmup_steps,
+            "exploration_config": {"type": EXPLORATION, "warmup_steps": hp.warmup_steps},
+            "store_buffer_in_checkpoints": self.replay_in_checkpoints,
+            "replay_buffer_config": {
+                "type": BUFFER,
+                "capacity": hp.replay_capacity,
+                "batch_size": hp.batch_size,
+                "seed": spawn_seed(self.seed, Stream.REPLAY),
+                "truncation_as_terminal": hp.truncation_as_terminal,
+            },
+            "training_intensity": self._training_intensity(hp),
         }
-        self.initial_alpha = hp.alpha
-        self.optimization = {
-            "actor_learning_rate": hp.actor_lr,
-            "critic_learning_rate": hp.critic_lr,
-            "entropy_learning_rate": hp.alpha_lr if hp.auto_alpha else 0.0,
-        }
-        self.train_batch_size = self.train_batch_size_per_learner = hp.batch_size
-        self.num_steps_sampled_before_learning_starts = hp.warmup_steps
-        warmup: dict[str, Any] = {"type": EXPLORATION, "warmup_steps": hp.warmup_steps}
-        self.exploration_config = warmup
-        self.store_buffer_in_checkpoints = self.replay_in_checkpoints
-        self.replay_buffer_config = {
-            "type": BUFFER,
-            "capacity": hp.replay_capacity,
-            "batch_size": hp.batch_size,
-            "seed": spawn_seed(self.seed, Stream.REPLAY),
-            "truncation_as_terminal": hp.truncation_as_terminal,
-        }
-        if not self.in_evaluation:  # its copy has other environments, which nobody learns from
-            self.training_intensity = self._training_intensity(hp)
 
     def _training_intensity(self, hp: SACHyperparameters) -> float:
         """RLlib's name for transitions trained on per transition sampled.

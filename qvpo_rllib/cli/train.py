@@ -1,6 +1,7 @@
 """`qvpo train`."""
 
 import argparse
+import dataclasses
 import os
 import shlex
 import signal
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # synchronisation: beside other programs an update of `quick` takes 15 ms on two threads and 6 ms on
 # one.
 NUMBERS_FOR_THREADS = 200_000
+ANEW = ("resume", "env_steps", "num_gpus", "address", "run")  # may be given with --resume
 # The other options of the command are the arguments of `make_plan`.
 NOT_OF_THE_PLAN = ("command", "run", "run_dir", "resume", "or_resume", "address")
 
@@ -123,7 +125,7 @@ def add(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from qvpo_rllib.checkpoints.run_state import check_whole
-    from qvpo_rllib.training.plan import TrainingPlan, make_plan
+    from qvpo_rllib.training.plan import TrainingPlan, gpus_here, make_plan
     from qvpo_rllib.training.run_directory import RunDirectory, can_resume
 
     command = ["qvpo", *sys.argv[1:]]
@@ -145,11 +147,13 @@ def _train(options: argparse.Namespace) -> int:
     anew = {} if options.env_steps is None else {"env_steps": options.env_steps}
 
     def check(run: RunDirectory) -> None:
+        nonlocal plan
         check_whole(run.checkpoint("last"))
-        TrainingPlan.from_config(run.config | anew).check()
+        plan = TrainingPlan.from_config(run.config | anew)
+        plan = dataclasses.replace(plan, num_gpus=gpus_here(plan.num_gpus, options.num_gpus))
+        plan.check()
 
     with RunDirectory.open(options.resume, command, check) as directory:
-        plan = TrainingPlan.from_config(directory.config | anew)
         return _run_plan(plan, directory, True, options.address)
 
 
@@ -158,11 +162,11 @@ def _check_resume(options: argparse.Namespace) -> None:
     add(parser.add_subparsers(dest="command"))
     defaults = vars(parser.parse_args(["train"]))
     for name, value in vars(options).items():
-        if name not in ("resume", "env_steps", "address", "run") and value != defaults[name]:
+        if name not in ANEW and value != defaults[name]:
             option = "--set" if name == "settings" else "--" + name.replace("_", "-")
             raise ValueError(
                 f"{option} cannot be changed on --resume: a run goes on with the settings in its "
-                "config.json. Only --env-steps and --address can be given anew."
+                "config.json. Only --env-steps, --num-gpus and --address can be given anew."
             )
 
 

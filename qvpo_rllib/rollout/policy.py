@@ -62,6 +62,8 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
             networks = self.networks_class(self.obs_dim, self.act_dim, self.hp)
         model = PolicyModel(observation_space, action_space, config, networks)
         super().__init__(observation_space, action_space, config, model=model)
+        for name, requirement in self.view_requirements.items():
+            requirement.used_for_compute_actions = name == SampleBatch.OBS
         self.networks: Networks = self.model.networks
         self.generator = Generator(device=self.device)
         self.seed_actions(0)
@@ -160,6 +162,18 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
     ) -> tuple[NDArray[np.float32], list[Any], dict[str, Any]]:
         return self.compute_actions(input_dict[SampleBatch.OBS], explore=explore)
 
+    def export_model(self, export_dir: str, onnx: int | None = None) -> None:
+        raise self._unsupported("export_model", "qvpo export (with --onnx for ONNX) writes QVPO's")
+
+    def compute_log_likelihoods(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._unsupported("compute_log_likelihoods", "it knows no density of its actions")
+
+    def compute_gradients(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._unsupported("compute_gradients", "learn_on_batch does a whole update")
+
+    def _unsupported(self, method: str, reason: str) -> ValueError:
+        return ValueError(f"{type(self).__name__} has no {method}: {reason}.")
+
     def learn_on_batch(self, samples: SampleBatch) -> dict[str, Any]:
         """Does one update on a batch of RLlib's: columns obs, actions in [-1, 1], rewards, …
 
@@ -172,6 +186,7 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         batch = Transitions(*(column.to(self.device) for column in batch))
         metrics = self.learner.update(batch)
         self.learner.num_updates += 1
+        self.num_grad_updates = self.learner.num_updates
         return {"learner_stats": {name: float(value) for name, value in metrics.items()}}
 
     def get_weights(self) -> dict[str, NDArray[np.float32]]:

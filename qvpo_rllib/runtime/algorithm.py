@@ -87,6 +87,23 @@ class OffPolicyAlgorithm(BaseAlgorithm):
         # The metrics are read once per iteration, by `pop_learner_stats`.
         return {}
 
+    def compute_single_action(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
+        """RLlib's.
+
+        Args:
+            seed: of what is drawn. Without one the policy's stream goes on, so that a diffusion
+                policy acts differently each time, with `explore` and without it.
+        """
+        if seed is None:
+            return super().compute_single_action(*args, **kwargs)
+        generator = self.policy.generator
+        state = generator.get_state()
+        generator.manual_seed(seed)
+        try:
+            return super().compute_single_action(*args, **kwargs)
+        finally:
+            generator.set_state(state)
+
     def drain(self) -> None:
         """Brings sampling to rest: takes in what is in flight and does the updates owed for it."""
         self._learn_from(self.collector.drain())
@@ -101,6 +118,7 @@ class OffPolicyAlgorithm(BaseAlgorithm):
             self.learner.set_env_steps(self.ledger.ingested)
             self.learner.train(self.replay, owed)
             self.ledger.done += owed
+            self.policy.num_grad_updates = self.ledger.done  # RLlib's counter
             self.count_steps(trained=owed * self.hp.batch_size)
             self._check_losses()
 

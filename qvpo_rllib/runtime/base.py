@@ -7,9 +7,12 @@ It overrides private methods of RLlib's `Algorithm`; nothing else in the package
 import contextlib
 import functools
 import json
+import logging
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -43,6 +46,7 @@ from qvpo_rllib.runtime.config import ALGORITHM_OF
 from qvpo_rllib.runtime.evaluation import Share, Summary, evaluate_shares, summarize
 from qvpo_rllib.runtime.ray_private import (
     StopSignal,
+    check_resources,
     environment_maker,
     is_local,
     save_in_place,
@@ -51,6 +55,10 @@ from qvpo_rllib.runtime.ray_private import (
 # The evaluation return at the top level of a result, by which Ray Tune keeps the best checkpoint.
 SCORE = "evaluation_return_mean"
 UNFINISHED = "unfinished_iteration"
+# Whether `from_checkpoint` makes the algorithm, so that its configuration is of another machine.
+FROM_CHECKPOINT = ContextVar("from_checkpoint", default=False)
+
+logger = logging.getLogger(__name__)
 
 
 class BaseAlgorithm(Algorithm):  # type: ignore[misc]
@@ -101,10 +109,21 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
 
     def setup(self, config: Any) -> None:
         if self.config.num_gpus and not torch.cuda.is_available():
-            raise ValueError(
-                f"num_gpus={self.config.num_gpus} was asked for, but PyTorch "
-                f"{torch.__version__} finds no CUDA device here. Use num_gpus=0, or a machine and "
-                "a PyTorch build with CUDA."
+            lack = f"PyTorch {torch.__version__} finds no CUDA device here"
+            if not FROM_CHECKPOINT.get():
+                raise ValueError(
+                    f"num_gpus={self.config.num_gpus} was asked for, but {lack}. Use num_gpus=0, "
+                    "or a machine and a PyTorch build with CUDA."
+                )
+            logger.warning("%s: what was trained on a GPU goes on on the CPU.", lack)
+            self.config = self.config.copy(copy_frozen=False).resources(num_gpus=0)
+            self.config.validate()
+            self.config.freeze()
+        if ray.util.get_current_placement_group() is None:  # Tune has set the trial's aside
+            check_resources(
+                _needed_by_workers(self.config),
+                "Lower num_env_runners, evaluation_num_env_runners, num_cpus_per_env_runner or "
+                "num_gpus_per_env_runner, or start Ray with more, as ray.init(num_cpus=…) does.",
             )
         in_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
         if in_actor:
@@ -298,10 +317,15 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     def from_checkpoint(cls, path: Any, *args: Any, **kwargs: Any) -> Self:
         """Returns a new algorithm from a checkpoint, its replay included where it has one.
 
+        It goes on on the CPU where the checkpoint is of a GPU and there is none.
         RLlib's `Algorithm.from_checkpoint` restores all but the replay.
         """
         found = RunState.read(committed(_directory_of(path)))
-        algorithm: Self = super().from_checkpoint(str(found.directory), *args, **kwargs)
+        token = FROM_CHECKPOINT.set(True)
+        try:
+            algorithm: Self = super().from_checkpoint(str(found.directory), *args, **kwargs)
+        finally:
+            FROM_CHECKPOINT.reset(token)
         algorithm.restore_run(found)
         return algorithm
 
@@ -407,6 +431,19 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
 
     def release(self) -> None:
         """Frees large objects before `reset_config` makes new ones: both may not fit."""
+
+
+def _needed_by_workers(config: Any) -> Counter[str]:
+    """Returns the resources of all remote workers together, by Ray's names."""
+    needed: Counter[str] = Counter()
+    for runners in (config, config.get_evaluation_config_object()):
+        own = {
+            "CPU": runners.num_cpus_per_env_runner,
+            "GPU": runners.num_gpus_per_env_runner,
+            **runners.custom_resources_per_env_runner,
+        }
+        needed.update({name: amount * runners.num_env_runners for name, amount in own.items()})
+    return needed
 
 
 def _directory_of(saved: Any) -> Path:

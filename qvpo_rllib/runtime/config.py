@@ -1,5 +1,6 @@
 """RLlib's `AlgorithmConfig` with an algorithm's own options: for all, and for off-policy ones."""
 
+import copy
 import functools
 import inspect
 import math
@@ -10,32 +11,24 @@ from ray.rllib.utils import force_list
 
 from qvpo_rllib.core.env_config import encode_env_config
 from qvpo_rllib.core.hyperparameters import resolved_hyperparameters
-from qvpo_rllib.core.options import Options, check_name, defaults_of, options_of
-from qvpo_rllib.rollout.callbacks import EPISODE_CALLBACKS, combined, overrides
+from qvpo_rllib.core.options import Options, check_name, defaults_of, require_at_least
+from qvpo_rllib.rollout.callbacks import combined, overrides
 from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
-from qvpo_rllib.runtime.ray_private import check_setting, environment_maker
+from qvpo_rllib.runtime.ray_private import check_setting, environment_maker, is_frozen
+from qvpo_rllib.runtime.settings import (
+    check_evaluation_config,
+    check_settings,
+    refusal,
+    replacing,
+)
 
-# Settings of RLlib's `training()` and the options that replace them, where an algorithm has no
-# option of that name. They are refused, not ignored.
-REPLACED_OPTIONS = {
-    "lr": ("actor_lr", "critic_lr"),
-    "train_batch_size": ("batch_size",),
-    "train_batch_size_per_learner": ("batch_size", "train_batch_size"),
-    "minibatch_size": ("batch_size",),
-    "num_epochs": ("update_ratio",),
-    "model": ("hidden",),
-    "optimizer": ("actor_lr", "critic_lr", "adam_eps", "lr"),
-    "replay_buffer_config": ("replay_capacity", "train_batch_size"),
-}
 # Env steps of a fragment in asynchronous sampling: enough that sending one costs little beside it.
 ASYNC_FRAGMENT_STEPS = 64
 # By configuration class: the algorithm that names it. Not an attribute of the configuration: Ray
 # disassembles an actor's class with all classes in it, and would go round in a circle.
 ALGORITHM_OF: dict[type, type] = {}
-# Called on the workers, which RLlib's old API stack does with a class's methods alone.
-WORKER_CALLBACKS = (*EPISODE_CALLBACKS, "on_sample_end")
-# The switches of the API stack, which is fixed: RLlib's update would warn about them.
-UNUSED_STATE = ("enable_rl_module_and_learner", "enable_env_runner_and_connector_v2")
+LEAST_TIMEOUT_S = 1
+API_STACK = ("enable_rl_module_and_learner", "enable_env_runner_and_connector_v2")
 
 
 class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
@@ -51,8 +44,7 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
 
     hyperparameters_class: ClassVar[type[Options]]
     algorithm_name: ClassVar[str]  # in messages and checkpoints
-    # RLlib's settings that are made of the hyperparameters.
-    derived: ClassVar[tuple[str, ...]] = ()
+    honoured_too: ClassVar[frozenset[str]] = frozenset()  # beyond `settings.HONOURED`
 
     def __init_subclass__(cls) -> None:
         """`help(….training)` and completion show the options with their defaults."""
@@ -64,6 +56,8 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
     def __init__(self, algo_class: type | None = None) -> None:
         known = (ALGORITHM_OF[kind] for kind in type(self).__mro__ if kind in ALGORITHM_OF)
         super().__init__(algo_class or next(known, None))
+        # RLlib's settings that `validate` has made of the options.
+        self.derived_values: dict[str, Any] = {}
         self._set_options(defaults_of(self.hyperparameters_class))
         # `TorchPolicy` lives on RLlib's old API stack. Set directly: `api_stack()` would warn about
         # an exploration config, which is not how these policies explore.
@@ -86,8 +80,9 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
 
     def training(self, *, replay_in_checkpoints: bool = NotProvided, **options: Any) -> Self:
         """Sets hyperparameters by name. Raises `ValueError` for an unknown or replaced name."""
-        for name in options:
-            self._refuse_unused(name)
+        for name, value in options.items():
+            if replacing(self, name):
+                raise refusal(self, name, value)
             check_name(name, self.hyperparameters_class)
         self._set_options(options)
         if replay_in_checkpoints is not NotProvided:
@@ -96,96 +91,88 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
 
     def update_from_dict(self, config_dict: dict[str, Any]) -> Self:
         """RLlib's, but a name that nothing reads is refused instead of silently kept."""
-        full_state = "class" in config_dict  # as in a checkpoint, with internal names
-        # Tune hands over whole configurations, with what `validate` made of the hyperparameters.
-        # RLlib writes `lambda_` without its underscore there.
-        options = {name.rstrip("_") for name in options_of(self.hyperparameters_class)}
-        whole = full_state or options <= {name.rstrip("_") for name in config_dict}
+        # Whole configurations come from Tune, and, with internal names, from checkpoints.
+        derived = config_dict.get("derived_values")
+        whole = derived is not None or "class" in config_dict
         kept = {}
         for name, value in config_dict.items():
-            if whole and name in self.derived:
-                setattr(self, name, value)
+            if whole and (name in API_STACK or name in (derived or ()) or replacing(self, name)):
+                if derived is not None:
+                    setattr(self, name, value)
                 continue
-            if name in UNUSED_STATE or self._is_replaced(name):
-                # A value that is there anyway says nothing.
-                if not full_state and value != getattr(self, name, value):
-                    self._refuse_unused(name)
-                continue
-            if not full_state:
+            if replacing(self, name) or (name in API_STACK and value):
+                raise refusal(self, name, value)
+            if "class" not in config_dict:
                 check_setting(name, self)
-            kept[name] = value
+            if name not in API_STACK:
+                kept[name] = value
         super().update_from_dict(kept)
         return self
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Any:
+        # What an earlier version has saved was in force.
+        return super().from_state({"derived_values": state, **state})
 
     def hyperparameters(self) -> Any:
         """The checked hyperparameters with what is left to the task resolved."""
         return resolved_hyperparameters(self, self.hyperparameters_class)
 
+    def derive(self) -> dict[str, Any]:
+        """Returns RLlib's settings that follow from the options."""
+        return {}
+
     def validate(self) -> None:
+        if not self.in_evaluation:  # training's settings, with what `evaluation_config` may change
+            check_settings(self)
+            check_evaluation_config(self)
+            if not is_frozen(self):
+                self.derived_values = self.derive()
+                self._set_options(copy.deepcopy(self.derived_values))
         super().validate()
         name = self.algorithm_name
+        if self.env is None:
+            raise ValueError(
+                "No environment is given. Name one, such as `config.environment('Ant-v5')`."
+            )
         if not isinstance(self.num_gpus, int | float) or not 0 <= self.num_gpus <= 1:
             raise ValueError(
                 f"num_gpus={self.num_gpus!r} is not allowed: {name}'s learner uses one GPU at most "
                 "(0, a fraction, or 1). To use more GPUs, run several trials side by side with "
                 "Ray Tune, each on its own GPU or a fraction of one."
             )
-        if self.num_envs_per_env_runner < 1 or self.num_env_runners < 0:
-            raise ValueError(
-                f"num_env_runners={self.num_env_runners} and num_envs_per_env_runner="
-                f"{self.num_envs_per_env_runner} are not allowed: at least 0 and at least 1."
-            )
-        if self.evaluation_interval and (
-            self.evaluation_duration_unit != "episodes"
-            or not isinstance(self.evaluation_duration, int)
+        for setting, least in (
+            ("num_env_runners", 0),
+            ("evaluation_num_env_runners", 0),
+            ("num_envs_per_env_runner", 1),
         ):
+            require_at_least(setting, getattr(self, setting), least)
+        if self.evaluation_interval and not isinstance(self.evaluation_duration, int):
             raise ValueError(
-                f"evaluation_duration={self.evaluation_duration!r} "
-                f"{self.evaluation_duration_unit} is not supported: {name} evaluates whole "
-                "episodes with a quota for each environment, so that short ones are not favoured. "
-                "Give a number of episodes."
+                f"evaluation_duration={self.evaluation_duration!r} is not allowed: it must be a "
+                "number of episodes."
+            )
+        if self.sample_timeout_s is not None and self.sample_timeout_s < LEAST_TIMEOUT_S:
+            raise ValueError(
+                f"sample_timeout_s={self.sample_timeout_s} is not allowed: a fragment takes longer "
+                f"than that. It must be {LEAST_TIMEOUT_S} or more."
             )
         if self.is_multi_agent:
             raise ValueError(
                 f"Several policies (multi_agent) are not supported: {name} trains one."
             )
-        self._refuse_unread_settings()
         self._refuse_unread_callbacks()
         if isinstance(self.env, str):
             environment_maker(self.env)
         encode_env_config(self.env_config)
 
-    # Settings of RLlib's that mean something for other algorithms and nothing here: the only value
-    # that is allowed, and what to do instead.
-    unread_settings: ClassVar[dict[str, tuple[Any, str]]] = {
-        "remote_worker_envs": (False, "raise num_envs_per_env_runner or num_env_runners"),
-        "observation_filter": (
-            "NoFilter",
-            "scale observations by a fixed mean and deviation in an environment wrapper",
-        ),
-        "normalize_actions": (True, "the policy's actions are in [-1, 1]"),
-        "num_learners": (0, "the learner runs in the algorithm's own process"),
-    }
-
-    def _refuse_unread_settings(self) -> None:
-        for setting, (only, reason) in self.unread_settings.items():
-            if setting == "batch_mode" and self.in_evaluation:
-                continue  # RLlib sets it in the evaluation's copy
-            if getattr(self, setting) != only:
-                raise ValueError(
-                    f"{setting}={getattr(self, setting)!r} is not supported: "
-                    f"{self.algorithm_name} allows {only!r} alone; {reason}."
-                )
-
     def callbacks(self, callbacks_class: Any = NotProvided, **functions: Any) -> Self:
-        """RLlib's, but lists of classes, and functions of episodes, work on the old API stack."""
-        on_workers = {n: force_list(f) for n, f in functions.items() if n in WORKER_CALLBACKS}
-        super().callbacks(
-            callbacks_class, **{n: f for n, f in functions.items() if n not in on_workers}
-        )
+        """RLlib's, but lists of classes, and functions, work on the old API stack too."""
+        super().callbacks(callbacks_class, **dict.fromkeys(functions))  # refuses unknown names
         kinds = self.callbacks_class  # type: ignore[has-type]
-        if on_workers or isinstance(kinds, list | tuple):
-            self.callbacks_class = combined(force_list(kinds), on_workers)
+        if functions or isinstance(kinds, list | tuple):
+            given = {name: force_list(function) for name, function in functions.items()}
+            self.callbacks_class = combined(force_list(kinds), given)
         return self
 
     # Callbacks of RLlib's that nothing calls here, and what to use instead.
@@ -199,10 +186,8 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
     def _refuse_unread_callbacks(self) -> None:
         kind = self.callbacks_class
         kind = kind if isinstance(kind, type) else type(kind())
-        by_method = dict.fromkeys(WORKER_CALLBACKS, "give the function to config.callbacks(…)")
-        for name, instead in (by_method | self.unread_callbacks).items():
-            overridden = name not in by_method and overrides(kind, name)
-            if overridden or getattr(self, f"callbacks_{name}", None):
+        for name, instead in self.unread_callbacks.items():
+            if overrides(kind, name):
                 raise ValueError(
                     f"The callback {name} is not supported: {self.algorithm_name} never calls it; "
                     f"{instead}."
@@ -221,29 +206,10 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
         for name, value in options.items():
             setattr(self, name, value)
 
-    def _is_replaced(self, name: str) -> bool:
-        return name in REPLACED_OPTIONS and name not in options_of(self.hyperparameters_class)
-
-    def _refuse_unused(self, name: str) -> None:
-        if name in UNUSED_STATE:
-            raise ValueError(
-                f"{name} cannot be changed: {self.algorithm_name} runs on RLlib's old API stack."
-            )
-        if self._is_replaced(name):
-            known = options_of(self.hyperparameters_class)
-            *rest, last = [option for option in REPLACED_OPTIONS[name] if option in known]
-            instead = f"{', '.join(rest)} and {last}" if rest else last
-            raise ValueError(
-                f"{self.algorithm_name} does not read {name!r}: use {instead} instead."
-            )
-
 
 class OffPolicyConfig(BaseConfig):
     """Configuration of an algorithm that learns from a replay on this package's runtime."""
 
-    unread_settings = BaseConfig.unread_settings | {
-        "batch_mode": ("truncate_episodes", "a fragment is rollout_fragment_length env steps"),
-    }
     unread_callbacks = BaseConfig.unread_callbacks | {
         "on_postprocess_trajectory": "a fragment is complete at on_sample_end, whose `samples` may "
         "be changed in place",

@@ -6,8 +6,9 @@ An upgrade of Ray fails here in one place: `tests/test_private_ray.py` asserts w
 import contextlib
 import difflib
 import importlib
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.tune import Checkpoint
 from ray.tune.registry import ENV_CREATOR, _global_registry
+
+logger = logging.getLogger(__name__)
 
 KV_NAMESPACE = "qvpo_rllib"
 LOOK_EVERY_S = 1.0  # a look at Ray's key-value store takes about half a millisecond
@@ -88,6 +91,32 @@ def random_policy() -> type:
 def worker_manager(group: EnvRunnerGroup) -> FaultTolerantActorManager:
     """Returns what holds the handles of a group's remote workers, and knows who is healthy."""
     return group._worker_manager
+
+
+def check_resources(needed: Mapping[str, float], advice: str) -> None:
+    """Compares what processes need at once with all that the Ray cluster has.
+
+    Ray would wait for the rest without a word. A Ray that this process has started gets no more; to
+    another cluster an autoscaler, or a person, may add nodes: then a warning says what is missing.
+
+    Args:
+        needed: amounts by Ray's names, such as {"CPU": 3, "GPU": 1}.
+        advice: what to change.
+
+    Raises:
+        ValueError: this process's own Ray has less.
+    """
+    if not any(needed.values()):
+        return
+    total = ray.cluster_resources()
+    missing = [n for n, amount in needed.items() if amount > total.get(n, 0)]
+    if not missing:
+        return
+    text = ", ".join(f"{needed[n]:g} {n} are needed, of {total.get(n, 0):g}" for n in missing)
+    node = ray._private.worker._global_node  # None under Ray Client
+    if node is not None and node.is_head():
+        raise ValueError(f"The Ray cluster is too small: {text}. {advice}")
+    logger.warning("The Ray cluster is too small now: %s. This waits for more. %s", text, advice)
 
 
 def environment_maker(env: Any) -> Callable[[EnvContext], gym.Env[Any, Any]]:

@@ -1,5 +1,6 @@
 """From the command line's words to a checked training plan, before anything starts."""
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from qvpo_rllib.rollout import environments
 from qvpo_rllib.rollout.environments import filter_warnings
 from qvpo_rllib.rollout.episodes import try_a_step
 from qvpo_rllib.runtime.ray_private import environment_maker
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_EPISODES = 10
 INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(min)?")
@@ -256,3 +259,11 @@ def resolve_gpus(num_gpus: float | None) -> float:
             "device. Use --num-gpus 0, or a machine and a PyTorch build with CUDA."
         )
     return num_gpus
+
+
+def gpus_here(before: float, asked: float | None) -> float:
+    """Returns the GPUs of a run that goes on: those asked for, else as before, if there are any."""
+    if asked is None and before > 0 and not torch.cuda.is_available():
+        logger.warning("The run used a GPU, and there is none here: it goes on on the CPU.")
+        return 0.0
+    return before if asked is None else resolve_gpus(asked)

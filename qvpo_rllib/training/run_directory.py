@@ -310,7 +310,8 @@ def can_resume(path: Path, config: Mapping[str, Any]) -> bool:
         return False
     found = read_config(path)
     own = json.loads(json.dumps(dict(config)))
-    changed = sorted(name for name in {*own, *found} if own.get(name) != found.get(name))
+    names = {*own, *found} - {"num_gpus"}  # where it runs
+    changed = sorted(name for name in names if own.get(name) != found.get(name))
     if changed:
         raise ValueError(
             f"{str(path)!r} holds a run with other values of {', '.join(changed)}: --or-resume "

@@ -14,9 +14,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.sample import Domain
 
 from qvpo_rllib.algorithms import entry_of
-from qvpo_rllib.core.options import Setting
+from qvpo_rllib.core.options import OptionValue, Setting
 from qvpo_rllib.runtime.base import SCORE
 from qvpo_rllib.tuning.interruption import PausingASHA, PausingFIFO, PausingPBT
 from qvpo_rllib.tuning.spec import ExperimentSpec
@@ -108,18 +109,18 @@ def planned_trials(spec: ExperimentSpec, algorithm: str) -> list[Setting] | None
     """
     if spec.search.method == "optuna":
         return None
-    settings = drawn_settings(spec)
+    typed = [(spec.options(algorithm, s).to_json(), s) for s in drawn_settings(spec)]
+    drawn = [{name: options[name] for name in setting} for options, setting in typed]
     if spec.search.method == "pbt":  # members start from drawn settings
         return [
             {"env": spec.tasks[0], "seed": seed, **setting}
-            for seed, setting in zip(spec.seeds, settings, strict=True)
+            for seed, setting in zip(spec.seeds, drawn, strict=True)
         ]
-    typed = [(spec.options(algorithm, setting).to_json(), setting) for setting in settings]
     return [
-        {"env": task, "seed": seed, **{name: options[name] for name in setting}}
+        {"env": task, "seed": seed, **setting}
         for seed in spec.seeds
         for task in spec.tasks
-        for options, setting in typed
+        for setting in drawn
     ]
 
 
@@ -161,17 +162,31 @@ def _search(
     The swept options go into `space`.
     """
     if spec.search.method == "optuna":
-        space |= {name: d.domain() for name, d in spec.space.items()}
+        space |= _domains(spec, algorithm)
         return _optuna(spec), int(spec.search.num_samples or 0), PausingFIFO()
     points = planned_trials(spec, algorithm) or []
     for name in points[0]:
         # Tune takes points only for what varies; it keeps the order of the points.
         space[name] = tune.choice([point[name] for point in points])
     search = BasicVariantGenerator(points_to_evaluate=points, random_state=spec.search.seed)
-    return search, len(points), _scheduler(spec)
+    return search, len(points), _scheduler(spec, algorithm)
 
 
-def _scheduler(spec: ExperimentSpec) -> TrialScheduler:
+def _domains(spec: ExperimentSpec, algorithm: str) -> dict[str, Domain]:
+    """Returns what Tune draws from; a choice of "none" or "1e-3" is a value of its option."""
+
+    def typed(name: str, value: OptionValue) -> Any:
+        return spec.options(algorithm, {name: value}).to_json()[name]
+
+    return {
+        name: tune.choice([typed(name, value) for value in d.values])
+        if d.kind == "choice"
+        else d.domain()
+        for name, d in spec.space.items()
+    }
+
+
+def _scheduler(spec: ExperimentSpec, algorithm: str) -> TrialScheduler:
     search = spec.search
     if search.method == "asha":
         return PausingASHA(
@@ -188,7 +203,7 @@ def _scheduler(spec: ExperimentSpec) -> TrialScheduler:
             metric=EVALUATION,
             mode="max",
             perturbation_interval=search.interval_steps or max(1, spec.env_steps // 10),
-            hyperparam_mutations={name: d.domain() for name, d in spec.space.items()},
+            hyperparam_mutations=_domains(spec, algorithm),
             custom_explore_fn=functools.partial(_with_fresh_seed, mutated=tuple(spec.space)),
             quantile_fraction=search.quantile,
         )
