@@ -11,7 +11,7 @@ from ray.rllib.utils import force_list
 
 from qvpo_rllib.core.env_config import encode_env_config
 from qvpo_rllib.core.hyperparameters import resolved_hyperparameters
-from qvpo_rllib.core.options import Options, check_name, defaults_of, require_at_least
+from qvpo_rllib.core.options import Options, check_name, defaults_of
 from qvpo_rllib.rollout.callbacks import combined, overrides
 from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 from qvpo_rllib.runtime.ray_private import check_setting, environment_maker, is_frozen
@@ -146,7 +146,8 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
             ("evaluation_num_env_runners", 0),
             ("num_envs_per_env_runner", 1),
         ):
-            require_at_least(setting, getattr(self, setting), least)
+            if (value := getattr(self, setting)) < least:
+                raise ValueError(f"{setting}={value} is not allowed: it must be {least} or more.")
         if self.evaluation_interval and not isinstance(self.evaluation_duration, int):
             raise ValueError(
                 f"evaluation_duration={self.evaluation_duration!r} is not allowed: it must be a "
