@@ -25,7 +25,6 @@ from qvpo_rllib import cli
 from qvpo_rllib.play.evaluation import evaluate_checkpoint, evaluate_server
 from qvpo_rllib.ray_session import LOOPBACK
 from qvpo_rllib.serving import ServedPolicy, load
-from qvpo_rllib.serving.api import proxy_middlewares
 from qvpo_rllib.serving.client import Client, ServerError
 from qvpo_rllib.serving.schema import MAX_BODY_BYTES, MAX_K, MAX_ROWS
 
@@ -73,7 +72,7 @@ def url(bundle: Path, live: Path) -> Any:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(
         proxy_location="HeadOnly",
-        http_options={"host": LOOPBACK, "port": port, "middlewares": proxy_middlewares()},
+        http_options={"host": LOOPBACK, "port": port},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     # As on the command line of `serve run`: one text for all paths.
