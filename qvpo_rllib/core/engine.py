@@ -16,7 +16,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from qvpo_rllib.core import losses, sampler
+from qvpo_rllib.core import fit, losses, sampler
 from qvpo_rllib.core.kernels import mish
 from qvpo_rllib.core.native import load_library
 
@@ -77,7 +77,9 @@ def resolve_engine(engine: str, device: torch.device) -> str:
 def kernels_of(engine: str, device: torch.device) -> Kernels:
     """Returns a resolved engine's functions; a CUDA graph captures the compiled ones if it can."""
     if engine == "native":
-        return EAGER._replace(sampler=EAGER.sampler._replace(native=True))
+        return Kernels(
+            EAGER.sampler._replace(native=True), fit.critic_objective, fit.actor_objective
+        )
     if engine == "compiled" or (engine == "cuda_graph" and _compiling_works(device.type, "eager")):
         kernels = _compiled()
         return kernels._replace(sampler=kernels.sampler._replace(native=device.type == "cpu"))
