@@ -54,7 +54,7 @@ def run(options: Namespace) -> Iterator[Row]:
     try:
         for threads in options.thread_counts:
             torch.set_num_threads(threads)
-            calls = {"sac": _sac(options.env_steps)}
+            calls: dict[Any, Callable[[], int]] = {"sac": _sac(options.env_steps)}
             for interval in options.policy_interval or [None]:
                 ours, interval = _ours(options.env_steps, options.engine, interval)
                 calls[interval] = ours
@@ -91,7 +91,9 @@ def _sac(env_steps: int) -> Callable[[], int]:
     return train
 
 
-def _ours(env_steps: int, engine: str | None, interval: int | None) -> tuple[Callable[[], int], int]:
+def _ours(
+    env_steps: int, engine: str | None, interval: int | None
+) -> tuple[Callable[[], int], int]:
     """Returns a call that trains and returns the env steps it took, and the policy's interval."""
     from qvpo_rllib.algorithms.qvpo import QVPOConfig
 

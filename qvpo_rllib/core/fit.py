@@ -6,7 +6,7 @@ number of threads. Inputs get no gradient.
 """
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class _FittedMLP(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, parameters, kept, layers, threads, has_start = ctx.held
         out_gradient = out_gradient.contiguous()
         gradients = [torch.empty_like(parameter) for parameter in parameters]
@@ -90,7 +90,7 @@ class FittedTwinQ(NamedTuple):
 
     critic: TwinQ
 
-    def __call__(self, obs: Tensor, action: Tensor) -> Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], dim=1)
         twins = (self.critic.q1, self.critic.q2)
         q = [_run(x, None, mlp.linears()[0].weight, mlp) for mlp in twins]
@@ -114,16 +114,16 @@ class FittedNoisePredictor(NamedTuple):
         return _run(x, obs_part, weight, actor.mlp)
 
 
-def critic_objective(critic: TwinQ, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+def critic_objective(critic: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Returns what `losses.critic_objective` does."""
-    return losses.critic_objective(FittedTwinQ(critic), *inputs)
+    return losses.critic_objective(FittedTwinQ(critic).forward, *inputs)
 
 
 def actor_objective(actor: NoisePredictor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what `losses.actor_objective` does."""
-    return losses.actor_objective(FittedNoisePredictor(actor), *inputs)
+    return losses.actor_objective(cast(NoisePredictor, FittedNoisePredictor(actor)), *inputs)
 
 
 def denoising_objective(actor: NoisePredictor, *inputs: Any) -> Tensor:
     """Returns what `losses.denoising_objective` does."""
-    return losses.denoising_objective(FittedNoisePredictor(actor), *inputs)
+    return losses.denoising_objective(cast(NoisePredictor, FittedNoisePredictor(actor)), *inputs)

@@ -261,8 +261,8 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     )
     policy_interval: int = option(
         1,
-        "updates of critics and targets for one of the policy; above 1 a GPU's updates are compiled "
-        "and not captured",
+        "updates of critics and targets for one of the policy; above 1 a GPU's updates are "
+        "compiled and not captured",
         range=COUNT,
     )
     sampling_precision: str = option(
