@@ -307,17 +307,20 @@ class Update:
         self.actor_adam = Adam(hp.actor_lr, hp.adam_eps)
         self.critic_adam = Adam(hp.critic_lr, hp.adam_eps)
         self.q_mean, self.q_std = 0.0, 1.0
+        self.number = 0
 
     def update(self, critic_batch, policy_batch, noise):
         """Arguments are the package's named tuples of float64 tensors. Returns a few metrics."""
         batch = {name: v.numpy() for name, v in critic_batch._asdict().items()}
         noise = {name: v.numpy() for name, v in noise._asdict().items()}
         metrics = {}
+        self.number += 1
+        policy_is_due = self.number % self.hp.policy_interval == 0
         if self.hp.update_order == "critic_then_policy":
             metrics |= self.update_critic(batch, noise["target"])
+        if policy_is_due:
             metrics |= self.update_policy(policy_batch.obs.numpy(), noise)
-        else:
-            metrics |= self.update_policy(policy_batch.obs.numpy(), noise)
+        if self.hp.update_order == "policy_then_critic":
             metrics |= self.update_critic(batch, noise["target"])
         self.target_actor = moving_average(self.target_actor, self.actor, self.hp.tau)
         self.target_critic = moving_average(self.target_critic, self.critic, self.hp.tau)

@@ -176,6 +176,13 @@ def test_bad_input(arguments, message, capsys):
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 
+def test_peers_says_what_to_install_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["bench", "peers"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "pip install 'qvpo_rllib[peers]'" in said
+
+
 # Everything but the replay: parameters, optimisers, noise, activations. In MiB. VmHWM is this
 # process's own peak; `getrusage` would begin with the parent's.
 MEMORY = """

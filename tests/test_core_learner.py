@@ -149,6 +149,54 @@ def test_three_updates_in_float32_equal_the_reference(order):
 
 
 @pytest.mark.parametrize("order", ["critic_then_policy", "policy_then_critic"])
+def test_the_policy_is_updated_in_every_nth_update(double, order):
+    hp = hyperparameters(policy_interval=2, update_order=order)
+    nets = networks(hp)
+    expected = reference.Update(nets, hp)
+    subject = learner(hp, nets=nets)
+    moved, losses = [], []
+    for i in range(5):
+        before = parameters(nets.actor)
+        noise = subject.draw_update_noise(BATCH)
+        metrics = subject.update(batch(2 * i), batch(2 * i + 1), noise)
+        subject.num_updates += 1
+        for name, value in expected.update(batch(2 * i), batch(2 * i + 1), noise).items():
+            assert metrics[name].item() == pytest.approx(value, rel=1e-8, abs=1e-10), name
+        moved.append(any((p != before[n]).any() for n, p in nets.actor.named_parameters()))
+        losses.append(metrics["actor_loss"].item())
+    assert_close(nets, expected, atol=1e-8)
+    assert moved == [False, True, False, True, False]
+    # An update without the policy repeats its last metrics.
+    assert losses == [0, losses[1], losses[1], losses[3], losses[3]]
+    assert 0 < losses[1] != losses[3]
+
+
+def test_a_restored_learner_goes_on_between_two_updates_of_the_policy():
+    hp = hyperparameters(policy_interval=3)
+    original = learner(hp, seed=1)
+    restored = learner(hp, seed=2, nets=networks(hp, seed=9, dtype=torch.float32))
+    for i in range(8):
+        if i == 4:
+            restored.load_state_dict(copy.deepcopy(original.state_dict()))
+        subjects = (original, restored) if i >= 4 else (original,)
+        metrics = []
+        for subject in subjects:
+            found = subject.update(batch(i, torch.float32))
+            metrics.append({k: v.item() for k, v in found.items()})
+            subject.num_updates += 1
+        assert metrics[0] == metrics[-1]
+    assert_identical(original, restored)
+
+
+@pytest.mark.parametrize(
+    "options", [{"policy_interval": 0}, {"policy_interval": 2, "engine": "cuda_graph"}], ids=str
+)
+def test_a_policy_interval_that_cannot_be_is_refused(options):
+    with pytest.raises(ValueError, match="policy_interval"):
+        hyperparameters(**options)
+
+
+@pytest.mark.parametrize("order", ["critic_then_policy", "policy_then_critic"])
 def test_one_batch_serves_both_losses_if_no_other_is_given(order):
     hp = hyperparameters(update_order=order)
     one, other = learner(hp), learner(hp)

@@ -13,7 +13,6 @@ from torch import Generator, Tensor, nn
 
 from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK, DiffusionRivalHyperparameters
 from qvpo_rllib.core.learner import OffPolicyLearner
-from qvpo_rllib.core.losses import denoising_objective
 from qvpo_rllib.core.networks import TwinQ
 from qvpo_rllib.core.options import COUNT, POSITIVE, Setting, option, with_default
 from qvpo_rllib.core.qvpo import QVPONetworks
@@ -155,7 +154,7 @@ class DIPOLearner(OffPolicyLearner[QVPONetworks, DIPOHyperparameters, UpdateNois
         assert hp.target_actor_interval is not None
         limit = hp.action_clip_ratio * nets.act_dim
         improved = improved_actions(nets.critic, obs, action, hp.action_steps, hp.action_lr, limit)
-        loss = denoising_objective(
+        loss = self.kernels.denoising_objective(
             nets.actor, nets.schedule, obs, improved, noise.step, noise.forward
         )
         grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)

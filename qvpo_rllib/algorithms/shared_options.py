@@ -14,8 +14,8 @@ class DiffusionRivalHyperparameters(DiffusionHyperparameters):
     # Compiling their losses gained nothing on a CPU: gradients of Q take most of the time.
     engine: str = option(
         "native",
-        "native: on a CPU the C++ library ranks actions and runs DIPO's chain; eager: PyTorch's "
-        "operations one by one, as all the rest is",
+        "native: on a CPU the C++ library fits the critics, ranks actions, runs and fits DIPO's "
+        "chain; eager: PyTorch's operations one by one, as all the rest is",
         choices=("native", "eager"),
     )
 

@@ -19,6 +19,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "hopper": Task("Hopper-v5", 11, 3),
+    "halfcheetah": Task("HalfCheetah-v5", 17, 6),
     "ant": Task("Ant-v5", 105, 8),
     "humanoid": Task("Humanoid-v5", 348, 17),
 }

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qvpo_rllib.bench import act, learner, replay, rivals, rollout, runtime, serve, snapshot
+from qvpo_rllib.bench import act, learner, peers, replay, rivals, rollout, runtime, serve, snapshot
 from qvpo_rllib.bench.options import Row
 
 PARTS = {
@@ -19,6 +19,7 @@ PARTS = {
     "rollout": rollout,
     "runtime": runtime,
     "rivals": rivals,
+    "peers": peers,
 }
 
 

@@ -1,7 +1,7 @@
 """How an update is executed; the mathematics is the same.
 
 eager        PyTorch's operations, one by one
-native       sampling and ranking by the library of native.py (CPU), the rest eagerly
+native       sampling, ranking and fits by the library of native.py (CPU), the rest eagerly
 compiled     losses and gradients by torch.compile; sampling and ranking natively on a CPU,
              compiled on a GPU
 cuda_graph   whole updates captured and replayed (GPU)
@@ -16,7 +16,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from qvpo_rllib.core import losses, sampler
+from qvpo_rllib.core import fit, losses, sampler
 from qvpo_rllib.core.kernels import mish
 from qvpo_rllib.core.native import load_library
 
@@ -41,6 +41,7 @@ class Kernels(NamedTuple):
     sampler: sampler.SamplerKernels
     critic_objective: Callable[[losses.TwinCritic, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     actor_objective: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    denoising_objective: Callable[..., Tensor] = losses.denoising_objective
 
 
 EAGER = Kernels(sampler.EAGER, losses.critic_objective, losses.actor_objective)
@@ -77,7 +78,12 @@ def resolve_engine(engine: str, device: torch.device) -> str:
 def kernels_of(engine: str, device: torch.device) -> Kernels:
     """Returns a resolved engine's functions; a CUDA graph captures the compiled ones if it can."""
     if engine == "native":
-        return EAGER._replace(sampler=EAGER.sampler._replace(native=True))
+        return Kernels(
+            EAGER.sampler._replace(native=True),
+            fit.critic_objective,
+            fit.actor_objective,
+            fit.denoising_objective,
+        )
     if engine == "compiled" or (engine == "cuda_graph" and _compiling_works(device.type, "eager")):
         kernels = _compiled()
         return kernels._replace(sampler=kernels.sampler._replace(native=device.type == "cpu"))

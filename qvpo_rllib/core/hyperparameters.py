@@ -259,6 +259,12 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         "policy_then_critic: both on one batch, as in Algorithm 1",
         choices=("critic_then_policy", "policy_then_critic"),
     )
+    policy_interval: int = option(
+        1,
+        "updates of critics and targets for one of the policy; above 1 a GPU's updates are "
+        "compiled and not captured",
+        range=COUNT,
+    )
     sampling_precision: str = option(
         "fp32",
         "matrix products that draw an update's action samples (weights and losses stay fp32): "
@@ -279,6 +285,13 @@ class QVPOHyperparameters(DiffusionHyperparameters):
             self.num_chosen_samples,
             self.num_chosen_samples <= self.num_policy_samples,
             f"at most num_policy_samples={self.num_policy_samples}",
+        )
+        # A captured graph does the same in every update.
+        require(
+            "policy_interval",
+            self.policy_interval,
+            self.policy_interval == 1 or self.engine != "cuda_graph",
+            "1 with engine='cuda_graph'; engine='auto' and 'compiled' take any",
         )
         super().check()
 

@@ -1,6 +1,8 @@
-// Drawing actions from the diffusion policy and ranking them by the critics, on a CPU in float32.
+// Drawing actions from the diffusion policy, ranking them by the critics, and the forward and
+// backward pass of a network that is fitted, on a CPU in float32.
 //
-// The same mathematics as sampler.py, which documents it; native.py builds this file and calls it.
+// The same mathematics as sampler.py and networks.py, which document it; native.py builds this file,
+// native.py and fit.py call it.
 // What is gained: weights are packed so that a product reads them in order, Mish is applied to sums
 // that are still in registers, and a block of rows takes all T steps while it and the weights stay
 // in the second-level cache. Every row is computed by itself, in the same order of additions
@@ -25,7 +27,9 @@ constexpr int ROWS = 6;
 // Rows that go through the networks together; a multiple of ROWS.
 constexpr int BLOCK_ROWS = 96;
 
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+// The same in memory, where it begins at any number.
+typedef float Stored __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 struct Layer {
@@ -43,13 +47,10 @@ struct Network {
 
 namespace {
 
-Vector load(const float *from) {
-    Vector v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
+// By a cast: for `memcpy` GCC 12 takes two half loads and two half stores on AVX2, eight times slower.
+Vector load(const float *from) { return *reinterpret_cast<const Stored *>(from); }
 
-void store(float *to, Vector v) { std::memcpy(to, &v, sizeof v); }
+void store(float *to, Vector v) { *reinterpret_cast<Stored *>(to) = v; }
 
 Vector broadcast(float x) { return x - Vector{}; }
 
@@ -80,9 +81,7 @@ Vector exponential(Vector x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     const Integers exponent = (__builtin_convertvector(n, Integers) + 127) << 23;
-    Vector power;
-    std::memcpy(&power, &exponent, sizeof power);
-    return p * power;
+    return p * reinterpret_cast<Vector>(exponent);  // the same bits
 }
 
 // x * m / (m + 2) with m = e^2 + 2e, e = exp(x): see kernels.py.
@@ -93,6 +92,17 @@ Vector mish(Vector x) {
     const Vector e = exponential(x < highest ? x : highest);
     const Vector m = e * (e + 2.0f);
     return x * (m / (m + 2.0f));
+}
+
+// The same, and its derivative m / (m + 2) + 4x e (e + 1) / (m + 2)^2.
+Vector mish_and_slope(Vector x, Vector &slope) {
+    const Vector lowest = broadcast(-87.0f), highest = broadcast(20.0f);
+    x = x < lowest ? lowest : x;
+    const Vector low = x < highest ? x : highest;
+    const Vector e = exponential(low);
+    const Vector m = e * (e + 2.0f), r = 1.0f / (m + 2.0f);
+    slope = m * r + low * (4.0f * e * r) * ((e + 1.0f) * r);
+    return x * (m * r);
 }
 
 // A block of sums: `rows` rows of the input times a panel of the weights, onto what `start` holds.
@@ -240,7 +250,58 @@ void in_parallel(int64_t count, int64_t threads, Work work) {
     for (auto &thread : others) thread.join();
 }
 
+int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
+
+// out = start + bias + x W for many rows, by several threads.
+void product(const Layer &layer, int64_t rows, const float *x, int64_t x_stride,
+             const float *start, float *out, int64_t threads) {
+    in_parallel(Block::count(rows), threads, [&](int64_t begin, int64_t end) {
+        const float *starts[BLOCK_ROWS];
+        for (int64_t index = begin; index < end; ++index) {
+            const Block block(index, rows, 1);
+            for (int64_t r = 0; start && r < block.rows; ++r)
+                starts[r] = start + (block.row + r) * layer.out;
+            apply<false>(layer, block.rows, x + block.row * x_stride, x_stride,
+                         start ? starts : nullptr, out + block.row * layer.out, layer.out);
+        }
+    });
+}
+
+// [in, out] with rows one after another -> the panels of `Layer::weight`, `out` padded with zeros.
+std::vector<float> pack_rows(const float *from, int64_t stride, int64_t in, int64_t out) {
+    std::vector<float> packed(in * padded(out));
+    float *panel = packed.data();
+    for (int64_t column = 0; column < out; column += COLUMNS * LANES) {
+        const int64_t width = std::min<int64_t>(COLUMNS * LANES, padded(out) - column);
+        const int64_t columns = std::min(width, out - column);
+        for (int64_t i = 0; i < in; ++i, panel += width)
+            std::copy_n(from + i * stride + column, columns, panel);
+    }
+    return packed;
+}
+
+// [rows, columns] of row stride `stride` -> [columns, rows]
+std::vector<float> transposed(const float *from, int64_t stride, int64_t rows, int64_t columns) {
+    std::vector<float> to(columns * rows);
+    for (int64_t begin = 0; begin < columns; begin += 16)
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = begin; c < std::min(begin + 16, columns); ++c)
+                to[c * rows + r] = from[r * stride + c];
+    return to;
+}
+
 }  // namespace
+
+// A layer of a network that is fitted; all arrays are contiguous.
+struct FittedLayer {
+    int64_t in, out;
+    const float *weight, *bias;  // [out, in], [out]
+    // Written by the backward pass: gradients of weight and bias.
+    float *weight_gradient, *bias_gradient;
+    // Of a hidden layer, written by the forward pass for the other: Mish of the sum, and the slope
+    // there. [rows, out padded to a multiple of LANES]
+    float *activation, *slope;
+};
 
 extern "C" {
 
@@ -337,5 +398,73 @@ void qvpo_min_q(const Network *twins, const float *obs, int64_t obs_dim, const f
             }
         }
     });
+}
+
+// SplitMLP.forward: x [rows, layers[0].in], and `start` [rows, layers[0].out padded], which is added
+// to the first layer's sums, or null -> out [rows, outputs].
+void qvpo_fit_forward(const FittedLayer *layers, int64_t num_layers, int64_t rows, const float *x,
+                      const float *start, float *out, int64_t threads) {
+    int64_t stride = layers[0].in;
+    std::vector<float> sums;
+    for (int64_t l = 0; l < num_layers; ++l) {
+        const FittedLayer &layer = layers[l];
+        const int64_t width = padded(layer.out);
+        std::vector<float> weight(layer.in * width), bias(width);
+        qvpo_pack(layer.weight, layer.in, layer.out, layer.in, width, layer.in, weight.data());
+        std::copy_n(layer.bias, layer.out, bias.data());
+        sums.resize(rows * width);
+        product({layer.in, width, weight.data(), bias.data()}, rows, x, stride,
+                l == 0 ? start : nullptr, sums.data(), threads);
+        if (l + 1 == num_layers) break;
+        for (int64_t i = 0; i < rows * width; i += LANES) {
+            Vector slope;
+            store(layer.activation + i, mish_and_slope(load(sums.data() + i), slope));
+            store(layer.slope + i, slope);
+        }
+        x = layer.activation;
+        stride = width;
+    }
+    const int64_t outputs = layers[num_layers - 1].out;
+    for (int64_t r = 0; r < rows; ++r)
+        std::copy_n(sums.data() + r * padded(outputs), outputs, out + r * outputs);
+}
+
+// The gradients of the layers, and that of `start` [rows, layers[0].out padded], for the gradient
+// of the output.
+void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t rows, const float *x,
+                       const float *out_gradient, float *start_gradient, int64_t threads) {
+    std::vector<float> held, below;
+    const float *gradient = out_gradient;  // of a layer's sums, [rows, stride]
+    int64_t stride = layers[num_layers - 1].out;
+    for (int64_t l = num_layers - 1; l >= 0; --l) {
+        const FittedLayer &layer = layers[l];
+        const int64_t width = padded(layer.in);
+        std::fill_n(layer.bias_gradient, layer.out, 0.0f);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t j = 0; j < layer.out; ++j)
+                layer.bias_gradient[j] += gradient[r * stride + j];
+        const float *inputs = l ? layers[l - 1].activation : x;
+        const auto panels = pack_rows(inputs, l ? width : layer.in, rows, layer.in);
+        const auto columns = transposed(gradient, stride, rows, layer.out);
+        below.resize(layer.out * width);
+        product({rows, width, panels.data(), nullptr}, layer.out, columns.data(), rows, nullptr,
+                below.data(), threads);
+        for (int64_t j = 0; j < layer.out; ++j)
+            std::copy_n(below.data() + j * width, layer.in, layer.weight_gradient + j * layer.in);
+        if (l == 0) break;
+        const auto weight = pack_rows(layer.weight, layer.in, layer.out, layer.in);
+        float *to = start_gradient;
+        if (l > 1) {
+            below.resize(rows * width);
+            to = below.data();
+        }
+        product({layer.out, width, weight.data(), nullptr}, rows, gradient, stride, nullptr, to,
+                threads);
+        for (int64_t i = 0; i < rows * width; i += LANES)
+            store(to + i, load(to + i) * load(layers[l - 1].slope + i));
+        if (l > 1) held.swap(below);
+        gradient = to;
+        stride = width;
+    }
 }
 }

@@ -58,7 +58,7 @@ class PackedMLP:
         observation = self._pack(parts[obs_part], first.bias)
         action = self._pack(parts[action_part], None)
         # A hidden layer's padding is zero, Mish keeps it so, and the next layer has zeros for it.
-        layers = [self._pack(x.weight, x.bias, _padded(x.in_features)) for x in behind]
+        layers = [self._pack(x.weight, x.bias, padded(x.in_features)) for x in behind]
         self.hidden = int(observation.outputs)
         self.products_per_row = sum(x.inputs * x.outputs for x in (action, *layers))
         array = (_Layer * len(layers))(*layers)
@@ -70,7 +70,7 @@ class PackedMLP:
     def _pack(self, weight: Tensor, bias: Tensor | None, inputs: int | None = None) -> _Layer:
         weight = weight.detach()
         rows, columns = weight.shape
-        outputs, inputs = _padded(rows), inputs or columns
+        outputs, inputs = padded(rows), inputs or columns
         packed = torch.empty(outputs * inputs)
         load_library().qvpo_pack(
             weight.data_ptr(), weight.stride(0), rows, columns, outputs, inputs, packed.data_ptr()
@@ -112,7 +112,7 @@ class PackedActor:
             num_samples,
             act_dim,
             actions.data_ptr(),
-            _threads(steps * num_states * num_samples * self._mlp.products_per_row),
+            num_threads(steps * num_states * num_samples * self._mlp.products_per_row),
         )
         return actions
 
@@ -138,17 +138,17 @@ class PackedCritic:
             num_samples,
             act_dim,
             q.data_ptr(),
-            _threads(2 * num_states * num_samples * self._twins[0].products_per_row),
+            num_threads(2 * num_states * num_samples * self._twins[0].products_per_row),
         )
         return q
 
 
-def _padded(width: int) -> int:
+def padded(width: int) -> int:
     lanes: int = load_library().qvpo_lanes()
     return -(-width // lanes) * lanes
 
 
-def _threads(products: int) -> int:
+def num_threads(products: int) -> int:
     return max(1, min(torch.get_num_threads(), products // PRODUCTS_PER_THREAD))
 
 
@@ -166,6 +166,8 @@ _SIGNATURES = {
         *(_INT, _INT, _INT, _POINTER, _INT),
     ],
     "qvpo_min_q": [_POINTER, _POINTER, _INT, _POINTER, _INT, _INT, _INT, _POINTER, _INT],
+    "qvpo_fit_forward": [_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT],
+    "qvpo_fit_backward": [_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT],
 }
 
 

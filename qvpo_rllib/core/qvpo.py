@@ -22,6 +22,18 @@ Q_STATISTICS_RATE = 1e-3
 # `nearest_sample_distance` is taken of so many states, since each costs N_d² distances. They are
 # the batch's first: its states are in no order.
 DISTANCE_STATES = 16
+POLICY_METRICS = (
+    "actor_loss",
+    "entropy_loss",
+    "denoising_error",
+    "actor_grad_norm",
+    "value_mean",
+    "advantage_mean",
+    "q_weight_mean",
+    "q_weight_zero_share",
+    "sample_std",
+    "nearest_sample_distance",
+)
 
 
 class UpdateNoise(NamedTuple):
@@ -85,6 +97,10 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         self.entropy_weight = torch.zeros((), device=device)
         self.q_mean = torch.zeros((), device=device)
         self.q_std = torch.ones((), device=device)
+        # Those of the last update of the policy, which `policy_interval` - 1 updates repeat.
+        self.policy_metrics = {n: torch.zeros((), device=device) for n in POLICY_METRICS}
+        if hp.policy_interval > 1 and hp.engine == "auto" and device.type == "cuda":
+            hp = dataclasses.replace(hp, engine="compiled")
         super().__init__(networks, hp, seed=seed, device=device)
 
     def graph_constants(self, hp: QVPOHyperparameters) -> QVPOHyperparameters:
@@ -137,6 +153,8 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
     ) -> dict[str, Tensor]:
         """Does one update of critics, actor and targets (Algorithm 1, lines 4 to 11).
 
+        The actor takes a step if the number of this update is a multiple of `policy_interval`.
+
         Args:
             critic_batch: transitions for the TD loss.
             policy_batch: transitions whose states train the policy; the same batch if None.
@@ -159,7 +177,10 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         metrics: dict[str, Tensor] = {}
         if self.hp.update_order == "critic_then_policy":
             metrics |= self._update_critic(critic_batch, noise)
-        metrics |= self.improve_policy(obs, *self._ranked_samples(obs, noise.policy), noise)
+        if (self.num_updates + 1) % self.hp.policy_interval == 0:
+            samples, q = self._ranked_samples(obs, noise.policy)
+            self.policy_metrics = self.improve_policy(obs, samples, q, noise)
+        metrics |= self.policy_metrics
         if self.hp.update_order == "policy_then_critic":
             metrics |= self._update_critic(critic_batch, noise)
         self.move_target(self.networks.target_actor, self.networks.actor)
@@ -239,11 +260,14 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             **super().state_dict(),
             "q_mean": self.q_mean.clone(),
             "q_std": self.q_std.clone(),
+            "policy_metrics": dict(self.policy_metrics),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.q_mean.copy_(state["q_mean"])
         self.q_std.copy_(state["q_std"])
+        kept = state.get("policy_metrics", {})  # earlier checkpoints have none, nor need any
+        self.policy_metrics |= {n: value.to(self.device) for n, value in kept.items()}
         super().load_state_dict(state)
 
 

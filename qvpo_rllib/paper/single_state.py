@@ -81,7 +81,7 @@ class SingleStatePolicy:
     """
 
     def __init__(self, act_dim: int, hp: QVPOHyperparameters, *, seed: int) -> None:
-        hp = dataclasses.replace(hp, k_target=1, engine="eager")
+        hp = dataclasses.replace(hp, k_target=1, engine="native")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spawn_seed(seed, Stream.NETWORKS))
             networks = QVPONetworks(OBS_DIM, act_dim, hp)
@@ -107,7 +107,8 @@ class SingleStatePolicy:
             self.learner.generator if generator is None else generator,
             torch.device("cpu"),
         )
-        return sample_actions(self.actor, self.schedule, torch.zeros(num_states, OBS_DIM), noise)
+        obs = torch.zeros(num_states, OBS_DIM)
+        return sample_actions(self.actor, self.schedule, obs, noise, self.learner.kernels.sampler)
 
     def set_learning_rate(self, actor_lr: float) -> None:
         """Sets the learning rate of the updates to come."""

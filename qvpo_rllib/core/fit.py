@@ -1,0 +1,129 @@
+"""The forward and backward pass of the networks that an update fits, by the native library.
+
+PyTorch's calls take longer than the arithmetic of a few hundred rows. Here a whole network is one
+call each way. The numbers are those of `networks.py` up to rounding, and do not depend on the
+number of threads. Inputs get no gradient.
+"""
+
+import ctypes
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qvpo_rllib.core import losses
+from qvpo_rllib.core.native import load_library, num_threads, padded
+from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
+
+
+class _FittedLayer(ctypes.Structure):
+    _fields_ = (
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("weight_gradient", ctypes.c_void_p),
+        ("bias_gradient", ctypes.c_void_p),
+        ("activation", ctypes.c_void_p),
+        ("slope", ctypes.c_void_p),
+    )
+
+
+class _FittedMLP(torch.autograd.Function):
+    """A `SplitMLP` of x [R, in]; `start` [R, H], if given, is added to its first layer's sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, start: Tensor | None, *parameters: Tensor) -> Tensor:
+        rows, num_layers = x.shape[0], len(parameters) // 2
+        x = x.contiguous()
+        # The memory that the structures point to is kept for the backward pass.
+        parameters = tuple(parameter.contiguous() for parameter in parameters)
+        layers = (_FittedLayer * num_layers)()
+        kept: list[Tensor] = []  # of each hidden layer, Mish and its slope
+        for index, layer in enumerate(layers):
+            weight, bias = parameters[2 * index : 2 * index + 2]
+            layer.outputs, layer.inputs = weight.shape
+            layer.weight, layer.bias = weight.data_ptr(), bias.data_ptr()
+            if index + 1 < num_layers:
+                kept += [torch.empty(rows, padded(layer.outputs)) for _ in range(2)]
+                layer.activation, layer.slope = kept[-2].data_ptr(), kept[-1].data_ptr()
+        if start is not None:
+            start = functional.pad(start, (0, padded(start.shape[1]) - start.shape[1])).contiguous()
+        out = torch.empty(rows, layers[-1].outputs)
+        threads = num_threads(rows * sum(layer.inputs * layer.outputs for layer in layers))
+        load_library().qvpo_fit_forward(
+            *(layers, num_layers, rows, x.data_ptr()),
+            *(None if start is None else start.data_ptr(), out.data_ptr(), threads),
+        )
+        ctx.held = x, parameters, kept, layers, threads, start is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, parameters, kept, layers, threads, has_start = ctx.held
+        out_gradient = out_gradient.contiguous()
+        gradients = [torch.empty_like(parameter) for parameter in parameters]
+        for index, layer in enumerate(layers):
+            layer.weight_gradient = gradients[2 * index].data_ptr()
+            layer.bias_gradient = gradients[2 * index + 1].data_ptr()
+        start_gradient = torch.empty_like(kept[0])
+        load_library().qvpo_fit_backward(
+            *(layers, len(layers), x.shape[0], x.data_ptr()),
+            *(out_gradient.data_ptr(), start_gradient.data_ptr(), threads),
+        )
+        of_start = start_gradient[:, : layers[0].outputs] if has_start else None
+        return None, of_start, *gradients
+
+
+def _run(x: Tensor, start: Tensor | None, first_weight: Tensor, mlp: SplitMLP) -> Tensor:
+    first, *behind = mlp.linears()
+    parameters = [first_weight, first.bias]
+    for layer in behind:
+        parameters += [layer.weight, layer.bias]
+    out: Tensor = _FittedMLP.apply(x, start, *parameters)  # type: ignore[no-untyped-call]
+    return out
+
+
+class FittedTwinQ(NamedTuple):
+    """`TwinQ.forward` for obs [B, O] and action [B, A]."""
+
+    critic: TwinQ
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([obs, action], dim=1)
+        twins = (self.critic.q1, self.critic.q2)
+        q = [_run(x, None, mlp.linears()[0].weight, mlp) for mlp in twins]
+        return torch.stack(q).squeeze(-1)
+
+
+class FittedNoisePredictor(NamedTuple):
+    """`NoisePredictor.forward` for noisy_action [R, A], t [R] and obs_part [R, H]."""
+
+    actor: NoisePredictor
+
+    def obs_part(self, obs: Tensor) -> Tensor:
+        return self.actor.obs_part(obs)
+
+    def __call__(self, noisy_action: Tensor, t: Tensor, obs_part: Tensor) -> Tensor:
+        actor = self.actor
+        # A step's share of the first layer is a column of its weight that meets a one.
+        one_hot = (t[:, None] == actor.steps).to(noisy_action.dtype)
+        x = torch.cat([noisy_action, one_hot], dim=1)
+        weight = torch.cat([actor.mlp.first_weights()[0], actor.time_part().t()], dim=1)
+        return _run(x, obs_part, weight, actor.mlp)
+
+
+def critic_objective(critic: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what `losses.critic_objective` does."""
+    return losses.critic_objective(FittedTwinQ(critic).forward, *inputs)
+
+
+def actor_objective(actor: NoisePredictor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what `losses.actor_objective` does."""
+    return losses.actor_objective(cast(NoisePredictor, FittedNoisePredictor(actor)), *inputs)
+
+
+def denoising_objective(actor: NoisePredictor, *inputs: Any) -> Tensor:
+    """Returns what `losses.denoising_objective` does."""
+    return losses.denoising_objective(cast(NoisePredictor, FittedNoisePredictor(actor)), *inputs)

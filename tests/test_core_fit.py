@@ -1,0 +1,95 @@
+"""The native forward and backward pass of a fit: the eager gradients, up to rounding."""
+
+import pytest
+import torch
+from test_core_native import networks
+
+from qvpo_rllib.core import fit, losses
+
+STATES, CHOSEN, UNIFORM = 37, 2, 3
+
+
+def critic_inputs(nets, generator):
+    obs_dim, act_dim = nets.critic.q1.part_dims
+    shapes = ((STATES, obs_dim), (STATES, act_dim), (STATES,))
+    return nets.critic, [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def actor_inputs(nets, generator):
+    rows, act_dim = STATES * (CHOSEN + UNIFORM), nets.act_dim
+    shapes = (
+        *((STATES, nets.critic.q1.part_dims[0]), (STATES, CHOSEN, act_dim), (STATES, CHOSEN)),
+        *((STATES, UNIFORM, act_dim), (STATES,)),
+    )
+    steps = torch.randint(nets.schedule.diffusion_steps, (rows,), generator=generator)
+    noise = torch.randn(rows, act_dim, generator=generator)
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    return nets.actor, [nets.schedule, *tensors, steps, noise, "sum", False]
+
+
+def denoising_inputs(nets, generator):
+    actor, (schedule, obs, chosen, _, _, _, steps, noise, *_) = actor_inputs(nets, generator)
+    return actor, [schedule, obs, chosen[:, 0], steps[:STATES], noise[:STATES]]
+
+
+INPUTS = {
+    "critic_objective": critic_inputs,
+    "actor_objective": actor_inputs,
+    "denoising_objective": denoising_inputs,
+}
+
+
+def results(objective, module, inputs):
+    """Every output, then the gradient of the first one with respect to every parameter."""
+    found = objective(module, *inputs)
+    outputs = found if isinstance(found, tuple) else (found,)
+    return [o.detach() for o in outputs], torch.autograd.grad(outputs[0], [*module.parameters()])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"obs_dim": 1, "act_dim": 1, "hidden": (5,), "diffusion_steps": 1},
+        {"obs_dim": 17, "act_dim": 6, "hidden": (256, 256), "diffusion_steps": 5},
+        {"obs_dim": 348, "act_dim": 17, "hidden": (64, 72, 64), "diffusion_steps": 20},
+    ],
+    ids=lambda shape: str(shape.get("hidden", "")),
+)
+@pytest.mark.parametrize("name", INPUTS)
+def test_values_and_gradients_equal_the_eager_ones(name, shape):
+    nets = networks(**shape)
+    module, inputs = INPUTS[name](nets, torch.Generator().manual_seed(0))
+    outputs, gradients = results(getattr(fit, name), module, inputs)
+    expected, expected_gradients = results(getattr(losses, name), module, inputs)
+    torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=1e-5)
+    for (parameter, _), mine, other in zip(
+        module.named_parameters(), gradients, expected_gradients, strict=True
+    ):
+        scale = float(other.abs().max())
+        assert scale > 0
+        torch.testing.assert_close(mine, other, atol=1e-5 * scale, rtol=0, msg=parameter)
+
+
+def test_a_fit_is_the_same_bits_on_any_number_of_threads(monkeypatch):
+    nets = networks(hidden=(256, 256))
+    module, inputs = actor_inputs(nets, torch.Generator().manual_seed(0))
+    found = []
+    for count in (1, 2, 3):
+        monkeypatch.setattr(fit, "num_threads", lambda products, count=count: count)
+        found.append(results(fit.actor_objective, module, inputs))
+    for outputs, gradients in found[1:]:
+        assert all(map(torch.equal, outputs, found[0][0]))
+        assert all(map(torch.equal, gradients, found[0][1]))
+
+
+def test_the_slope_of_mish_over_the_whole_range_of_float32():
+    """A network of one unit: the gradient of `start` is the slope there."""
+    values = torch.cat([torch.linspace(-100, 100, 2001), torch.tensor([-3e38, -1e4, 0.0, 3e38])])
+    start = values[:, None].clone().requires_grad_()
+    zero, one, bias = torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1)
+    out = fit._FittedMLP.apply(torch.zeros(len(values), 1), start, zero, bias, one, bias)
+    (slope,) = torch.autograd.grad(out.sum(), start)
+    exact = values.double().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.nn.functional.mish(exact).sum(), exact)
+    torch.testing.assert_close(slope[:, 0].double(), expected, atol=2e-6, rtol=2e-6)
