@@ -195,6 +195,28 @@ class CudaGraphs:
         return graph
 
 
+class SecondStream:
+    """Lets a part of a captured update run beside the rest; without `on`, all of it in turn."""
+
+    def __init__(self, *, on: bool) -> None:
+        self._stream = torch.cuda.Stream() if on else None  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        """Starts what is within it beside what follows, after all that came before."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Lets what follows wait for the part. Until then its tensors must be kept."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
 @functools.cache
 def _compiled() -> Kernels:
     # The compiler is imported here since it doubles the time that importing torch takes.
