@@ -88,6 +88,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         self.q_std = torch.ones((), device=device)
         super().__init__(networks, hp, seed=seed, device=device)
         self._beside = SecondStream(on=self.engine == "cuda_graph" and device.type == "cuda")
+        self.fused = None
 
     def graph_constants(self, hp: QVPOHyperparameters) -> QVPOHyperparameters:
         return dataclasses.replace(
