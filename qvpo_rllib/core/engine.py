@@ -189,7 +189,7 @@ class CudaGraphs:
         except Exception as error:
             # PyTorch 2.11 leaves the generators in a state that draws nothing any more.
             raise RuntimeError(
-                f"engine='cuda_graph': an update could not be captured ({_first_line(error)}). "
+                f"engine='cuda_graph': an update could not be captured ({first_line(error)}). "
                 "Start again with engine='compiled', which needs no capture."
             ) from error
         return graph
@@ -254,7 +254,7 @@ def _compile(function: Callable[P, R]) -> Callable[P, R]:
                 return compiled(*args, **kwargs)
             except (InductorError, BackendCompilerFailed) as error:
                 failed = True
-                FALLBACKS[function.__name__] = _first_line(error)
+                FALLBACKS[function.__name__] = first_line(error)
                 logger.warning(
                     "engine: %s runs eagerly, since compiling it failed: %s Deleting %s may help: "
                     "a compiler that was interrupted leaves broken files there.",
@@ -273,7 +273,7 @@ def _native_works() -> bool:
     try:
         load_library()
     except OSError as error:
-        FALLBACKS["native"] = _first_line(error)
+        FALLBACKS["native"] = first_line(error)
         logger.warning(
             "engine: eager, since the native library cannot be built here (%s). A C++ compiler "
             "(Debian: apt-get install g++) makes updates and acting faster.",
@@ -290,7 +290,7 @@ def _compiling_works(device_type: str, instead: str) -> bool:
         x = torch.zeros(64, device=device_type)
         torch.compile(mish)(x)
     except Exception as error:  # whatever is missing: compiler, headers, a writable cache
-        FALLBACKS["compiled"] = _first_line(error)
+        FALLBACKS["compiled"] = first_line(error)
         logger.warning(
             "engine: %s, since torch.compile does not work here (%s). A C++ compiler and Python's "
             "headers (Debian: apt-get install g++ python3-dev) make updates faster.",
@@ -301,5 +301,6 @@ def _compiling_works(device_type: str, instead: str) -> bool:
     return True
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, at most 200 characters."""
     return str(error).strip().partition("\n")[0][:200]

@@ -10,6 +10,7 @@ from torch import Tensor
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import SecondStream, matmul_precision
+from qvpo_rllib.core.fused import Chain, FusedSampler, fused_sampler
 from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters, QVPOHyperparameters
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
@@ -88,7 +89,10 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         self.q_std = torch.ones((), device=device)
         super().__init__(networks, hp, seed=seed, device=device)
         self._beside = SecondStream(on=self.engine == "cuda_graph" and device.type == "cuda")
-        self.fused = None
+        self.fused: FusedSampler | None = None
+        if hp.engine == "auto":
+            nets = self.networks
+            self.fused = fused_sampler(nets.actor, nets.critic, nets.schedule, hp, device)
 
     def graph_constants(self, hp: QVPOHyperparameters) -> QVPOHyperparameters:
         return dataclasses.replace(
@@ -163,35 +167,50 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         # Whether the target's actions come from an actor that this update has not changed yet.
         beside = critic_first or hp.target_actor
         metrics: dict[str, Tensor] = {}
+        policy = Chain(nets.actor, obs, noise.policy)
+        samples = next_samples = None
+        if beside and self.fused is not None and self.fused.samples:
+            samples, next_samples = self.fused.sample(policy, self._target_chain(critic_batch, noise))
         if beside:
             with self._beside.fork():
-                next_q = self._next_q(critic_batch.next_obs, noise)
+                next_q = self._next_q(critic_batch, noise, next_samples)
                 if critic_first:
                     metrics |= self.fit_critics(critic_batch, next_q)
-        samples = self._sample_actions(nets.actor, obs, noise.policy)  # [B, N_d, A]
+        if samples is None:
+            samples = self._sample_actions(policy)  # [B, N_d, A]
         if critic_first:
             self._beside.join()
         metrics |= self.improve_policy(obs, samples, self._rank(obs, samples), noise)
         if not critic_first:
             self._beside.join()
             if not beside:
-                next_q = self._next_q(critic_batch.next_obs, noise)
+                next_q = self._next_q(critic_batch, noise)
             metrics |= self.fit_critics(critic_batch, next_q)
         self.move_target(nets.target_actor, nets.actor)
         self.move_target(nets.target_critic, nets.critic)
         return metrics
 
-    def _next_q(self, next_obs: Tensor, noise: UpdateNoise) -> Tensor:
-        """Returns the TD target's value of the next states: [B, O] → [B]."""
+    def _target_chain(self, batch: Transitions, noise: UpdateNoise) -> Chain:
         nets = self.networks
         actor = nets.target_actor if self.hp.target_actor else nets.actor
-        samples = self._sample_actions(actor, next_obs, noise.target)  # [B, K_t, A]
-        return min_q(nets.target_critic, next_obs, samples, self.kernels.sampler).amax(dim=1)
+        return Chain(actor, batch.next_obs, noise.target)
+
+    def _next_q(
+        self, batch: Transitions, noise: UpdateNoise, samples: Tensor | None = None
+    ) -> Tensor:
+        """Returns the TD target's value of the next states, [B], by samples [B, K_t, A]."""
+        if samples is None:
+            samples = self._sample_actions(self._target_chain(batch, noise))
+        critic, kernels = self.networks.target_critic, self.kernels.sampler
+        return min_q(critic, batch.next_obs, samples, kernels).amax(dim=1)
 
     def _rank(self, obs: Tensor, samples: Tensor) -> Tensor:
         """Returns the samples' Q in the ranking precision: [B, O], [B, N_d, A] → [B, N_d]."""
+        critic = self.networks.critic
+        if self.fused is not None and self.fused.ranks:
+            return self.fused.min_q(critic, obs, samples)
         with matmul_precision(self.hp.ranking_precision, self.device):
-            return min_q(self.networks.critic, obs, samples, self.kernels.sampler)
+            return min_q(critic, obs, samples, self.kernels.sampler)
 
     def improve_policy(
         self, obs: Tensor, samples: Tensor, q: Tensor, noise: UpdateNoise | ImprovementNoise
@@ -241,13 +260,14 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             "nearest_sample_distance": nearest_sample_distance(samples[:DISTANCE_STATES]),
         }
 
-    def _sample_actions(self, actor: NoisePredictor, obs: Tensor, noise: Tensor) -> Tensor:
+    def _sample_actions(self, chain: Chain) -> Tensor:
         """Returns `sample_actions` in the sampling precision."""
+        if self.fused is not None and self.fused.samples:
+            return self.fused.sample(chain)[0]
         dtype = torch.bfloat16 if self.hp.sampling_precision == "bf16" else None
+        schedule, kernels = self.networks.schedule, self.kernels.sampler
         with matmul_precision(self.hp.sampling_precision, self.device):
-            return sample_actions(
-                actor, self.networks.schedule, obs, noise, self.kernels.sampler, dtype
-            )
+            return sample_actions(chain.actor, schedule, chain.obs, chain.noise, kernels, dtype)
 
     def state_dict(self) -> dict[str, Any]:
         return {
