@@ -81,9 +81,7 @@ class Recording(TorchDispatchMode):
     def replay(self):
         if not self.fresh:
             for function, args, kwargs, out in self.calls:
-                for new, old in zip(
-                    tensors(function(*args, **kwargs)), tensors(out), strict=True
-                ):
+                for new, old in zip(tensors(function(*args, **kwargs)), tensors(out), strict=True):
                     if new.data_ptr() != old.data_ptr():  # else a view, or written in place
                         old.data.copy_(new)
         self.fresh = False
@@ -134,9 +132,7 @@ def trained(monkeypatch):
         networks = policy.networks_class(OBS, ACT, hp)
         learner = policy.learner_class(networks, hp, seed=0, device="cpu")
         learner.update_from = wrap(learner.update_from)
-        replay = ReplayBuffer(
-            100, OBS, ACT, seed=1, device="cpu", improves_actions=name == "dipo"
-        )
+        replay = ReplayBuffer(100, OBS, ACT, seed=1, device="cpu", improves_actions=name == "dipo")
         for env_steps, new, updates in ((0, 20, 4), (50, 40, 3), (90, 70, 3)):
             replay.add(transitions(new, seed=env_steps))
             learner.set_env_steps(env_steps)

@@ -102,7 +102,9 @@ class Straightforward:
         actions = self.sample(actor, rows, noise.reshape(steps, -1, act_dim))
         q = critic.lower(rows, actions).view(num_states, k)
         best = q.argmax(dim=1)
-        return actions.view(num_states, k, act_dim)[torch.arange(num_states, device=obs.device), best]
+        return actions.view(num_states, k, act_dim)[
+            torch.arange(num_states, device=obs.device), best
+        ]
 
     def update(
         self, critic_batch: Transitions, policy_batch: Transitions, noise: UpdateNoise

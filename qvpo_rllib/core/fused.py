@@ -41,7 +41,7 @@ class Block(NamedTuple):
     rows: int = 128
     slice: int = 64
     warps: int = 8
-    stages: int = 3
+    stages: int = 2
 
 
 class Chain(NamedTuple):
@@ -63,9 +63,7 @@ def _mish(x):  # type: ignore[no-untyped-def]
 def _product(left, right, total, EMULATED: tl.constexpr):  # type: ignore[no-untyped-def]
     """total + left · right; float32 operands are rounded to TF32."""
     if EMULATED:  # the interpreter multiplies bfloat16 as the integers that hold it
-        return tl.dot(
-            left.to(tl.float32), right.to(tl.float32), acc=total, input_precision="ieee"
-        )
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), acc=total, input_precision="ieee")
     return tl.dot(left, right, acc=total, input_precision="tf32")
 
 
@@ -231,9 +229,7 @@ class FusedSampler:
         assert dtype is not None
         chains = [first, second or first]
         actors = [chain.actor for chain in chains]
-        obs = torch.stack(
-            [c.actor.obs_part(c.obs) + c.actor.mlp.linears()[0].bias for c in chains]
-        )
+        obs = torch.stack([c.actor.obs_part(c.obs) + c.actor.mlp.linears()[0].bias for c in chains])
         times = torch.stack([actor.time_part().flip(0) for actor in actors])
         packed = Packed.of([actor.mlp for actor in actors], 0, dtype)
         noises = [chain.noise.contiguous() for chain in chains]
@@ -385,9 +381,11 @@ def check(
             _compare("sampling", samples, exact, (coarse - exact).abs().mean())
     if fused.ranks:
         actions = chains[0].noise[0].clamp(-1, 1)
-        exact = min_q(drawn, chains[0].obs, actions)
-        found = fused.min_q(drawn, chains[0].obs, actions)
-        _compare("ranking", found, exact, exact.std() / 100)
+        for _ in range(2):  # in both orders, lest one twin be the lower everywhere
+            exact = min_q(drawn, chains[0].obs, actions)
+            found = fused.min_q(drawn, chains[0].obs, actions)
+            _compare("ranking", found, exact, exact.std() / 100)
+            drawn.q1, drawn.q2 = drawn.q2, drawn.q1
 
 
 def _compare(what: str, found: Tensor, exact: Tensor, allowed: Tensor) -> None:

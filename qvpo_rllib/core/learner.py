@@ -126,9 +126,7 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         values = [value.float() for value in metrics.values()]
         if self._metric_sums is None:
             self._metric_names = list(metrics)
-            self._metric_sums = torch.zeros(
-                len(values), dtype=torch.float32, device=self.device
-            )
+            self._metric_sums = torch.zeros(len(values), dtype=torch.float32, device=self.device)
         torch._foreach_add_(list(self._metric_sums.unbind()), values)  # one kernel
 
     def configure(self, hp: Hyper) -> None:

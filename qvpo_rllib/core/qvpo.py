@@ -170,7 +170,9 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         policy = Chain(nets.actor, obs, noise.policy)
         samples = next_samples = None
         if beside and self.fused is not None and self.fused.samples:
-            samples, next_samples = self.fused.sample(policy, self._target_chain(critic_batch, noise))
+            samples, next_samples = self.fused.sample(
+                policy, self._target_chain(critic_batch, noise)
+            )
         if beside:
             with self._beside.fork():
                 next_q = self._next_q(critic_batch, noise, next_samples)

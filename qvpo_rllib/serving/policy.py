@@ -20,7 +20,6 @@ from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 from qvpo_rllib.serving.description import Description
 
 
-
 class NonFiniteActionError(ValueError):
     """The networks gave no finite action, as for observations far outside anything trained on."""
 
