@@ -317,7 +317,7 @@ def test_a_failed_capture_says_what_to_do(monkeypatch):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    with pytest.raises(RuntimeError, match="not permitted.*engine='compiled'"):
+    with pytest.raises(RuntimeError, match=r"not permitted.*engine='compiled'"):
         engine.CudaGraphs([torch.Generator()])._capture(lambda: None, 1)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from qvpo_rllib.core import fused
+from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 
@@ -23,8 +24,8 @@ gpu = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """What `fused_by_interpreter.py` reports: errors are of both chains at once, of one alone and of
-    the ranking, the largest, against float64. Buffers are full of NaN, sizes odd, biases drawn."""
+    """What `fused_by_interpreter.py` reports: the largest errors against float64 of two chains,
+    of one alone and of the ranking. Buffers are full of NaN, sizes odd, biases drawn."""
     program = Path(__file__).with_name("fused_by_interpreter.py")
     run = subprocess.run([sys.executable, program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -62,7 +63,6 @@ def test_the_kernels_are_for_networks_of_one_width(hidden, fit):
 # --- Compiled for an H100 ----------------------------------------------------------------------
 
 SHARED_MEMORY, STACK = 232_448, 512  # bytes: the chip's limit; what may spill
-POINTERS = {"_chains": 13, "_ranking": 9}  # a kernel's first arguments; integers follow
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,11 @@ def test_the_code_for_hopper_fits_and_uses_the_tensor_cores(tmp_path, kernel, pr
     from triton.compiler import ASTSource, compile
 
     function = getattr(fused, kernel)
-    low, block = ("bf16", 64) if precision == "bf16" else ("fp32", 32)
-    constants = {"STEPS": 20, "A": 8, "PADDED": 16, "H": 256, "LAYERS": 2, "ROWS": 128,
-                 "SLICE": block, "DTYPE": getattr(triton.language, "bfloat16" if low == "bf16"
+    low = "bf16" if precision == "bf16" else "fp32"
+    subject = fused.FusedSampler(NoiseSchedule("cosine", 20), precision, precision)
+    shape = subject._block_of(fused.DTYPES[precision])
+    constants = {"STEPS": 20, "A": 8, "PADDED": 16, "H": 256, "LAYERS": 2, "ROWS": shape.rows,
+                 "SLICE": shape.slice, "DTYPE": getattr(triton.language, "bfloat16" if low == "bf16"
                                                   else "float32"), "EMULATED": False}  # fmt: skip
     constants = {n: v for n, v in constants.items() if n in function.arg_names}
     in_low = {"action_weight", "weights", "scratch"} | (
@@ -92,7 +94,6 @@ def test_the_code_for_hopper_fits_and_uses_the_tensor_cores(tmp_path, kernel, pr
         else:
             signature[name] = f"*{low if name in in_low else 'fp32'}"
             attributes[(index,)] = [["tt.divisibility", 16]]
-    shape = fused.Block()
     compiled = compile(
         ASTSource(function, signature, constants, attributes),
         target=GPUTarget("cuda", 90, 32),

@@ -23,7 +23,7 @@ class ActingCopy:
         )
         sizes = [p.numel() for p in self._source]
         self._memory = torch.empty(sum(sizes), pin_memory=self._source[0].is_cuda)
-        for parameter, part in zip(self._parameters, self._memory.split(sizes), strict=True):
+        for parameter, part in zip(self._parameters, torch.split(self._memory, sizes), strict=True):
             parameter.data = part.view(parameter.shape)
         self._seen: tuple[int, int] | None = None
 

@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -140,7 +140,7 @@ class CudaGraphs:
         self.done_eagerly = 0
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream: torch.cuda.Stream | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def run(self, step: Callable[[], None], num_steps: int) -> None:
         """Does `num_steps` steps.

@@ -284,7 +284,9 @@ class FusedSampler:
         return out
 
     def _block_of(self, dtype: torch.dtype) -> Block:
-        return self._block or Block(slice=64 if dtype == torch.bfloat16 else 32)
+        # Twice as wide, float32 needs half the rows: else the sums would not stay in registers.
+        own = Block() if dtype == torch.bfloat16 else Block(rows=64, slice=32)
+        return self._block or own
 
     def _constexprs(self, packed: Packed, act_dim: int, dtype: torch.dtype) -> dict[str, Any]:
         block = self._block_of(dtype)

@@ -168,7 +168,7 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         assert self._metric_sums is not None
         names, count = self._metric_names, self._num_summed
         means = (self._metric_sums / count).to("cpu", non_blocking=True)
-        arrived = torch.cuda.Event() if self.device.type == "cuda" else None
+        arrived = torch.Event(self.device) if self.device.type == "cuda" else None
         if arrived is not None:
             arrived.record()
 

@@ -11,7 +11,6 @@ from torch import Generator, Tensor
 
 from qvpo_rllib.core.seeding import restore_generator
 
-
 # Up to so many transitions go to a GPU in one transfer; more would take as much memory once more.
 PACKED_TRANSITIONS = 10_000
 
@@ -184,12 +183,12 @@ class ReplayBuffer:
 
 
 def moved(columns: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Returns columns of one length on `device`, by one transfer that the host does not wait for."""
+    """Returns columns of one length on `device`, by one transfer; a GPU's nobody waits for."""
     tables = [column if column.ndim == 2 else column[:, None] for column in columns]
     packed = torch.cat(tables, dim=1)
     if device.type == "cuda" and not packed.is_cuda:
         packed = packed.pin_memory()
-    parts = packed.to(device, non_blocking=True).split([t.shape[1] for t in tables], dim=1)
+    parts = torch.split(packed.to(device, non_blocking=True), [t.shape[1] for t in tables], dim=1)
     return [part.view(column.shape) for part, column in zip(parts, columns, strict=True)]
 
 

@@ -34,7 +34,7 @@ class PolicyModel(TorchModelV2, nn.Module):  # type: ignore[misc]
 
 
 class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: ignore[misc]
-    """Acts with its networks, on the CPU; on the local training worker it also learns, on a GPU too.
+    """Acts with its networks on the CPU; on the local training worker it learns, on a GPU or there.
 
     Actions are in [-1, 1]; RLlib's `normalize_actions` (on by default) maps them to the box. A
     subclass names its classes and defines how it acts (`_act`).
