@@ -190,6 +190,7 @@ def test_discrete_actions_are_refused_by_every_algorithm(ray_session: None, algo
         ("k_target", 0, "k_target=0.*1 or more"),
         ("engine", "cuda_graph", "engine='cuda_graph' needs.*num_gpus=0.*'native'"),
         ("sampling_precision", "tf32", "sampling_precision='tf32' needs.*num_gpus=0.*'bf16'"),
+        ("ranking_precision", "tf32", "ranking_precision='tf32' needs.*num_gpus=0.*'fp32'"),
         ("k_behavior", 0, "k_behavior=0.*1 or more"),
         ("diffusion_steps", 0, "diffusion_steps=0.*1 or more"),
         ("noise_schedule", "sine", "'sine'.*cosine, linear, vp"),

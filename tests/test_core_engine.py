@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import torch.nn.functional as F
 
 from qvpo_rllib.bench.straightforward import Straightforward
 from qvpo_rllib.core import engine, kernels
+from qvpo_rllib.core.acting_copy import ActingCopy
+from qvpo_rllib.core.engine import kernels_of
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
-from qvpo_rllib.core.sampler import sample_actions
+from qvpo_rllib.core.sampler import ActionSelector, sample_actions
 
 OBS, ACT = 11, 3
 CPU = torch.device("cpu")
@@ -208,7 +211,9 @@ def test_bf16_sampling_draws_nearly_the_same_actions_and_leaves_everything_else_
 
 
 @pytest.mark.parametrize(
-    "options", [{"engine": "cuda_graph"}, {"sampling_precision": "tf32"}], ids=str
+    "options",
+    [{"engine": "cuda_graph"}, {"sampling_precision": "tf32"}, {"ranking_precision": "tf32"}],
+    ids=str,
 )
 def test_what_needs_a_gpu_is_refused_on_a_cpu(options):
     with pytest.raises(ValueError, match=f"{next(iter(options.values()))}.*GPU"):
@@ -289,24 +294,88 @@ def test_graphs_run_every_step_once(monkeypatch):
         def replay(self):
             done.extend([self.size] * self.size)
 
-    def eagerly(self):
+    def eagerly(self, step):
         done.append(0)
         self.done_eagerly += 1
 
     monkeypatch.setattr(engine.CudaGraphs, "_run_on_side_stream", eagerly)
-    monkeypatch.setattr(engine.CudaGraphs, "_capture", lambda self, size: Graph(size))
-    graphs = engine.CudaGraphs(lambda: None, [])
+    monkeypatch.setattr(engine.CudaGraphs, "_capture", lambda self, step, size: Graph(size))
+    graphs = engine.CudaGraphs([])
     counts = [1, 1, 4, 0, 8, 19, 1, 100]
     for count in counts:
         before = len(done)
-        graphs.run(count)
+        graphs.run(lambda: None, count)
         assert len(done) - before == count
     assert done[:3] == [0, 0, 0]
     assert 0 not in done[3:]
     assert sorted(graphs.graphs) == [1, engine.UPDATES_PER_GRAPH]
 
 
+def test_a_failed_capture_says_what_to_do(monkeypatch):
+    class Graph:
+        def register_generator_state(self, generator):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    with pytest.raises(RuntimeError, match=r"not permitted.*engine='compiled'"):
+        engine.CudaGraphs([torch.Generator()])._capture(lambda: None, 1)
+
+
+def test_nothing_keeps_the_replay_alive_that_was_trained_on():
+    mine, source = learner(), replay()
+    mine.train(source, 1)
+    known = weakref.ref(source)
+    del source
+    assert known() is None
+
+
+def test_loading_a_state_leaves_the_learner_alone_that_it_came_from():
+    mine, other, third = learner(), learner(), learner()
+    mine.train(replay(), 2)
+    kept = copy.deepcopy(mine.state_dict())
+    other.load_state_dict(mine.state_dict())
+    third.load_state_dict(kept)
+    mine.train(replay(), 2)
+    for loaded in (other, third):
+        loaded.train(replay(), 2)
+    assert_same_networks(other.networks, third.networks, atol=0)
+
+
+def test_a_copy_to_act_with_follows_the_networks_that_learn():
+    mine = learner()
+    acting = copy.deepcopy(mine.networks)
+    follower = ActingCopy(mine.networks, acting, ("actor.", "critic."))
+    obs = torch.randn(5, OBS, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(6, 5, 4, ACT, generator=torch.Generator().manual_seed(1))
+    native = kernels_of("native", CPU).sampler
+    selectors = [
+        ActionSelector(nets.actor, nets.critic, nets.schedule, native)
+        for nets in (mine.networks, acting)
+    ]
+    for _ in range(3):
+        mine.train(replay(), 1)
+        follower.refresh(mine.num_updates)
+        selectors[0].weights_changed()
+        first, second = (selector.act(obs, noise)[0] for selector in selectors)
+        assert torch.equal(first, second)
+    with torch.no_grad():
+        mine.networks.actor.mlp.linears()[0].weight.mul_(0.5)  # as loading weights does
+    follower.refresh(mine.num_updates)
+    assert torch.equal(mine.networks.actor.mlp.linears()[0].weight,
+                       acting.actor.mlp.linears()[0].weight)  # fmt: skip
+    assert not torch.equal(selectors[1].act(obs, noise)[0], second)
+
+
 # --- On a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def nothing_falls_back(request):
+    """A GPU test that ran on the eager operations would show nothing."""
+    engine.FALLBACKS.clear()
+    yield
+    if request.node.get_closest_marker("gpu"):
+        assert not engine.FALLBACKS
 
 
 def trained(device, updates, **options):
@@ -387,4 +456,16 @@ def test_training_goes_on_after_a_state_was_loaded():
 def test_sampling_precisions_in_a_graph(precision):
     mine = trained("cuda", 20, engine="cuda_graph", sampling_precision=precision)
     assert all(torch.isfinite(p).all() for p in mine.networks.parameters())
-    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@gpu
+def test_exact_updates_are_exact_whatever_the_process_has_set():
+    exact = trained("cuda", 5, engine="eager")
+    torch.set_float32_matmul_precision("high")
+    try:
+        other = trained("cuda", 5, engine="eager")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_same_networks(exact.networks, other.networks, atol=0)

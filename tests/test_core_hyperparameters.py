@@ -188,6 +188,7 @@ def test_defaults_are_the_documented_ones():
         "target_actor": True, "update_order": "critic_then_policy", "batch_size": 256,
         "replay_capacity": 1_000_000, "warmup_steps": 10_000, "update_ratio": 1.0,
         "truncation_as_terminal": False, "engine": "auto", "sampling_precision": "fp32",
+        "ranking_precision": "fp32",
         "sampling_mode": "async", "max_staleness": None, "policy_interval": 1,
     }  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvpo_rllib.core.replay import ReplayBuffer, Transitions, replay_bytes
+from qvpo_rllib.core.replay import ReplayBuffer, Transitions, moved, replay_bytes
 
 OBS, ACT = 3, 2
 quick = settings(deadline=None, max_examples=80, derandomize=True)
@@ -170,3 +170,9 @@ def test_sampling_from_nothing_is_refused():
 def test_bytes_are_those_of_the_columns(capacity, obs_dim, act_dim):
     held = ReplayBuffer(capacity, obs_dim, act_dim, seed=0, device="cpu")
     assert replay_bytes(capacity, obs_dim, act_dim) == sum(c.nbytes for c in held.columns)
+
+
+def test_columns_packed_for_one_transfer_are_the_same_columns():
+    columns = list(torch_of(transitions(0, 5)))
+    for column, same in zip(columns, moved(columns, torch.device("cpu")), strict=True):
+        assert torch.equal(column, same)

@@ -12,6 +12,7 @@ from ray.tune.registry import register_trainable
 from torch import Generator, Tensor, nn
 
 from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK, DiffusionRivalHyperparameters
+from qvpo_rllib.core.engine import CPU
 from qvpo_rllib.core.learner import OffPolicyLearner
 from qvpo_rllib.core.networks import TwinQ
 from qvpo_rllib.core.options import COUNT, POSITIVE, Setting, option, with_default
@@ -176,8 +177,8 @@ class DIPOTorchPolicy(OffPolicyTorchPolicy[QVPONetworks, DIPOHyperparameters]):
     learner_class = DIPOLearner
 
     def _act(self, obs: Tensor, explore: bool, k: int, generator: Generator) -> tuple[Tensor, None]:
-        nets, steps = self.networks, self.hp.diffusion_steps
-        noise = draw_noise(steps, obs.shape[0], k, self.act_dim, generator, self.device)
+        nets, steps = self.acting_networks(), self.hp.diffusion_steps
+        noise = draw_noise(steps, obs.shape[0], k, self.act_dim, generator, CPU)
         if not explore:
             noise[1:] = 0
         actions = sample_actions(nets.actor, nets.schedule, obs, noise, self.kernels.sampler)

@@ -153,13 +153,13 @@ class QSMTorchPolicy(OffPolicyTorchPolicy[QVPONetworks, QSMHyperparameters]):
     learner_class = QSMLearner
 
     def _act(self, obs: Tensor, explore: bool, k: int, generator: Generator) -> tuple[Tensor, None]:
-        nets, shape = self.networks, (obs.shape[0], self.act_dim)
-        drawn: dict[str, Any] = {"generator": generator, "device": self.device}
-        noise = torch.randn(self.hp.diffusion_steps, *shape, **drawn)
+        nets, shape = self.acting_networks(), (obs.shape[0], self.act_dim)
+        noise = torch.randn(self.hp.diffusion_steps, *shape, generator=generator)
         action = sample(nets.actor, nets.schedule, obs, noise)
         if not explore:
             return action, None
-        return with_noise(action, torch.randn(shape, **drawn), self.hp.exploration_noise), None
+        added = torch.randn(shape, generator=generator)
+        return with_noise(action, added, self.hp.exploration_noise), None
 
 
 class QSMConfig(OffPolicyConfig):

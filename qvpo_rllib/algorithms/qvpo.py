@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from ray.tune.registry import register_trainable
 from torch import Generator, Tensor
 
+from qvpo_rllib.core.engine import CPU
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.sampler import ActionSelector, draw_noise
@@ -44,7 +45,7 @@ class QVPOTorchPolicy(OffPolicyTorchPolicy[QVPONetworks, QVPOHyperparameters]):
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, config: Any) -> None:
         super().__init__(observation_space, action_space, config)
-        nets = self.networks
+        nets = self.acting_networks()
         self._selector = ActionSelector(
             nets.actor, nets.critic, nets.schedule, self.kernels.sampler
         )
@@ -70,7 +71,8 @@ class QVPOTorchPolicy(OffPolicyTorchPolicy[QVPONetworks, QVPOHyperparameters]):
         self, obs: Tensor, explore: bool, k: int, generator: Generator
     ) -> tuple[Tensor, Tensor | None]:
         steps, num_states = self.hp.diffusion_steps, obs.shape[0]
-        noise = draw_noise(steps, num_states, k, self.act_dim, generator, self.device)
+        noise = draw_noise(steps, num_states, k, self.act_dim, generator, CPU)
+        self.acting_networks()
         if self.learner is not None and self.learner.num_updates != self._updates_seen:
             self._updates_seen = self.learner.num_updates
             self._selector.weights_changed()

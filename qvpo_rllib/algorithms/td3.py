@@ -163,10 +163,10 @@ class TD3TorchPolicy(OffPolicyTorchPolicy[TD3Networks, TD3Hyperparameters]):
     learner_class = TD3Learner
 
     def _act(self, obs: Tensor, explore: bool, k: int, generator: Generator) -> tuple[Tensor, None]:
-        action: Tensor = self.networks.actor(obs)
+        action: Tensor = self.acting_networks().actor(obs)
         if not explore:
             return action, None
-        noise = torch.randn(action.shape, generator=generator, device=self.device)
+        noise = torch.randn(action.shape, generator=generator)
         return (action + self.hp.exploration_noise * noise).clamp_(-1, 1), None
 
 

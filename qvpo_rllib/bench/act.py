@@ -1,5 +1,6 @@
 """`qvpo bench act`: choosing the best of K actions, as a rollout worker does."""
 
+import copy
 import itertools
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ def run(options: Namespace) -> Iterator[Row]:
     """Yields a row per combination of options; see `timing.compare` for the columns.
 
     Times include drawing the noise. The weights stay as they are from call to call, as between two
-    of a worker's weight updates.
+    of a worker's weight updates. With --device cuda they change on the GPU before each call, and
+    are copied from there, as in the learner's own process; the straightforward version acts on it.
     """
     for setting, task, engine, k, batch_size in itertools.product(
         options.setting, options.task, options.engine, options.k, options.observations
@@ -54,7 +56,8 @@ def _row(
 
     from qvpo_rllib.bench.straightforward import Straightforward
     from qvpo_rllib.bench.timing import compare
-    from qvpo_rllib.core.engine import acting_engine, kernels_of
+    from qvpo_rllib.core.acting_copy import ActingCopy
+    from qvpo_rllib.core.engine import CPU, acting_engine, kernels_of
     from qvpo_rllib.core.qvpo import QVPONetworks
     from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 
@@ -62,19 +65,30 @@ def _row(
     torch.manual_seed(0)
     networks = QVPONetworks(task.obs_dim, task.act_dim, hp).to(device)
     straightforward = Straightforward(networks, hp)
-    engine = acting_engine(hp.engine, device)
-    kernels = kernels_of(engine, device).sampler
-    selector = ActionSelector(networks.actor, networks.critic, networks.schedule, kernels)
-    obs = torch.randn(batch_size, task.obs_dim, device=device)
-    generator = torch.Generator(device=device).manual_seed(0)
+    engine = acting_engine(hp.engine)
+    kernels = kernels_of(engine, CPU).sampler
+    acting = copy.deepcopy(networks).to(CPU)
+    follower = ActingCopy(networks, acting, ("actor.", "critic."))
+    selector = ActionSelector(acting.actor, acting.critic, acting.schedule, kernels)
+    obs = torch.randn(batch_size, task.obs_dim)
+    generators = {d: torch.Generator(device=d).manual_seed(0) for d in (CPU, device)}
+    updates = itertools.count()
 
-    def noise() -> torch.Tensor:
-        return draw_noise(hp.diffusion_steps, batch_size, k, task.act_dim, generator, device)
+    def noise(on: torch.device) -> torch.Tensor:
+        return draw_noise(hp.diffusion_steps, batch_size, k, task.act_dim, generators[on], on)
+
+    def act() -> object:
+        follower.refresh(next(updates) if device.type == "cuda" else 0)
+        return selector.act(obs, noise(CPU))
+
+    def act_straightforwardly() -> object:
+        plain, here = straightforward, obs.to(device)
+        return plain.select(plain.actor, plain.critic, here, noise(device)).cpu()
 
     compared = compare(
         "act",
-        lambda: selector.act(obs, noise()),
-        lambda: straightforward.select(straightforward.actor, straightforward.critic, obs, noise()),
+        act,
+        act_straightforwardly,
         acting_flops(task, hp, batch_size, k),
         repeats=repeats,
         device=device,

@@ -2,7 +2,7 @@
 
 import itertools
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from qvpo_rllib.bench.options import Row, add_device, add_engines, add_settings, add_tasks
@@ -20,6 +20,7 @@ COLUMNS = {
     "task": "task",
     "engine": "engine",
     "precision": "precision",
+    "ranking": "ranking",
     "update_ms": "ms per update",
     "updates_per_s": "updates/s",
     "straightforward_ms": "straightforward ms",
@@ -27,6 +28,7 @@ COLUMNS = {
     "matmul_bound": "matrix-product bound",
 }
 REPLAY_SIZE = 10_000
+UPDATES_PER_CALL = 64  # eight graphs of eight
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,17 +43,31 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=("fp32", "tf32", "bf16"),
         help="of the products that draw action samples (default fp32)",
     )
+    parser.add_argument(
+        "--ranking",
+        nargs="+",
+        default=["fp32"],
+        choices=("fp32", "tf32"),
+        help="of the products that rank them (default fp32)",
+    )
 
 
 def run(options: Namespace) -> Iterator[Row]:
     """Yields a row per combination of options; see `timing.compare` for the columns.
 
-    Times include drawing the batches from the replay and the noise.
+    Times include drawing the batches from the replay and the noise. On a GPU a call is
+    `UPDATES_PER_CALL` updates, after both graphs have been captured.
     """
-    for setting, task, engine, precision in itertools.product(
-        options.setting, options.task, options.engine, options.precision
+    for setting, task, engine, precision, ranking in itertools.product(
+        options.setting, options.task, options.engine, options.precision, options.ranking
     ):
-        hp = hyperparameters(setting, TASKS[task], engine=engine, sampling_precision=precision)
+        hp = hyperparameters(
+            setting,
+            TASKS[task],
+            engine=engine,
+            sampling_precision=precision,
+            ranking_precision=ranking,
+        )
         row = _row(TASKS[task], hp, options.device, options.repeats)
         yield {"setting": setting, "task": task} | row
 
@@ -61,6 +77,7 @@ def _row(task: Task, hp: QVPOHyperparameters, device_name: str, repeats: int) ->
 
     from qvpo_rllib.bench.straightforward import Straightforward
     from qvpo_rllib.bench.timing import compare
+    from qvpo_rllib.core.engine import FALLBACKS, UPDATES_BEFORE_CAPTURE, UPDATES_PER_GRAPH
     from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 
     device = torch.device(device_name)
@@ -74,16 +91,44 @@ def _row(task: Task, hp: QVPOHyperparameters, device_name: str, repeats: int) ->
         batches = replay.sample(hp.batch_size), replay.sample(hp.batch_size)
         return straightforward.update(*batches, learner.draw_update_noise(hp.batch_size))
 
+    per_call = UPDATES_PER_CALL if device.type == "cuda" else 1
+    if per_call > 1:
+        learner.train(replay, UPDATES_BEFORE_CAPTURE + UPDATES_PER_GRAPH + 1)
     row = compare(
         "update",
-        lambda: learner.train(replay, 1),
+        lambda: learner.train(replay, per_call),
         straightforward_update,
         update_flops(task, hp),
         repeats=repeats,
         device=device,
+        per_call=per_call,
+        precision=hp.sampling_precision,
     )
-    row |= {"engine": learner.engine, "precision": hp.sampling_precision}
-    return row | {"updates_per_s": 1e3 / row["update_ms"]}
+    row |= {
+        "engine": learner.engine,
+        "precision": hp.sampling_precision,
+        "ranking": hp.ranking_precision,
+        "fused": learner.fused is not None,
+        "fell_back": dict(FALLBACKS),
+        "updates_per_s": 1e3 / row["update_ms"],
+    }
+    if per_call > 1:
+        graphs = learner.engine == "cuda_graph"
+        row["graph_of"] = UPDATES_PER_GRAPH if graphs else None
+        row["kernels_per_update"] = _kernels(lambda: learner.train(replay, per_call)) / per_call
+    learner.close()
+    return row
+
+
+def _kernels(call: Callable[[], object]) -> int:
+    """Returns how many kernels and copies the GPU does in `call`, those of replayed graphs too."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(e.device_type.name == "CUDA" for e in profiler.events() or ())
 
 
 def filled_replay(

@@ -134,7 +134,7 @@ def _instrument(algorithm: "QVPO", *, stand_in: bool) -> Clock:
             time.sleep(STAND_IN_S * num_updates)
             learner.num_updates += num_updates
 
-        learner.train, learner.metric_mean, learner.pop_metrics = sleep, _zero, dict
+        learner.train, learner.read_metrics, learner.pop_metrics = sleep, lambda: _losses, dict
     clock.wrap(algorithm.learner, "train", "update")
     clock.wrap(algorithm.collector, "collect", "collect")
     worker = algorithm.env_runner
@@ -147,8 +147,8 @@ def _instrument(algorithm: "QVPO", *, stand_in: bool) -> Clock:
     return clock
 
 
-def _zero(name: str) -> float:
-    return 0.0
+def _losses() -> dict[str, float]:
+    return {"critic_loss": 0.0, "actor_loss": 0.0}
 
 
 def _shares(algorithm: "QVPO", clock: Clock, seconds: float) -> Row:

@@ -102,7 +102,9 @@ class Straightforward:
         actions = self.sample(actor, rows, noise.reshape(steps, -1, act_dim))
         q = critic.lower(rows, actions).view(num_states, k)
         best = q.argmax(dim=1)
-        return actions.view(num_states, k, act_dim)[torch.arange(num_states), best]
+        return actions.view(num_states, k, act_dim)[
+            torch.arange(num_states, device=obs.device), best
+        ]
 
     def update(
         self, critic_batch: Transitions, policy_batch: Transitions, noise: UpdateNoise
@@ -140,7 +142,8 @@ class Straightforward:
         with torch.no_grad():
             q = self.critic.lower(rows, samples).view(num_states, num_samples)
         best_q, best = q.max(dim=1)
-        chosen = samples.view(num_states, num_samples, act_dim)[torch.arange(num_states), best]
+        rows = torch.arange(num_states, device=obs.device)  # from the host it would wait for one
+        chosen = samples.view(num_states, num_samples, act_dim)[rows, best]
         weight = (best_q - q.mean(dim=1)).clamp(min=0)
         actions = torch.cat([chosen, noise.uniform.reshape(-1, act_dim)])
         states = torch.cat([obs, obs.repeat_interleave(num_uniform, dim=0)])

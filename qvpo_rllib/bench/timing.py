@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from qvpo_rllib.bench.options import Row
+from qvpo_rllib.core.engine import matmul_precision
 from qvpo_rllib.core.kernels import linear
 
 # A measured call lasts at least this long, so that the clock's resolution does not matter.
@@ -48,19 +49,26 @@ def compare(
     *,
     repeats: int,
     device: torch.device,
+    per_call: int = 1,
+    precision: str = "fp32",
 ) -> Row:
     """Returns what `call` and a straightforward version of the same take, as columns of a row.
 
     `name`_ms and straightforward_ms are milliseconds, speedup the straightforward version's time
     over the call's, and matmul_bound the share of the call's time that its `flops` would take at
     the rate of this machine's own matrix product.
+
+    Args:
+        per_call: how often `call` does what the straightforward version does once.
+        precision: of the matrix product that is the yardstick.
     """
-    product, product_flops = matrix_product(device)
+    product, product_flops = matrix_product(device, precision)
     times = measure(
         {"call": call, "straightforward": straightforward, "product": product},
         repeats=repeats,
         device=device,
     )
+    times["call"] = Times([t / per_call for t in times["call"].rounds])
     bound = ratio(times["product"], times["call"])
     return {
         **times["call"].columns(f"{name}_ms", 1e3),
@@ -84,20 +92,25 @@ def measure(
     return {name: Times(values) for name, values in rounds.items()}
 
 
-def matrix_product(device: torch.device) -> tuple[Callable[[], object], int]:
+def matrix_product(
+    device: torch.device, precision: str = "fp32"
+) -> tuple[Callable[[], object], int]:
     """Returns a call of a matrix product of the size of a chunk's hidden layer, and its FLOPs.
 
     It is the faster of PyTorch's product and the package's `linear`, so that a slow library does
     not make the yardstick easy to reach.
     """
     rows = MATRIX_ROWS[device.type]
-    x = torch.randn(rows, MATRIX_WIDTH, device=device)
-    weight = torch.randn(MATRIX_WIDTH, MATRIX_WIDTH, device=device)
-    out = torch.empty(rows, MATRIX_WIDTH, device=device)
-    candidates: Sequence[Callable[[], object]] = (
-        lambda: torch.mm(x, weight, out=out),
-        lambda: linear(x, weight),
-    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    x = torch.randn(rows, MATRIX_WIDTH, device=device, dtype=dtype)
+    weight = torch.randn(MATRIX_WIDTH, MATRIX_WIDTH, device=device, dtype=dtype)
+    out = torch.empty(rows, MATRIX_WIDTH, device=device, dtype=dtype)
+
+    def multiply() -> object:
+        with matmul_precision(precision, device):
+            return torch.mm(x, weight, out=out)
+
+    candidates: Sequence[Callable[[], object]] = (multiply, lambda: linear(x, weight))
     with torch.no_grad():
         fastest = min(
             candidates, key=lambda call: min(_seconds(call, 20, device) for _ in range(3))

@@ -131,7 +131,7 @@ def _quiet() -> None:
     own = logging.getLogger("qvpo_rllib")
     own.addHandler(TO_STDERR)  # once, however often it is called
     own.setLevel(logging.INFO)
-    # Ray will stop hiding GPUs from actors that ask for none, and says so unless told which it is.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Rollout workers see no GPU: Ray hides it from actors that ask for none if it is told to.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("ray").setLevel(logging.ERROR)

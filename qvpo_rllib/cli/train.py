@@ -275,8 +275,9 @@ def _start_ray(plan: "TrainingPlan", address: str | None) -> None:
     start_ray(plan.num_env_runners + 1, address)
     on_own_ray = not address and not os.environ.get("RAY_ADDRESS")
     if on_own_ray and "OMP_NUM_THREADS" not in os.environ:
-        numbers = _numbers_in_a_layer(plan.hyperparameters)
-        threads = num_cores() - plan.num_env_runners if numbers >= NUMBERS_FOR_THREADS else 1
+        # Beside a GPU the threads are for acting, which takes as many as are worth it.
+        many = _numbers_in_a_layer(plan.hyperparameters) >= NUMBERS_FOR_THREADS
+        threads = num_cores() - plan.num_env_runners if many or plan.num_gpus else 1
         torch.set_num_threads(max(1, threads))
 
 

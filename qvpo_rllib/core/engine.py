@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -22,6 +22,7 @@ from qvpo_rllib.core.native import load_library
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -33,6 +34,8 @@ RECOMPILE_LIMIT = 64
 UPDATES_BEFORE_CAPTURE = 3
 # Updates in the larger of the two graphs.
 UPDATES_PER_GRAPH = 8
+# What runs more slowly in this process than its engine says, and why.
+FALLBACKS: dict[str, str] = {}
 
 
 class Kernels(NamedTuple):
@@ -90,14 +93,9 @@ def kernels_of(engine: str, device: torch.device) -> Kernels:
     return EAGER
 
 
-def acting_engine(engine: str, device: torch.device) -> str:
-    """Returns the resolved engine of acting.
-
-    On a CPU the native library does all of it, and on a GPU a graph would need a fixed batch size.
-    """
-    if engine != "eager":
-        engine = "native" if device.type == "cpu" else "compiled"
-    return resolve_engine(engine, device)
+def acting_engine(engine: str) -> str:
+    """Returns the resolved engine of acting, which is done on the CPU: by the native library."""
+    return resolve_engine("eager" if engine == "eager" else "native", CPU)
 
 
 def describe(engine: str) -> str:
@@ -118,62 +116,111 @@ def compile_cache_dir() -> str:
 
 
 @contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Lets float32 products on a GPU use TF32 within it if `precision` is "tf32"."""
-    if precision != "tf32":
+def matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Makes float32 products on a GPU TF32 within it if `precision` is "tf32", else exact.
+
+    Whatever the process has set comes back afterwards. On a CPU nothing changes.
+    """
+    if device.type != "cuda":
         yield
         return
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    before = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+    # PyTorch's older switch moves its newer ones too; those alone would leave a mixture of the two,
+    # in which the compiler raises.
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
 
 
 class CudaGraphs:
-    """Runs a step that is fixed in shape and memory by replaying captured graphs of it.
+    """Runs steps that are fixed in shape and memory by replaying captured graphs of them.
 
     Args:
-        step: does one update and leaves nothing on the host; all that it reads and writes must stay
-            where it is in memory for as long as this object is used.
-        generators: every generator that the step draws from; replays advance their streams.
+        generators: every generator that a step draws from; replays advance their streams.
     """
 
-    def __init__(self, step: Callable[[], None], generators: list[Generator]) -> None:
-        self.step = step
+    def __init__(self, generators: list[Generator]) -> None:
         self.generators = generators
         self.done_eagerly = 0
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
 
-    def run(self, num_steps: int) -> None:
-        """Does `num_steps` steps."""
+    def run(self, step: Callable[[], None], num_steps: int) -> None:
+        """Does `num_steps` steps.
+
+        Args:
+            step: does one update and leaves nothing on the host; the same in every call. All that
+                it reads and writes must stay where it is in memory for as long as this object is
+                used.
+        """
         while num_steps > 0 and self.done_eagerly < UPDATES_BEFORE_CAPTURE:
-            self._run_on_side_stream()
+            self._run_on_side_stream(step)
             num_steps -= 1
         while num_steps > 0:
             size = UPDATES_PER_GRAPH if num_steps >= UPDATES_PER_GRAPH else 1
             if size not in self.graphs:
-                self.graphs[size] = self._capture(size)
+                self.graphs[size] = self._capture(step, size)
             self.graphs[size].replay()
             num_steps -= size
 
-    def _run_on_side_stream(self) -> None:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.step()
-        torch.cuda.current_stream().wait_stream(side)
+    def close(self) -> None:
+        """Frees the graphs, once the device has done with them."""
+        if self.graphs:
+            torch.cuda.synchronize()
+        self.graphs.clear()
+
+    def _run_on_side_stream(self, step: Callable[[], None]) -> None:
+        if self._stream is None:
+            # A stream and a pool of its own: when a graph dies, PyTorch drops cuBLAS's workspaces
+            # of its stream, and each new stream would get others.
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            step()
+        torch.cuda.current_stream().wait_stream(self._stream)
         self.done_eagerly += 1
 
-    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, step: Callable[[], None], size: int) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            for _ in range(size):
-                self.step()
+        try:
+            for generator in self.generators:
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                for _ in range(size):
+                    step()
+        except Exception as error:
+            # PyTorch 2.11 leaves the generators in a state that draws nothing any more.
+            raise RuntimeError(
+                f"engine='cuda_graph': an update could not be captured ({first_line(error)}). "
+                "Start again with engine='compiled', which needs no capture."
+            ) from error
         return graph
+
+
+class SecondStream:
+    """Lets a part of a captured update run beside the rest; without `on`, all of it in turn."""
+
+    def __init__(self, *, on: bool) -> None:
+        self._stream = torch.cuda.Stream() if on else None  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        """Starts what is within it beside what follows, after all that came before."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Lets what follows wait for the part. Until then its tensors must be kept."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 @functools.cache
@@ -202,7 +249,8 @@ def _compile(function: Callable[P, R]) -> Callable[P, R]:
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import InductorError
 
-    compiled = torch.compile(function, fullgraph=True)
+    # A learner's shapes are few and fixed; for varying ones the code would be slower.
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
     failed = False
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -212,11 +260,12 @@ def _compile(function: Callable[P, R]) -> Callable[P, R]:
                 return compiled(*args, **kwargs)
             except (InductorError, BackendCompilerFailed) as error:
                 failed = True
+                FALLBACKS[function.__name__] = first_line(error)
                 logger.warning(
                     "engine: %s runs eagerly, since compiling it failed: %s Deleting %s may help: "
                     "a compiler that was interrupted leaves broken files there.",
                     function.__name__,
-                    _first_line(error),
+                    FALLBACKS[function.__name__],
                     compile_cache_dir(),
                 )
         return function(*args, **kwargs)
@@ -230,10 +279,11 @@ def _native_works() -> bool:
     try:
         load_library()
     except OSError as error:
+        FALLBACKS["native"] = first_line(error)
         logger.warning(
             "engine: eager, since the native library cannot be built here (%s). A C++ compiler "
             "(Debian: apt-get install g++) makes updates and acting faster.",
-            _first_line(error),
+            FALLBACKS["native"],
         )
         return False
     return True
@@ -246,15 +296,17 @@ def _compiling_works(device_type: str, instead: str) -> bool:
         x = torch.zeros(64, device=device_type)
         torch.compile(mish)(x)
     except Exception as error:  # whatever is missing: compiler, headers, a writable cache
+        FALLBACKS["compiled"] = first_line(error)
         logger.warning(
             "engine: %s, since torch.compile does not work here (%s). A C++ compiler and Python's "
             "headers (Debian: apt-get install g++ python3-dev) make updates faster.",
             instead,
-            _first_line(error),
+            FALLBACKS["compiled"],
         )
         return False
     return True
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's text, at most 200 characters."""
     return str(error).strip().partition("\n")[0][:200]

@@ -271,6 +271,12 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         "tf32 needs an NVIDIA GPU",
         choices=("fp32", "tf32", "bf16"),
     )
+    ranking_precision: str = option(
+        "fp32",
+        "matrix products that rank the policy's samples; the TD target's stay fp32: tf32 needs an "
+        "NVIDIA GPU",
+        choices=("fp32", "tf32"),
+    )
 
     def check(self) -> None:
         if self.entropy_weight_end is None:

@@ -89,12 +89,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def mish(x: Tensor) -> Tensor:
     """Returns x·tanh(softplus(x)) by a single exponential; differentiable, any shape.
 
-    On a CPU PyTorch's logarithm and hyperbolic tangent cost as much as a matrix product.
+    The library's logarithm and hyperbolic tangent cost as much as a matrix product.
     """
-    if x.device.type == "cuda":
-        return F.mish(x)
     if torch.compiler.is_compiling():
         return _fused_mish(x)
+    if x.device.type == "cuda":
+        return F.mish(x)
     # With r = 1/(1 + eˣ), mish is 2x/(1 + r²) - x. PyTorch's sigmoid is three times as fast as its
     # exponential (which is MKL's, see above), and cannot overflow.
     r = torch.sigmoid(-x)
@@ -103,10 +103,10 @@ def mish(x: Tensor) -> Tensor:
 
 def mish_(x: Tensor) -> Tensor:
     """Returns `mish` of a tensor, which it may overwrite; without gradients."""
-    if x.device.type == "cuda":
-        return F.mish(x, inplace=True)
     if torch.compiler.is_compiling():
         return _fused_mish(x)
+    if x.device.type == "cuda":
+        return F.mish(x, inplace=True)
     minus_x = x.neg_()
     denominator = minus_x.sigmoid().square_().add_(1)
     return minus_x.addcdiv_(minus_x, denominator, value=-2)

@@ -5,13 +5,15 @@ A learner does not know who drives it: batches come in, detached scalar tensors 
 
 import copy
 import dataclasses
+import weakref
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
 from qvpo_rllib.core import losses
-from qvpo_rllib.core.engine import CudaGraphs, kernels_of, resolve_engine
+from qvpo_rllib.core.engine import CudaGraphs, kernels_of, matmul_precision, resolve_engine
 from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.seeding import restore_generator
@@ -72,7 +74,8 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         self._metric_sums: Tensor | None = None  # [metrics]
         self._num_summed = 0
         self._graphs: CudaGraphs | None = None
-        self._captured_replay: ReplayBuffer | None = None
+        # Not kept alive: whoever made it frees it.
+        self._captured_replay: weakref.ref[ReplayBuffer] | None = None
         self.hp = hp
         self.configure(hp)
 
@@ -98,37 +101,50 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
     def train(self, replay: ReplayBuffer, num_updates: int) -> None:
         """Does `num_updates` updates on batches from `replay`; `pop_metrics` has their metrics."""
         if self.engine == "cuda_graph":
-            if self._graphs is None or self._captured_replay is not replay:
-                self._graphs = CudaGraphs(
-                    lambda: self._add_metrics(self.update_from(replay)),
-                    [self.generator, replay.generator],
-                )
-                self._captured_replay = replay
-            self._graphs.run(num_updates)
+            if self._captured_replay is None or self._captured_replay() is not replay:
+                self.close()
+                self._captured_replay = weakref.ref(replay)
+            if self._graphs is None:
+                self._graphs = CudaGraphs([self.generator, replay.generator])
+            self._graphs.run(lambda: self._step(replay), num_updates)
             self.num_updates += num_updates
         else:
             for _ in range(num_updates):
-                self._add_metrics(self.update_from(replay))
+                self._step(replay)
                 self.num_updates += 1
         self._num_summed += num_updates
 
+    def close(self) -> None:
+        """Frees captured graphs and their memory; the next `train` captures anew."""
+        if self._graphs is not None:
+            self._graphs.close()
+        self._graphs = None
+
+    def _step(self, replay: ReplayBuffer) -> None:
+        with matmul_precision("fp32", self.device):
+            metrics = self.update_from(replay)
+        values = [value.float() for value in metrics.values()]
+        if self._metric_sums is None:
+            self._metric_names = list(metrics)
+            self._metric_sums = torch.zeros(len(values), dtype=torch.float32, device=self.device)
+        torch._foreach_add_(list(self._metric_sums.unbind()), values)  # one kernel
+
     def configure(self, hp: Hyper) -> None:
         """Puts new hyperparameters into effect; those of networks and engine must be the same."""
-        on_gpu = self.device.type == "cuda"
+        captured = self.engine == "cuda_graph"
         for optimizer, lr in (
             (self.actor_optimizer, hp.actor_lr),
             (self.critic_optimizer, hp.critic_lr),
         ):
             for group in optimizer.param_groups:
-                group["eps"], group["capturable"] = hp.adam_eps, on_gpu
+                group["eps"], group["capturable"] = hp.adam_eps, captured
                 # A captured graph reads the rate from where this tensor is on the GPU.
-                if on_gpu and isinstance(group["lr"], Tensor) and group["lr"].is_cuda:
+                if captured and self._graphs is not None:
                     group["lr"].fill_(lr)
                 else:
-                    group["lr"] = torch.tensor(lr, device=self.device) if on_gpu else lr
-        captured = self._graphs is not None
-        if captured and self.graph_constants(hp) != self.graph_constants(self.hp):
-            self._graphs = None
+                    group["lr"] = torch.tensor(lr, device=self.device) if captured else lr
+        if self.graph_constants(hp) != self.graph_constants(self.hp):
+            self.close()
         self.hp = hp
         self.set_env_steps(self.env_steps)
 
@@ -144,25 +160,33 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         """Returns the present values of hyperparameters that follow a schedule, by name."""
         return {}
 
-    def metric_mean(self, name: str) -> float:
-        """Returns one metric's mean since `pop_metrics`; waits for the device."""
+    def read_metrics(self) -> Callable[[], dict[str, float]]:
+        """Returns a function that returns the means over the updates since `pop_metrics`.
+
+        On a GPU the numbers travel meanwhile; the function waits for these updates, not for others.
+        """
         assert self._metric_sums is not None
-        return float(self._metric_sums[self._metric_names.index(name)]) / self._num_summed
+        names, count = self._metric_names, self._num_summed
+        means = (self._metric_sums / count).to("cpu", non_blocking=True)
+        arrived = torch.Event(self.device) if self.device.type == "cuda" else None
+        if arrived is not None:
+            arrived.record()
+
+        def read() -> dict[str, float]:
+            if arrived is not None:
+                arrived.synchronize()
+            return dict(zip(names, means.tolist(), strict=True))
+
+        return read
 
     def pop_metrics(self) -> dict[str, float]:
         """Returns means over the updates of `train` since the last call, or {} if it did none."""
         if self._metric_sums is None or self._num_summed == 0:
             return {}
-        values = (self._metric_sums / self._num_summed).tolist()
+        means = self.read_metrics()()
         self._metric_sums.zero_()
         self._num_summed = 0
-        return dict(zip(self._metric_names, values, strict=True))
-
-    def _add_metrics(self, metrics: dict[str, Tensor]) -> None:
-        values = torch.stack([value.float() for value in metrics.values()])
-        if self._metric_sums is None:
-            self._metric_names, self._metric_sums = list(metrics), torch.zeros_like(values)
-        self._metric_sums.add_(values)
+        return means
 
     def fit_critics(self, batch: Transitions, next_q: Tensor) -> dict[str, Tensor]:
         """Takes one step of the critics towards r + γ (1 - d) · next_q.
@@ -217,13 +241,14 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`, then applies the learner's own hyperparameters again."""
         self.networks.load_state_dict(state["networks"])
-        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
-        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        # Adam would go on in the very moments that the state holds.
+        self.actor_optimizer.load_state_dict(copy.deepcopy(state["actor_optimizer"]))
+        self.critic_optimizer.load_state_dict(copy.deepcopy(state["critic_optimizer"]))
         restore_generator(self.generator, state["generator"])
         self.num_updates, self.env_steps = state["num_updates"], state["env_steps"]
         self._metric_names, self._metric_sums, self._num_summed = [], None, 0
         if (unreported := state["unreported"]) is not None:
             self._metric_names, self._num_summed = list(unreported["names"]), unreported["count"]
             self._metric_sums = unreported["sums"].to(self.device, copy=True)
-        self._graphs = None  # the optimisers' state is elsewhere in memory now
+        self.close()  # the optimisers' state is elsewhere in memory now
         self.configure(self.hp)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.engine import matmul_precision
+from qvpo_rllib.core.engine import SecondStream, matmul_precision
+from qvpo_rllib.core.fused import Chain, FusedSampler, fused_sampler
 from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters, QVPOHyperparameters
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
@@ -89,11 +90,12 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         if hp.k_target is None:
             raise ValueError("k_target is not resolved: give a number (see Options.resolve).")
         device = torch.device(device)
-        if hp.sampling_precision == "tf32" and device.type != "cuda":
-            raise ValueError(
-                f"sampling_precision='tf32' needs an NVIDIA GPU; the learner is on "
-                f"{str(device)!r}. Use 'fp32', or 'bf16', which CPUs know too."
-            )
+        for name in ("sampling_precision", "ranking_precision"):
+            if getattr(hp, name) == "tf32" and device.type != "cuda":
+                raise ValueError(
+                    f"{name}='tf32' needs an NVIDIA GPU; the learner is on {str(device)!r}. Use "
+                    "'fp32'; sampling_precision has 'bf16' too, which CPUs know."
+                )
         self.entropy_weight = torch.zeros((), device=device)
         self.q_mean = torch.zeros((), device=device)
         self.q_std = torch.ones((), device=device)
@@ -102,6 +104,11 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         if hp.policy_interval > 1 and hp.engine == "auto" and device.type == "cuda":
             hp = dataclasses.replace(hp, engine="compiled")
         super().__init__(networks, hp, seed=seed, device=device)
+        self._beside = SecondStream(on=self.engine == "cuda_graph" and device.type == "cuda")
+        self.fused: FusedSampler | None = None
+        if hp.engine == "auto":
+            nets = self.networks
+            self.fused = fused_sampler(nets.actor, nets.critic, nets.schedule, hp, device)
 
     def graph_constants(self, hp: QVPOHyperparameters) -> QVPOHyperparameters:
         return dataclasses.replace(
@@ -173,31 +180,60 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             )
         if noise is None:
             noise = self.draw_update_noise(batch_size)
-        obs = policy_batch.obs
+        nets, hp, obs = self.networks, self.hp, policy_batch.obs
+        critic_first = hp.update_order == "critic_then_policy"
+        # Whether the target's actions come from an actor that this update has not changed yet.
+        beside = critic_first or hp.target_actor
         metrics: dict[str, Tensor] = {}
-        if self.hp.update_order == "critic_then_policy":
-            metrics |= self._update_critic(critic_batch, noise)
-        if (self.num_updates + 1) % self.hp.policy_interval == 0:
-            samples, q = self._ranked_samples(obs, noise.policy)
-            self.policy_metrics = self.improve_policy(obs, samples, q, noise)
+        policy = Chain(nets.actor, obs, noise.policy)
+        with_policy = (self.num_updates + 1) % hp.policy_interval == 0
+        samples = next_samples = None
+        if beside and self.fused is not None and self.fused.samples:
+            samples, next_samples = self.fused.sample(
+                policy, self._target_chain(critic_batch, noise)
+            )
+        if beside:
+            with self._beside.fork():
+                next_q = self._next_q(critic_batch, noise, next_samples)
+                if critic_first:
+                    metrics |= self.fit_critics(critic_batch, next_q)
+        if with_policy and samples is None:
+            samples = self._sample_actions(policy)  # [B, N_d, A]
+        if critic_first:
+            self._beside.join()
+        if samples is not None:
+            self.policy_metrics = self.improve_policy(obs, samples, self._rank(obs, samples), noise)
         metrics |= self.policy_metrics
-        if self.hp.update_order == "policy_then_critic":
-            metrics |= self._update_critic(critic_batch, noise)
-        self.move_target(self.networks.target_actor, self.networks.actor)
-        self.move_target(self.networks.target_critic, self.networks.critic)
+        if not critic_first:
+            self._beside.join()
+            if not beside:
+                next_q = self._next_q(critic_batch, noise)
+            metrics |= self.fit_critics(critic_batch, next_q)
+        self.move_target(nets.target_actor, nets.actor)
+        self.move_target(nets.target_critic, nets.critic)
         return metrics
 
-    def _update_critic(self, batch: Transitions, noise: UpdateNoise) -> dict[str, Tensor]:
-        nets, hp = self.networks, self.hp
-        actor = nets.target_actor if hp.target_actor else nets.actor
-        next_samples = self._sample_actions(actor, batch.next_obs, noise.target)  # [B, K_t, A]
-        next_q = min_q(nets.target_critic, batch.next_obs, next_samples, self.kernels.sampler)
-        return self.fit_critics(batch, next_q.amax(dim=1))
+    def _target_chain(self, batch: Transitions, noise: UpdateNoise) -> Chain:
+        nets = self.networks
+        actor = nets.target_actor if self.hp.target_actor else nets.actor
+        return Chain(actor, batch.next_obs, noise.target)
 
-    def _ranked_samples(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the policy's samples [B, N_d, A] and their Q [B, N_d]."""
-        samples = self._sample_actions(self.networks.actor, obs, noise)
-        return samples, min_q(self.networks.critic, obs, samples, self.kernels.sampler)
+    def _next_q(
+        self, batch: Transitions, noise: UpdateNoise, samples: Tensor | None = None
+    ) -> Tensor:
+        """Returns the TD target's value of the next states, [B], by samples [B, K_t, A]."""
+        if samples is None:
+            samples = self._sample_actions(self._target_chain(batch, noise))
+        critic, kernels = self.networks.target_critic, self.kernels.sampler
+        return min_q(critic, batch.next_obs, samples, kernels).amax(dim=1)
+
+    def _rank(self, obs: Tensor, samples: Tensor) -> Tensor:
+        """Returns the samples' Q in the ranking precision: [B, O], [B, N_d, A] → [B, N_d]."""
+        critic = self.networks.critic
+        if self.fused is not None and self.fused.ranks:
+            return self.fused.min_q(critic, obs, samples)
+        with matmul_precision(self.hp.ranking_precision, self.device):
+            return min_q(critic, obs, samples, self.kernels.sampler)
 
     def improve_policy(
         self, obs: Tensor, samples: Tensor, q: Tensor, noise: UpdateNoise | ImprovementNoise
@@ -247,13 +283,14 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             "nearest_sample_distance": nearest_sample_distance(samples[:DISTANCE_STATES]),
         }
 
-    def _sample_actions(self, actor: NoisePredictor, obs: Tensor, noise: Tensor) -> Tensor:
+    def _sample_actions(self, chain: Chain) -> Tensor:
         """Returns `sample_actions` in the sampling precision."""
+        if self.fused is not None and self.fused.samples:
+            return self.fused.sample(chain)[0]
         dtype = torch.bfloat16 if self.hp.sampling_precision == "bf16" else None
-        with matmul_precision(self.hp.sampling_precision):
-            return sample_actions(
-                actor, self.networks.schedule, obs, noise, self.kernels.sampler, dtype
-            )
+        schedule, kernels = self.networks.schedule, self.kernels.sampler
+        with matmul_precision(self.hp.sampling_precision, self.device):
+            return sample_actions(chain.actor, schedule, chain.obs, chain.noise, kernels, dtype)
 
     def state_dict(self) -> dict[str, Any]:
         return {

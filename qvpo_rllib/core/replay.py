@@ -11,6 +11,9 @@ from torch import Generator, Tensor
 
 from qvpo_rllib.core.seeding import restore_generator
 
+# Up to so many transitions go to a GPU in one transfer; more would take as much memory once more.
+PACKED_TRANSITIONS = 10_000
+
 
 class Transitions(NamedTuple):
     """Columns of B transitions, float32. Actions are in [-1, 1]."""
@@ -79,6 +82,8 @@ class ReplayBuffer:
                     f"{name} has shape {tuple(new.shape)}; the replay needs "
                     f"{(num_new, *own.shape[1:])}."
                 )
+        if self.device.type == "cuda" and num_new <= PACKED_TRANSITIONS:
+            columns = moved(columns, self.device)
         for new, own in zip(columns, self.columns, strict=True):
             self._write(own, new[-self.capacity :], num_new)
         if self.improved_action is not None:
@@ -175,6 +180,16 @@ class ReplayBuffer:
         for part in parts:
             self.add(part)
         restore_generator(self.generator, state["generator"])
+
+
+def moved(columns: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Returns columns of one length on `device`, by one transfer; a GPU's nobody waits for."""
+    tables = [column if column.ndim == 2 else column[:, None] for column in columns]
+    packed = torch.cat(tables, dim=1)
+    if device.type == "cuda" and not packed.is_cuda:
+        packed = packed.pin_memory()
+    parts = torch.split(packed.to(device, non_blocking=True), [t.shape[1] for t in tables], dim=1)
+    return [part.view(column.shape) for part, column in zip(parts, columns, strict=True)]
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """`OffPolicyTorchPolicy`: RLlib's policy that owns actor, critics and targets."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic
 
@@ -12,7 +13,8 @@ from ray.rllib.policy.sample_batch import SampleBatch
 from ray.rllib.policy.torch_policy import TorchPolicy
 from torch import Generator, Tensor, nn
 
-from qvpo_rllib.core.engine import acting_engine, kernels_of
+from qvpo_rllib.core.acting_copy import ActingCopy
+from qvpo_rllib.core.engine import CPU, acting_engine, kernels_of, matmul_precision
 from qvpo_rllib.core.hyperparameters import resolved_hyperparameters
 from qvpo_rllib.core.learner import ActorCritic, Hyper, Networks, OffPolicyLearner
 from qvpo_rllib.core.replay import Transitions
@@ -32,7 +34,7 @@ class PolicyModel(TorchModelV2, nn.Module):  # type: ignore[misc]
 
 
 class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: ignore[misc]
-    """Acts with its networks; on the local training worker it also learns.
+    """Acts with its networks on the CPU; on the local training worker it learns, on a GPU or there.
 
     Actions are in [-1, 1]; RLlib's `normalize_actions` (on by default) maps them to the box. A
     subclass names its classes and defines how it acts (`_act`).
@@ -60,18 +62,30 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spawn_seed(self.seed, Stream.NETWORKS))
             networks = self.networks_class(self.obs_dim, self.act_dim, self.hp)
+        if not self.is_learner:
+            config = {**config, "num_gpus": 0, "num_gpus_per_env_runner": 0}
         model = PolicyModel(observation_space, action_space, config, networks)
         super().__init__(observation_space, action_space, config, model=model)
         for name, requirement in self.view_requirements.items():
             requirement.used_for_compute_actions = name == SampleBatch.OBS
         self.networks: Networks = self.model.networks
-        self.generator = Generator(device=self.device)
+        self.generator = Generator()
         self.seed_actions(0)
-        self.kernels = kernels_of(acting_engine(self.hp.engine, self.device), self.device)
+        self.kernels = kernels_of(acting_engine(self.hp.engine), CPU)
         self.learner: OffPolicyLearner[Networks, Hyper, Any] | None = None
         if self.is_learner:
             seed = spawn_seed(self.seed, Stream.LEARNER)
             self.learner = self.learner_class(self.networks, self.hp, seed=seed, device=self.device)
+        self._acting, self._copy = self.networks, None
+        if self.device.type != "cpu":
+            self._acting = copy.deepcopy(self.networks).to(CPU)
+            self._copy = ActingCopy(self.networks, self._acting, self.behavior_prefixes)
+
+    def acting_networks(self) -> Networks:
+        """Returns the networks to act with: on the CPU, as those that learn are now."""
+        if self._copy is not None:
+            self._copy.refresh(self.learner.num_updates if self.learner else 0)
+        return self._acting
 
     def optimizer(self) -> list[torch.optim.Optimizer]:
         """Returns none for RLlib: the learner owns its optimisers."""
@@ -129,12 +143,12 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         return 1
 
     def to_tensor(self, obs: NDArray[np.floating]) -> Tensor:
-        """Returns observations [B, O] as float32 on the policy's device.
+        """Returns observations [B, O] as float32 on the CPU.
 
         Raises:
             ValueError: they have another shape.
         """
-        tensor = torch.as_tensor(np.asarray(obs), dtype=torch.float32, device=self.device)
+        tensor = torch.as_tensor(np.asarray(obs), dtype=torch.float32)
         if tensor.ndim != 2 or tensor.shape[1] != self.obs_dim:
             raise ValueError(
                 f"Observations have shape {tuple(tensor.shape)}; this policy needs "
@@ -184,17 +198,18 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
             raise RuntimeError("Only the policy on the local training worker learns.")
         batch = to_transitions(samples, self.hp.truncation_as_terminal)
         batch = Transitions(*(column.to(self.device) for column in batch))
-        metrics = self.learner.update(batch)
+        with matmul_precision("fp32", self.device):
+            metrics = self.learner.update(batch)
         self.learner.num_updates += 1
         self.num_grad_updates = self.learner.num_updates
         return {"learner_stats": {name: float(value) for name, value in metrics.items()}}
 
     def get_weights(self) -> dict[str, NDArray[np.float32]]:
         """Returns the parameters that acting needs, by name."""
-        # As copies: on a CPU `numpy()` alone would alias the live parameters.
+        # As copies: `numpy()` alone would alias the live parameters.
         return {
-            name: value.detach().cpu().numpy().copy()
-            for name, value in self.networks.state_dict().items()
+            name: value.detach().numpy().copy()
+            for name, value in self.acting_networks().state_dict().items()
             if name.startswith(self.behavior_prefixes)
         }
 
@@ -252,8 +267,8 @@ def refuse_k(k: int | None, policy: object) -> None:
 
 
 def to_numpy(tensor: Tensor) -> NDArray[np.float32]:
-    """Returns the numbers of `tensor`, which is float32 and has no gradient."""
-    array: NDArray[np.float32] = tensor.cpu().numpy()
+    """Returns the numbers of `tensor`, which is float32, on the CPU and has no gradient."""
+    array: NDArray[np.float32] = tensor.numpy()
     return array
 
 

@@ -230,7 +230,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             before_step: is called before every step; an exception of it ends the evaluation.
         """
         policy = self.policy
-        generator = torch.Generator(device=policy.device).manual_seed(action_seed)
+        generator = torch.Generator().manual_seed(action_seed)
 
         def act(
             obs: NDArray[np.float32],

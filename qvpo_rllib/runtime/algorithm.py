@@ -1,7 +1,9 @@
 """`OffPolicyAlgorithm`: rollouts, replay and updates of QVPO and its off-policy rivals."""
 
+import gc
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +59,8 @@ class OffPolicyAlgorithm(BaseAlgorithm):
             improves_actions=self.improves_actions,
         )
         self.replay_missing = False
+        # Reads the metrics of the updates whose losses nobody has looked at yet.
+        self._unread: Callable[[], dict[str, float]] | None = None
         self._parts = RunParts(self.ledger, self.replay, ReplayFiles(), self.env_runner_group)
         self.collector: Collector = make_collector(
             worker_manager(self.env_runner_group),
@@ -107,6 +111,7 @@ class OffPolicyAlgorithm(BaseAlgorithm):
     def drain(self) -> None:
         """Brings sampling to rest: takes in what is in flight and does the updates owed for it."""
         self._learn_from(self.collector.drain())
+        self._check_losses()
 
     def _learn_from(self, batches: list[SampleBatch]) -> None:
         for batch in batches:
@@ -120,7 +125,13 @@ class OffPolicyAlgorithm(BaseAlgorithm):
             self.ledger.done += owed
             self.policy.num_grad_updates = self.ledger.done  # RLlib's counter
             self.count_steps(trained=owed * self.hp.batch_size)
-            self._check_losses()
+            read = self.learner.read_metrics()
+            if self.policy.device.type == "cuda":
+                # Those of the step before have arrived, while the GPU is busy with this one's.
+                self._check_losses()
+            self._unread = read
+            if self.policy.device.type == "cpu":
+                self._check_losses()
 
     def restore_env_runners(self, env_runner_group: Any) -> list[int]:
         """RLlib's waits for lost workers before every training step; the collector does not.
@@ -138,14 +149,17 @@ class OffPolicyAlgorithm(BaseAlgorithm):
         super().cleanup()
 
     def _check_losses(self) -> None:
-        """Weights go to the workers next, which waits for the device anyway."""
+        """Raises `NonFiniteError` for a loss of the updates that are not checked yet."""
+        if self._unread is None:
+            return
+        means, self._unread = self._unread(), None
         for name in ("critic_loss", "actor_loss"):
-            value = self.learner.metric_mean(name)
-            if not math.isfinite(value):
+            if not math.isfinite(means[name]):
                 advice = "Lower actor_lr or critic_lr, or set grad_clip."
-                raise self.non_finite(name, value, advice)
+                raise self.non_finite(name, means[name], advice)
 
     def pop_learner_stats(self) -> dict[str, float]:
+        self._check_losses()
         stats: dict[str, float] = self.learner.pop_metrics()
         return stats | self.learner.settings_in_force() if stats else stats
 
@@ -177,6 +191,7 @@ class OffPolicyAlgorithm(BaseAlgorithm):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.collector.reset()
+        self._unread = None
         super().__setstate__(state)
         # The counters alone say how far the run is; `restore_run` puts the rest in place.
         self.ledger.ingested = self.env_steps
@@ -186,7 +201,9 @@ class OffPolicyAlgorithm(BaseAlgorithm):
         self.replay_missing = True
 
     def release(self) -> None:
+        self.learner.close()
         del self.replay, self._parts
+        gc.collect()  # what captured graphs and autograd hold in cycles
 
     def _check_memory(self) -> None:
         """States the replay's size before it is allocated, and refuses one that does not fit."""

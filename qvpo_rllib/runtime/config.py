@@ -257,6 +257,7 @@ class OffPolicyConfig(BaseConfig):
         for name, value, instead in (
             ("engine", "cuda_graph", "'auto', 'compiled', 'native' or 'eager'"),
             ("sampling_precision", "tf32", "'fp32', or 'bf16', which CPUs know too"),
+            ("ranking_precision", "tf32", "'fp32'"),
         ):
             if getattr(hp, name, None) == value and not self.num_gpus:
                 raise ValueError(

@@ -15,12 +15,10 @@ from torch import Generator, Tensor, nn
 
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.engine import acting_engine, kernels_of
+from qvpo_rllib.core.engine import CPU, acting_engine, kernels_of
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
 from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 from qvpo_rllib.serving.description import Description
-
-CPU = torch.device("cpu")
 
 # OpenMP's threads do not survive a fork, and a child that asks for them waits for ever.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
@@ -77,7 +75,7 @@ class BestOfKPolicy:
     ) -> None:
         self.networks, self.scale, self.k_eval = networks, scale, k_eval
         self.obs_dim, self.act_dim = networks.critic.q1.part_dims
-        kernels = kernels_of(acting_engine(engine, CPU), CPU).sampler
+        kernels = kernels_of(acting_engine(engine), CPU).sampler
         self._selector = ActionSelector(networks.actor, networks.critic, networks.schedule, kernels)
         self.generator = Generator()
         self.generator.seed()
