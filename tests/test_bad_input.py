@@ -76,7 +76,8 @@ def assert_refused(capsys: Any, arguments: list[str], words: list[str]) -> str:
     assert ray.is_initialized() == running
     output, error = capsys.readouterr()
     assert output == ""
-    assert error.startswith("qvpo")
+    notes = error[: ("\n" + error).index("\nqvpo")].splitlines()
+    assert all(note.startswith("Loading the checkpoint") for note in notes)
     assert "\n\n" not in error.strip()
     assert "Traceback" not in error
     paragraph = " ".join(error.split())
