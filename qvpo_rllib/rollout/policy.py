@@ -225,7 +225,6 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
     def get_state(self) -> dict[str, Any]:
         state: dict[str, Any] = super().get_state()
         if self.learner is not None:
-            state["num_grad_updates"] = self.learner.num_updates
             state["qvpo_learner"] = _to_cpu(self.learner.state_dict())
             state["qvpo_action_generator"] = self.generator.get_state().cpu()
         return state
@@ -234,6 +233,7 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         super().set_state({k: v for k, v in state.items() if k != "policy_spec"})
         if self.learner is not None and "qvpo_learner" in state:
             self.learner.load_state_dict(state["qvpo_learner"])
+            self.num_grad_updates = self.learner.num_updates
             restore_generator(self.generator, state["qvpo_action_generator"])
 
 
