@@ -294,7 +294,7 @@ EFFECTS: dict[str, Callable[[Any], bool]] = {
     ),
     "seed": lambda s: s.algorithm.policy.seed == 7,
     "log_level": lambda s: s.level == logging.CRITICAL,
-    "log_sys_usage": lambda s: not s.results[0].get("perf"),
+    "log_sys_usage": lambda s: not s.algorithm._monitor.is_alive(),
     "replay_in_checkpoints": lambda s: not (s.directory / "replay").exists(),
     "max_num_env_runner_restarts": lambda s: (
         s.algorithm.env_runner_group._remote_args["max_restarts"] == 5
