@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from qvpo_rllib.core import fused
+from qvpo_rllib.core.backends import fused
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
 from qvpo_rllib.core.sampler import min_q, sample_actions

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from qvpo_rllib.bench.straightforward import Straightforward
 from qvpo_rllib.core import engine, kernels
-from qvpo_rllib.core.acting_copy import ActingCopy
+from qvpo_rllib.core.backends.acting_copy import ActingCopy
 from qvpo_rllib.core.engine import kernels_of
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks

@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_core_native import networks
 
-from qvpo_rllib.core import fit, losses
+from qvpo_rllib.core import losses
+from qvpo_rllib.core.backends import fit
 
 STATES, CHOSEN, UNIFORM = 37, 2, 3
 

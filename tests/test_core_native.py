@@ -9,8 +9,9 @@ import pytest
 import torch
 from test_core_engine import ACT, CPU, OBS, assert_same_updates, learner, transitions
 
-from qvpo_rllib.core import engine, native, sampler
-from qvpo_rllib.core import native as native_build
+from qvpo_rllib.core import engine, sampler
+from qvpo_rllib.core.backends import native
+from qvpo_rllib.core.backends import native as native_build
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.sampler import (
@@ -184,7 +185,7 @@ def test_weights_an_optimiser_moved_are_taken_when_told():
 # --- Building ----------------------------------------------------------------------------------
 
 ACT_ONCE = (
-    "from qvpo_rllib.core.native import load_library, cache_dir;"
+    "from qvpo_rllib.core.backends.native import load_library, cache_dir;"
     "print(load_library().qvpo_lanes(), len(list(cache_dir().iterdir())))"
 )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qvpo_rllib.core import fused
+from qvpo_rllib.core.backends import fused
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks

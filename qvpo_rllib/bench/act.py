@@ -56,7 +56,7 @@ def _row(
 
     from qvpo_rllib.bench.straightforward import Straightforward
     from qvpo_rllib.bench.timing import compare
-    from qvpo_rllib.core.acting_copy import ActingCopy
+    from qvpo_rllib.core.backends.acting_copy import ActingCopy
     from qvpo_rllib.core.engine import CPU, acting_engine, kernels_of
     from qvpo_rllib.core.qvpo import QVPONetworks
     from qvpo_rllib.core.sampler import ActionSelector, draw_noise

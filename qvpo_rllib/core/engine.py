@@ -1,7 +1,7 @@
 """How an update is executed; the mathematics is the same.
 
 eager        PyTorch's operations, one by one
-native       sampling, ranking and fits by the library of native.py (CPU), the rest eagerly
+native       sampling, ranking and fits by the library of backends.native (CPU), the rest eagerly
 compiled     losses and gradients by torch.compile; sampling and ranking natively on a CPU,
              compiled on a GPU
 cuda_graph   whole updates captured and replayed (GPU)
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from qvpo_rllib.core import fit, losses, sampler
+from qvpo_rllib.core import losses, sampler
+from qvpo_rllib.core.backends import fit
+from qvpo_rllib.core.backends.native import load_library
 from qvpo_rllib.core.kernels import mish
-from qvpo_rllib.core.native import load_library
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from qvpo_rllib.core import losses
+from qvpo_rllib.core.backends.fused import Chain, FusedSampler, fused_sampler
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import SecondStream, matmul_precision
-from qvpo_rllib.core.fused import Chain, FusedSampler, fused_sampler
 from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters, QVPOHyperparameters
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ

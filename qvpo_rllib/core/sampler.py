@@ -6,7 +6,7 @@ state and the step's share once per step, its Mish needs a single exponential an
 and it takes states in chunks whose activations stay in cache.
 
 `denoise` and `lowest_q` do the work on one chunk. They are plain functions of tensors: an engine
-may pass compiled ones, or let `native.py` do everything (see `engine.py`).
+may pass compiled ones, or let `backends.native` do everything (see `engine.py`).
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from qvpo_rllib.core.backends.native import PackedActor, PackedCritic
 from qvpo_rllib.core.diffusion import NoiseSchedule, reverse_step
 from qvpo_rllib.core.kernels import linear, mish_
 from qvpo_rllib.core.losses import best_of
-from qvpo_rllib.core.native import PackedActor, PackedCritic
 from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
 
 # Rows (states × samples) of a chunk on a CPU: 2048 rows of 256 floats are two megabytes, which two
@@ -104,7 +104,7 @@ def lowest_q(actions: Tensor, firsts: list[Tensor], trunks: list[Trunk]) -> Tens
 
 
 class SamplerKernels(NamedTuple):
-    """The functions that work on a chunk; with `native`, `native.py` does float32 on a CPU."""
+    """The functions that work on a chunk; with `native`, `backends.native` does float32 on a CPU."""
 
     denoise: Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor], Trunk], Tensor] = denoise
     lowest_q: Callable[[Tensor, list[Tensor], list[Trunk]], Tensor] = lowest_q

@@ -13,7 +13,7 @@ from ray.rllib.policy.sample_batch import SampleBatch
 from ray.rllib.policy.torch_policy import TorchPolicy
 from torch import Generator, Tensor, nn
 
-from qvpo_rllib.core.acting_copy import ActingCopy
+from qvpo_rllib.core.backends.acting_copy import ActingCopy
 from qvpo_rllib.core.engine import CPU, acting_engine, kernels_of, matmul_precision
 from qvpo_rllib.core.hyperparameters import resolved_hyperparameters
 from qvpo_rllib.core.learner import ActorCritic, Hyper, Networks, OffPolicyLearner

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qvpo_rllib.core import losses
-from qvpo_rllib.core.native import load_library, num_threads, padded
+from qvpo_rllib.core.backends.native import load_library, num_threads, padded
 from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
 
 
