@@ -104,7 +104,7 @@ def lowest_q(actions: Tensor, firsts: list[Tensor], trunks: list[Trunk]) -> Tens
 
 
 class SamplerKernels(NamedTuple):
-    """The functions that work on a chunk; with `native`, `backends.native` does float32 on a CPU."""
+    """The functions that work on a chunk; with `native`, the library does float32 on a CPU."""
 
     denoise: Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor], Trunk], Tensor] = denoise
     lowest_q: Callable[[Tensor, list[Tensor], list[Trunk]], Tensor] = lowest_q
