@@ -3,13 +3,14 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from ray.rllib.algorithms.sac.sac_torch_policy import _get_dist_class
+from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.evaluation.postprocessing import Postprocessing
 from ray.rllib.models.torch.torch_action_dist import TorchSquashedGaussian
 from ray.rllib.policy.policy import Policy
@@ -340,6 +341,37 @@ def test_the_best_action_of_a_bandit_is_found(
     after = algorithm.get_policy().act(state)[0]
     assert np.linalg.norm(before - BEST) > 0.5
     assert np.linalg.norm(after - BEST) < 0.1
+
+
+class Learning(RLlibCallback):  # type: ignore[misc]
+    """Notes what the workers and the learner call, and lengths of episodes."""
+
+    seen: ClassVar[dict[str, set[int]]] = {}
+
+    def on_postprocess_trajectory(self, **arguments: Any) -> None:
+        self.seen["trajectory"] = {1}
+
+    def on_learn_on_batch(self, **arguments: Any) -> None:
+        self.seen["batch"] = {1}
+
+    def on_episode_step(self, *, episode: Any, **arguments: Any) -> None:
+        self.seen.setdefault("step", set()).add(episode.length)
+
+    def on_episode_end(self, *, episode: Any, **arguments: Any) -> None:
+        self.seen.setdefault("end", set()).add(episode.length)
+
+
+@pytest.mark.parametrize("name", ["ppo", "sac"])
+def test_callbacks_see_trajectories_batches_and_lengths(
+    name: str, build: Callable[[Any], Any]
+) -> None:
+    Learning.seen.clear()
+    config = config_of(name, env="SevenSteps-v0").callbacks(Learning)
+    build(config.evaluation(evaluation_interval=None)).train()
+    steps = set(range(1, LIMIT + 1))
+    assert Learning.seen["step"] - {LIMIT} == steps - {LIMIT}  # the last may be the end's alone
+    assert Learning.seen["end"] == {LIMIT}
+    assert Learning.seen["trajectory"] == Learning.seen["batch"] == {1}
 
 
 @pytest.mark.parametrize("name", NAMES)

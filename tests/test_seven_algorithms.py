@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.env.env_context import EnvContext
 from ray.rllib.utils import test_utils
 
 from qvpo_rllib import cli
@@ -183,6 +185,14 @@ def test_spaces_are_refused_for_a_reason_that_is_true(name: str, capsys: Any) ->
     assert "Discrete(2)" in error
     assert "continuous actions" in error
     assert "QVPO" not in error.replace("qvpo", "") or name == "qvpo"
+
+
+@seven
+@pytest.mark.parametrize("env", ["CartPole-v1", "Blackjack-v1"])
+def test_spaces_are_refused_before_anything_is_trained(name: str, env: str) -> None:
+    """Discrete actions, and observations that are no box: RLlib's own algorithms would train."""
+    with pytest.raises(ValueError, match=r"continuous actions|observation"):
+        ALGORITHMS[name].load().validate_env(gym.make(env), EnvContext({}, worker_index=0))
 
 
 @seven
