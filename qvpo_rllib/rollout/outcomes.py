@@ -104,6 +104,6 @@ def _number(value: Any) -> float:
 def _describe(value: Any) -> str:
     if isinstance(value, tuple):
         return f"a tuple of {len(value)} ({', '.join(type(item).__name__ for item in value)})"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     shape = f" of shape {value.shape}" if isinstance(value, np.ndarray) else ""
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__}{shape})"
