@@ -67,8 +67,7 @@ SHARED_MEMORY, STACK = 232_448, 512  # bytes: the chip's limit; what may spill
 
 @pytest.mark.parametrize(
     ("kernel", "precision"),
-    # The others fit as well, by this test: each takes as long as many other tests together.
-    [("_chains", "bf16")],
+    [("_chains", "bf16"), ("_chains", "tf32"), ("_ranking", "tf32")],
 )
 def test_the_code_for_hopper_fits_and_uses_the_tensor_cores(tmp_path, kernel, precision):
     from triton.backends.compiler import GPUTarget
