@@ -102,7 +102,7 @@ DAMAGED: list[tuple[str, Callable[[Path], Any], list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "damage", "words"), DAMAGED, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("name", "damage", "words"), DAMAGED)
 def test_a_damaged_run_is_not_resumed_and_not_changed(
     run: Path, capsys: Any, name: str, damage: Callable[[Path], Any], words: list[str]
 ) -> None:
