@@ -31,7 +31,9 @@ TRAIN_OPTIONS = [
     "--num-envs-per-env-runner", "--num-gpus", "--run-dir", "--resume", "--eval-interval",
     "--checkpoint-interval", "--keep-checkpoints", "--set", "--or-resume", "--address",
 ]  # fmt: skip
-EVALUATE_OPTIONS = ["--episodes", "--k", "--seed", "--json", "--server", "--model", "--env"]
+EVALUATE_OPTIONS = [
+    "--episodes", "--k", "--seed", "--import", "--json", "--server", "--model", "--env",
+]  # fmt: skip
 EXPORT_OPTIONS = ["--name", "--version", "--onnx"]
 SERVE_OPTIONS = ["--host", "--port", "--replicas", "--trust-checkpoint"]
 TINY = ["--set", "warmup_steps=100", "--set", "batch_size=16", "--set", "hidden=16"]

@@ -143,7 +143,7 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = torch.tensor(lr, device=self.device) if captured else lr
-        if self.graph_constants(hp) != self.graph_constants(self.hp):
+        if self._graphs is not None and self.graph_constants(hp) != self.graph_constants(self.hp):
             self.close()
         self.hp = hp
         self.set_env_steps(self.env_steps)
