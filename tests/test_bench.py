@@ -1,6 +1,7 @@
 """`qvpo bench`: counted arithmetic, sound timings, and no need of Ray or Gymnasium."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -213,9 +214,11 @@ def test_the_learner_takes_less_than_a_gibibyte_at_the_papers_setting():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_the_gpus_command_says_in_one_line_that_there_is_none():
+@pytest.mark.parametrize("program", [sys.executable, "bash"])
+def test_the_gpus_command_says_in_one_line_that_there_is_none(program, monkeypatch):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     command = Path(__file__).parents[1] / ".ci" / "gpu"
-    run = subprocess.run([sys.executable, command], capture_output=True, text=True)
+    run = subprocess.run([program, command], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
     assert len(run.stderr.splitlines()) == 1
     assert "No NVIDIA GPU here" in run.stderr
