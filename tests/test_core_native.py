@@ -70,6 +70,58 @@ def test_samples_and_values_equal_the_eager_ones(num_states, num_samples, shape)
         torch.testing.assert_close(q, min_q(nets.critic, obs, actions), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [{}, {"act_dim": 4}, {"hidden": (256, 256)}], ids=str)
+def test_bfloat16_samples_are_as_near_as_the_eager_ones_of_bfloat16(shape):
+    nets = networks(**shape)
+    obs, noise = inputs(nets, 40, 5)
+    exact = sample_actions(nets.actor, nets.schedule, obs, noise)
+    eager = sample_actions(nets.actor, nets.schedule, obs, noise, dtype=torch.bfloat16)
+    packed = native.PackedActor(nets.actor, nets.schedule, narrow=True)
+    mine = packed.sample(obs, noise)
+    # It adds up in float32, so that it loses less.
+    assert 0 < float((mine - exact).abs().mean()) < float((eager - exact).abs().mean())
+    assert torch.equal(packed.sample(obs[7:9], noise[:, 7:9]), mine[7:9])
+
+
+def test_bfloat16_products_are_those_of_rounded_numbers():
+    """A network of one linear layer behind Mish, against float64."""
+    nets = networks(obs_dim=2, act_dim=3, hidden=(33,), diffusion_steps=1)
+    generator = torch.Generator().manual_seed(2)
+    obs, noise = (
+        torch.randn(50, 2, generator=generator),
+        torch.randn(1, 50, 1, 3, generator=generator),
+    )
+
+    def rounded(x):
+        return x.detach().bfloat16().double()
+
+    actor, (first, last) = nets.actor, nets.actor.mlp.linears()
+    start = (actor.obs_part(obs) + actor.time_part() + first.bias).double()
+    sums = start + rounded(noise[0, :, 0]) @ rounded(actor.mlp.first_weights()[0]).t()
+    hidden = rounded(sums * torch.tanh(torch.nn.functional.softplus(sums)))
+    predicted = hidden @ rounded(last.weight).t() + last.bias
+    row = nets.schedule.reverse_steps[0].double()
+    x0 = (row[0] * noise[0, :, 0] - row[1] * predicted).clamp(-1, 1)
+    expected = (row[2] * x0 + row[3] * noise[0, :, 0]).clamp(-1, 1)
+    actions = native.PackedActor(actor, nets.schedule, narrow=True).sample(obs, noise)[:, 0]
+    # Of 33 hidden numbers a few are rounded to the other neighbour, half of the last place away.
+    torch.testing.assert_close(actions.double(), expected, atol=2e-3, rtol=0)
+    assert float((actions - expected).abs().median()) < 1e-4
+
+
+def test_bfloat16_is_taken_only_where_it_is_faster(monkeypatch):
+    nets = networks()
+    obs, noise = inputs(nets, 4, 3)
+    coarse, exact = (
+        native.PackedActor(nets.actor, nets.schedule, narrow=narrow).sample(obs, noise)
+        for narrow in (True, False)
+    )
+    for faster, expected in ((True, coarse), (False, exact)):
+        monkeypatch.setattr(sampler, "multiplies_bfloat16", lambda faster=faster: faster)
+        actions = sample_actions(nets.actor, nets.schedule, obs, noise, NATIVE, torch.bfloat16)
+        assert torch.equal(actions, expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"k_target": 1, "q_weights": "qexp"}])
 def test_updates_equal_eager_ones(options):
     mine = learner(**options, engine="native")
@@ -122,8 +174,10 @@ def test_what_is_not_a_number_stays_none():
     obs, noise = inputs(nets, 4, 3)
     obs[2, 0] = math.nan
     actions = sample_actions(nets.actor, nets.schedule, obs, noise, NATIVE)
-    assert torch.isnan(actions[2]).all()
-    assert torch.isfinite(actions[[0, 1, 3]]).all()
+    coarse = native.PackedActor(nets.actor, nets.schedule, narrow=True).sample(obs, noise)
+    for found in (actions, coarse):
+        assert torch.isnan(found[2]).all()
+        assert torch.isfinite(found[[0, 1, 3]]).all()
     fine = actions.nan_to_num()
     assert torch.isnan(min_q(nets.critic, obs, fine, NATIVE)[2]).all()
     # A single broken twin is enough.

@@ -1,5 +1,5 @@
-// Drawing actions from the diffusion policy, ranking them by the critics, and the forward and
-// backward pass of a network that is fitted, on a CPU in float32.
+// Drawing actions from the diffusion policy (in float32 or, by bfloat16.hpp, in bfloat16), ranking
+// them by the critics, and the forward and backward pass of a network that is fitted, on a CPU.
 //
 // The same mathematics as sampler.py and networks.py, which document it; native.py builds this file,
 // native.py and fit.py call it.
@@ -181,6 +181,12 @@ void apply(const Layer &layer, int64_t rows, const float *x, int64_t x_stride,
     }
 }
 
+}  // namespace
+
+#include "bfloat16.hpp"
+
+namespace {
+
 int64_t widest(const Network &network) {
     int64_t width = network.observation->out;
     for (int64_t i = 0; i < network.num_layers; ++i)
@@ -204,6 +210,7 @@ struct Block {
 struct Scratch {
     int64_t width, hidden;
     std::vector<float> one, other;
+    std::vector<uint16_t> narrow_actions, narrow_one, narrow_other;  // of `run_narrow`
     std::vector<float> first;  // of each state of a block, the first layer but the action's part
     std::vector<const float *> start;  // of each row, its state's part of `first`
     explicit Scratch(const Network &network)
@@ -233,6 +240,28 @@ struct Scratch {
             std::swap(from, to);
         }
         return from;
+    }
+
+    // The same in bfloat16, of which `width` is a multiple of two.
+    const float *run_narrow(const Network &network, int64_t rows, const float *actions,
+                            int64_t action_stride) {
+        const int64_t act_dim = network.action->in, action_width = even(act_dim);
+        narrow_actions.resize(BLOCK_ROWS * action_width);
+        narrow_one.resize(BLOCK_ROWS * width);
+        narrow_other.resize(BLOCK_ROWS * width);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t a = 0; a < act_dim; ++a)
+                narrow_actions[r * action_width + a] = narrowed(actions[r * action_stride + a]);
+        apply_pairs<true>(*network.action, rows, narrow_actions.data(), action_width, start.data(),
+                          narrow_one.data(), width);
+        for (int64_t i = 0; i + 1 < network.num_layers; ++i) {
+            apply_pairs<true>(network.layers[i], rows, narrow_one.data(), width, nullptr,
+                              narrow_other.data(), width);
+            narrow_one.swap(narrow_other);
+        }
+        apply_pairs<false>(network.layers[network.num_layers - 1], rows, narrow_one.data(), width,
+                           nullptr, one.data(), width);
+        return one.data();
     }
 };
 
@@ -307,6 +336,15 @@ extern "C" {
 
 int64_t qvpo_lanes() { return LANES; }
 
+// Whether bfloat16 is faster than float32 here.
+int64_t qvpo_multiplies_bfloat16() {
+#if defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // [out, in] with row stride `stride` -> the panels of `Layer::weight`, with zeros up to
 // [padded_out, padded_in], which are Layer::out and Layer::in.
 void qvpo_pack(const float *weight, int64_t stride, int64_t out, int64_t in, int64_t padded_out,
@@ -327,15 +365,35 @@ void qvpo_pack(const float *weight, int64_t stride, int64_t out, int64_t in, int
     }
 }
 
+// The same for bfloat16.hpp's layers.
+void qvpo_pack_pairs(const float *weight, int64_t stride, int64_t out, int64_t in,
+                     int64_t padded_out, int64_t padded_in, uint16_t *packed) {
+    const int64_t all_in = even(padded_in);
+    std::fill(packed, packed + padded_out * all_in, uint16_t(0));
+    for (int64_t column = 0; column < padded_out;) {
+        const int64_t width = std::min<int64_t>(COLUMNS * LANES, padded_out - column);
+        uint16_t *panel = packed + column * all_in;
+        const int64_t columns = std::min(width, out - column);
+        for (int64_t begin = 0; begin < in; begin += 16)
+            for (int64_t j = 0; j < columns; ++j) {
+                const float *row = weight + (column + j) * stride;
+                for (int64_t i = begin; i < std::min(begin + 16, in); ++i)
+                    panel[(i / 2 * width + j) * 2 + i % 2] = narrowed(row[i]);
+            }
+        column += width;
+    }
+}
+
 // The reverse process: sampler.sample_actions.
 //   step_parts  [T, H]  each step's share of the first layer, in the order of the chain
 //   constants   [T, 5]  rows of NoiseSchedule.reverse_steps, in the same order
 //   noise       [T, S, N, A]
 //   actions     [S, N, A], written
+//   narrow      whether what is behind the observation's part is bfloat16, packed as such
 void qvpo_sample(const Network *actor, int64_t steps, const float *step_parts,
                  const float *constants, const float *obs, int64_t obs_dim, const float *noise,
                  int64_t states, int64_t samples, int64_t act_dim, float *actions,
-                 int64_t threads) {
+                 int64_t narrow, int64_t threads) {
     const int64_t hidden = actor->observation->out;
     std::vector<float> obs_parts(states * hidden);
     in_parallel(states, threads, [&](int64_t begin, int64_t end) {
@@ -358,7 +416,9 @@ void qvpo_sample(const Network *actor, int64_t steps, const float *step_parts,
                     for (int64_t j = 0; j < hidden; ++j)
                         scratch.first[s * hidden + j] = part[j] + from[j];
                 }
-                const float *predicted = scratch.run(*actor, block.rows, x, act_dim);
+                const float *predicted = narrow
+                                             ? scratch.run_narrow(*actor, block.rows, x, act_dim)
+                                             : scratch.run(*actor, block.rows, x, act_dim);
                 const float *c = constants + step * 5;
                 // The last step adds no noise: its sigma is zero, any noise will do.
                 const int64_t slice = step + 1 < steps ? step + 1 : 0;

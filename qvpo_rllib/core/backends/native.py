@@ -1,6 +1,7 @@
 """Sampling and ranking on a CPU by `native.cpp`, a small library that is built once per machine.
 
-The numbers equal those of `sampler.py` up to rounding. A row's bits depend neither on the rows
+The numbers equal those of `sampler.py` up to rounding (bfloat16 inputs of a product are added up in
+float32). A row's bits depend neither on the rows
 beside it nor on the number of threads.
 """
 
@@ -49,16 +50,21 @@ class PackedMLP:
     Args:
         mlp: float32, on the CPU.
         obs_part, action_part: which parts of its input these are.
+        narrow: keeps what meets the action and what is behind it in bfloat16.
     """
 
-    def __init__(self, mlp: SplitMLP, obs_part: int, action_part: int) -> None:
+    def __init__(
+        self, mlp: SplitMLP, obs_part: int, action_part: int, *, narrow: bool = False
+    ) -> None:
         self._kept: list[object] = []  # the memory that the structures point to
         parts = mlp.first_weights()
         first, *behind = mlp.linears()
         observation = self._pack(parts[obs_part], first.bias)
-        action = self._pack(parts[action_part], None)
+        action = self._pack(parts[action_part], None, narrow=narrow)
         # A hidden layer's padding is zero, Mish keeps it so, and the next layer has zeros for it.
-        layers = [self._pack(x.weight, x.bias, padded(x.in_features)) for x in behind]
+        layers = [
+            self._pack(x.weight, x.bias, padded(x.in_features), narrow=narrow) for x in behind
+        ]
         self.hidden = int(observation.outputs)
         self.products_per_row = sum(x.inputs * x.outputs for x in (action, *layers))
         array = (_Layer * len(layers))(*layers)
@@ -67,12 +73,18 @@ class PackedMLP:
             len(layers), ctypes.pointer(observation), ctypes.pointer(action), array
         )
 
-    def _pack(self, weight: Tensor, bias: Tensor | None, inputs: int | None = None) -> _Layer:
+    def _pack(
+        self, weight: Tensor, bias: Tensor | None, inputs: int | None = None, narrow: bool = False
+    ) -> _Layer:
         weight = weight.detach()
         rows, columns = weight.shape
         outputs, inputs = padded(rows), inputs or columns
-        packed = torch.empty(outputs * inputs)
-        load_library().qvpo_pack(
+        if narrow:
+            packed = torch.empty(outputs * (inputs + inputs % 2), dtype=torch.bfloat16)
+        else:
+            packed = torch.empty(outputs * inputs)
+        library = load_library()
+        (library.qvpo_pack_pairs if narrow else library.qvpo_pack)(
             weight.data_ptr(), weight.stride(0), rows, columns, outputs, inputs, packed.data_ptr()
         )
         self._kept.append(packed)
@@ -85,11 +97,18 @@ class PackedMLP:
 
 
 class PackedActor:
-    """`sampler.sample_actions` with the weights of the moment when it is made."""
+    """`sampler.sample_actions` with the weights of the moment when it is made.
+
+    Args:
+        narrow: does the products behind the observation's and the step's part in bfloat16; see
+            `multiplies_bfloat16` for where that is faster.
+    """
 
     @torch.no_grad()
-    def __init__(self, actor: NoisePredictor, schedule: NoiseSchedule) -> None:
-        self._mlp = PackedMLP(actor.mlp, 2, 0)
+    def __init__(
+        self, actor: NoisePredictor, schedule: NoiseSchedule, *, narrow: bool = False
+    ) -> None:
+        self._mlp, self._narrow = PackedMLP(actor.mlp, 2, 0, narrow=narrow), narrow
         time_part = actor.time_part().flip(0)  # in the order of the chain
         self._step_parts = torch.zeros(time_part.shape[0], self._mlp.hidden)
         self._step_parts[:, : time_part.shape[1]] = time_part
@@ -112,6 +131,7 @@ class PackedActor:
             num_samples,
             act_dim,
             actions.data_ptr(),
+            int(self._narrow),
             num_threads(steps * num_states * num_samples * self._mlp.products_per_row),
         )
         return actions
@@ -143,6 +163,11 @@ class PackedCritic:
         return q
 
 
+def multiplies_bfloat16() -> bool:
+    """Returns whether this processor multiplies bfloat16 faster than float32."""
+    return bool(load_library().qvpo_multiplies_bfloat16())
+
+
 def padded(width: int) -> int:
     lanes: int = load_library().qvpo_lanes()
     return -(-width // lanes) * lanes
@@ -161,9 +186,10 @@ COMPILERS = ("g++", "clang++", "c++")  # $CXX, if set, is taken instead
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
     "qvpo_pack": [_POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER],
+    "qvpo_pack_pairs": [_POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER],
     "qvpo_sample": [
         *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
-        *(_INT, _INT, _INT, _POINTER, _INT),
+        *(_INT, _INT, _INT, _POINTER, _INT, _INT),
     ],
     "qvpo_min_q": [_POINTER, _POINTER, _INT, _POINTER, _INT, _INT, _INT, _POINTER, _INT],
     "qvpo_fit_forward": [_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT],
@@ -182,7 +208,7 @@ def load_library() -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
-    library.qvpo_lanes.restype = _INT
+    library.qvpo_lanes.restype = library.qvpo_multiplies_bfloat16.restype = _INT
     return library
 
 
@@ -200,7 +226,9 @@ def cache_dir() -> Path:
 
 def _built() -> Path:
     compiler = _compiler()
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *_what_decides(compiler)])).hexdigest()
+    included = sorted(SOURCE.parent.glob("*.hpp"))
+    parts = [file.read_bytes() for file in (SOURCE, *included)]
+    key = hashlib.sha256(b"\0".join([*parts, *_what_decides(compiler)])).hexdigest()
     directory = cache_dir()
     # A library's name ends with its digest. One that was cut short would kill who calls it.
     for library in directory.glob(f"native-{key[:16]}-*.so"):
