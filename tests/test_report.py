@@ -206,6 +206,9 @@ def test_diagnostics_are_drawn_where_runs_have_them() -> None:
     figure = diagnostics([group(1, columns), group(4, {})], title="some")
     assert figure is not None
     drawn = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
+    odd = diagnostics([group(1, {"learner/sample_std": 0.3})], title="one panel")
+    assert odd is not None
+    assert [axes.get_visible() for axes in odd.axes] == [True, False]
     assert set(drawn) == {PANELS["learner/sample_std"], PANELS["evaluation/q_overestimation"]}
     line = drawn[PANELS["learner/sample_std"]].lines[-1]
     assert (line.get_label(), list(line.get_ydata())) == ("K_b=1", [0.3, 0.3])
@@ -233,6 +236,49 @@ def test_train_runs_are_grouped_by_what_sets_them_apart(tmp_path: Path) -> None:
         ("preset=light, τ=0.1", 1, "unfinished"),
         ("preset=light, τ=0.2", 1, "unfinished"),
     ]
+
+
+def test_it_opens_with_tasks_by_algorithms_and_the_curves_of_all_tasks(tmp_path: Path) -> None:
+    """QVPO is best on Hopper, SAC on the pendulum."""
+    values = {
+        "name": "compared", "algorithm": ["qvpo", "sac"], "preset": "light", "seeds": [0, 1, 2],
+        "task": ["Hopper-v5", "InvertedPendulum-v5"], "env_steps": 20_000,
+    }  # fmt: skip
+
+    calls = itertools.count()  # QVPO's 48 evaluations come first
+
+    def returns(config: dict[str, Any], share: float) -> float:
+        high = (next(calls) < 48) == (config["env"] == "Hopper-v5")
+        return (200.0 if high else 100.0) * share + config["seed"]
+
+    build_report([make_results(tmp_path, values, returns)], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# Summary")
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    rows = [re.split(r" *\| *", line)[1:-1] for line in summary.splitlines() if line[:1] == "|"]
+    assert rows[0] == ["task", "QVPO", "SAC", "paper"]
+    assert rows[2] == ["Hopper-v5", "**201 [200, 202]**", "101 [100, 102]", "3,000"]
+    assert rows[3] == ["InvertedPendulum-v5", "101 [100, 102]", "**201 [200, 202]**", "–"]
+    assert "Figure 3 at 200,000" in summary
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>201 [200, 202]</b>" in page
+    assert page.index("Summary") < page.index('alt="curves"') < page.index("compared")
+
+
+def test_a_summary_says_how_many_seeds_have_ended(reported: Any) -> None:
+    _, out = reported
+    summary = (out / "summary.md").read_text()
+    assert "| 101 [100, 102] (3 of 4 seeds) | **200 [200, 201] (2 of 4 seeds)** |" in summary
+
+
+def test_a_summary_of_many_settings_keeps_the_best(tmp_path: Path) -> None:
+    values = {**SWEEP, "sweep": {"settings": [{"k_behavior": k} for k in range(1, 13)]}}
+    build_report(
+        [make_results(tmp_path, values, lambda config, share: float(config["k_behavior"]))],
+        tmp_path / "out",
+    )
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "| task | K_b=6 | K_b=7 | K_b=8 | K_b=9 | K_b=10 | K_b=11 | K_b=12 |" in summary
 
 
 # --- the command -------------------------------------------------------------------------------

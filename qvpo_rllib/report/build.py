@@ -26,9 +26,11 @@ from qvpo_rllib.report.statistics import Estimate, estimate
 from qvpo_rllib.report.tables import (
     PAPER_TABLE_1,
     Table,
+    column_of,
     provenance_table,
     returns_table,
     status_table,
+    summary_table,
     task_name,
     time_table,
 )
@@ -36,14 +38,15 @@ from qvpo_rllib.report.tables import (
 MARK = "evaluations.parquet"  # by it a report's folder is known, and may be written again
 MIN_SCATTER = 5  # settings from which on a cloud of points says something
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 84em; margin: 2em auto; padding: 0 1em;
        color: #1a1a1a; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; font-size: 0.86em; display: block; overflow-x: auto; }
 th, td { border: 1px solid #d5d5d5; padding: 0.25em 0.6em; text-align: left; }
 th { background: #f2f2f2; }
-figure { display: inline-block; margin: 0.5em; vertical-align: top; }
-figure img { width: 26em; max-width: 100%; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(24em, 1fr)); gap: 1em;
+           align-items: start; }
+figure { margin: 0; } figure.wide { grid-column: 1 / -1; } figure img { width: 100%; }
 .verdict { border-left: 4px solid #0b3c6f; padding: 0.3em 1em; background: #f6f8fb; }
 """
 
@@ -73,6 +76,11 @@ def build_report(
     page = _Page(out)
     _write_evaluations(out / MARK, runs)
     groups = grouped(runs)
+    page.heading("Summary")
+    page.table("summary", summary_table(groups))
+    page.figure(
+        "curves", figures.curves_of_tasks(groups, lambda g: column_of(g, groups)), wide=True
+    )
     stages: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
         stages.setdefault((group.experiment, group.stage), []).append(group)
@@ -237,40 +245,51 @@ class _Page:
         self.out = out
         out.mkdir(parents=True, exist_ok=True)
         self._html: list[str] = []
+        self._figures = ""  # those since the last text
         self._markdown: list[str] = []
 
+    def _add(self, text: str) -> None:
+        if self._figures:
+            self._html.append(f'<div class="figures">{self._figures}</div>')
+            self._figures = ""
+        self._html.append(text)
+
     def heading(self, text: str) -> None:
-        self._html.append(f"<h1>{html.escape(text)}</h1>")
+        self._add(f"<h1>{html.escape(text)}</h1>")
         self._markdown.append(f"# {text}\n")
 
     def verdict(self, text: str) -> None:
-        self._html.append(f'<p class="verdict">{html.escape(text)}</p>')
+        self._add(f'<p class="verdict">{html.escape(text)}</p>')
         self._markdown.append(f"{text}\n")
 
-    def figure(self, name: str, figure: Figure) -> None:
+    def figure(self, name: str, figure: Figure, *, wide: bool = False) -> None:
+        """Adds a figure beside the one before; a wide one takes the page's width."""
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
         for kind in ("png", "pdf"):
             with replacing(self.out / f"{name}.{kind}") as temporary:
                 figure.savefig(temporary)
         image = base64.b64encode((self.out / f"{name}.png").read_bytes()).decode()
-        self._html.append(
-            f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{image}"></figure>'
+        kind = ' class="wide"' if wide else ""
+        self._figures += (
+            f'<figure{kind}><img alt="{html.escape(name)}" src="data:image/png;base64,{image}">'
+            "</figure>"
         )
         self._markdown.append(f"![{name}]({name}.png)\n")
 
     def table(self, name: str, table: Table) -> None:
         write_atomically(self.out / f"{name}.md", table.markdown().encode())
-        self._html.append(table.html())
+        self._add(table.html())
         self._markdown.append(table.markdown())
 
     def write(self, paths: Sequence[Path]) -> Path:
         sources = ", ".join(map(str, paths))
         made = time.strftime("%Y-%m-%d %H:%M")
+        self._add(f"<p>From {html.escape(sources)}, {made}.</p>")
         page = (
             "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width'><title>qvpo report</title>"
             f"<style>{STYLE}</style></head><body>{''.join(self._html)}"
-            f"<p>From {html.escape(sources)}, {made}.</p></body></html>"
+            "</body></html>"
         )
         write_atomically(self.out / "report.md", "\n".join(self._markdown).encode())
         write_atomically(self.out / "report.html", page.encode())

@@ -31,7 +31,7 @@ def diagnostics(groups: Sequence[Group], *, title: str) -> Figure | None:
         return None
     height = PANEL_HEIGHT_IN * -(-len(columns) // 2) + 0.35 + 0.13 * len(shown)
     figure = Figure(figsize=(WIDTH_IN, height), dpi=300, layout="constrained")
-    grid = figure.subplots(-(-len(columns) // 2), 2, squeeze=False).flat
+    grid = list(figure.subplots(-(-len(columns) // 2), 2, squeeze=False).flat)
     for axes, column in zip(grid, columns, strict=False):
         for group, (color, dashes, _) in zip(shown, STYLES, strict=False):
             _draw(axes, group, column, color, dashes)
@@ -39,7 +39,7 @@ def diagnostics(groups: Sequence[Group], *, title: str) -> Figure | None:
         axes.tick_params(labelsize=6)
         plain(axes)
         step_axis(axes, ticks=3)
-    for axes in list(grid)[len(columns) :]:
+    for axes in grid[len(columns) :]:
         axes.set_visible(False)
     figure.suptitle(title, fontsize=8)
     legend_below(figure, figure.axes[0])

@@ -1,6 +1,6 @@
 """The report's figures: one style, readable in grey and at a column's width (3.5 inches)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,60 @@ def learning_curves(groups: Sequence[Group], *, title: str) -> Figure:
     step_axis(axes)
     legend_below(figure, axes)
     return figure
+
+
+def curves_of_tasks(groups: Sequence[Group], name_of: Callable[[Group], str]) -> Figure:
+    """Draws every task's learning curves as panels of one figure: means over the seeds there.
+
+    A line is a mean of more seeds where it is full, and ends where the first of them ends.
+    """
+    tasks = list(dict.fromkeys(group.task for group in groups))
+    shown = best_groups_of([[g for g in groups if g.task == task] for task in tasks], name_of)
+    columns = min(3, len(tasks))
+    lines = -(-len(tasks) // columns)
+    size = (columns * 2.4, lines * 1.9 + 0.2 + 0.13 * -(-len(shown) // 3))
+    figure = Figure(figsize=size, dpi=300, layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    styles = dict(zip(shown, STYLES, strict=False))
+    for axes, task in zip(grid, tasks, strict=False):
+        for group in groups:
+            if group.task != task or name_of(group) not in styles or not group.evaluated:
+                continue
+            color, dashes, _ = styles[name_of(group)]
+            steps, returns = common_returns(group.evaluated)
+            centre, low, high = curve_band(returns)
+            if np.isfinite(low).all():
+                axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+            axes.plot(steps, centre, color=color, linestyle=dashes, linewidth=1.3,
+                      marker="o" if len(steps) == 1 else None, markersize=3,
+                      label=name_of(group))  # fmt: skip
+        axes.set_title(task, fontsize=8)
+        axes.tick_params(labelsize=6.5)
+        plain(axes)
+        step_axis(axes, ticks=4)
+    for axes in grid[len(tasks) :]:
+        axes.set_visible(False)
+    for axes in grid[max(0, len(tasks) - columns) : len(tasks)]:  # nothing is below them
+        axes.set_xlabel("environment steps", fontsize=7)
+    for axes in grid[: len(tasks) : columns]:
+        axes.set_ylabel("evaluation return", fontsize=7)
+    entries = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if entries:
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3,
+                      fontsize=7, frameon=False, handlelength=2.6)  # fmt: skip
+    return figure
+
+
+def best_groups_of(
+    by_task: Sequence[Sequence[Group]], name_of: Callable[[Group], str]
+) -> list[str]:
+    """Returns the names of the groups that are drawn on any task, at most one per style."""
+    names = dict.fromkeys(name_of(group) for task in by_task for group in best_groups(task))
+    return list(names)[:MAX_LINES]
 
 
 def _count(group: Group) -> str:

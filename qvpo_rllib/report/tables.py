@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,11 @@ PAPER_TABLE_1: dict[str, dict[str, str]] = {
     name: dict(zip(_TASKS, values.split(", "), strict=True))
     for name, values in (row.split(": ") for row in _ROWS.strip().splitlines())
 }
+# Figure 3 at 200,000 env steps, read off the plot, ±100.
+PAPER_FIGURE_3 = {"Hopper": 3000, "Walker2d": 4000, "Ant": 4800, "HalfCheetah": 8300,
+                  "Humanoid": 4000}  # fmt: skip
+FIGURE_3_STEPS = 200_000
+MAX_COLUMNS = 7  # algorithms or settings of the summary
 # Table 4: hours for 1e6 env steps of Ant-v3, milliseconds per action, on an RTX 4090.
 PAPER_TABLE_4: dict[str, tuple[float, float]] = {
     "QVPO": (6.8, 6.2),
@@ -46,7 +52,7 @@ VERSIONS = ("qvpo_rllib", "torch", "ray", "mujoco")
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, a note below it, column names, rows of text."""
+    """A heading, a note below it, column names, rows of text; **text** is bold."""
 
     heading: str
     note: str
@@ -60,7 +66,8 @@ class Table:
 
     def html(self) -> str:
         def cells(tag: str, texts: Sequence[str]) -> str:
-            return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+            bold = (re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(text)) for text in texts)
+            return "".join(f"<{tag}>{text}</{tag}>" for text in bold)
 
         body = "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
         return (
@@ -77,6 +84,71 @@ def _line(cells: Sequence[str]) -> str:
 def task_name(env: str) -> str:
     """Returns an environment's name without its version: "Ant-v5" → "Ant"."""
     return env.rsplit("/", 1)[-1].rsplit("-v", 1)[0]
+
+
+def summary_table(groups: Sequence[Group]) -> Table:
+    """Returns the tasks × algorithms (or settings): mean of the last returns, the best in bold."""
+    by_task: dict[str, dict[str, Group]] = {}
+    for group in groups:
+        by_task.setdefault(group.task, {})[column_of(group, groups)] = group
+    names = list(dict.fromkeys(column_of(group, groups) for group in groups))
+    means = {
+        (task, name): float(np.mean(group.last_returns))
+        for task, found in by_task.items()
+        for name, group in found.items()
+        if group.complete
+    }
+    best = {
+        task: max((m for (t, _), m in means.items() if t == task), default=0) for task in by_task
+    }
+    if len(names) > MAX_COLUMNS:
+
+        def rank(name: str) -> tuple[int, float]:
+            gaps = [best[task] - means[task, name] for task in by_task if (task, name) in means]
+            return -len(gaps), float(np.mean(gaps)) if gaps else 0.0
+
+        names = sorted(sorted(names, key=rank)[:MAX_COLUMNS], key=names.index)
+
+    def cell(task: str, name: str) -> str:
+        group = by_task[task].get(name)
+        if group is None or not group.complete:
+            return "–"
+        text = with_interval(estimate([group.last_returns], np.mean), ",.0f")
+        if len(group.complete) < len(group.runs):
+            text += f" ({_counted(group)} seeds)"
+        several = sum((task, n) in means for n in names) > 1
+        return f"**{text}**" if several and means[task, name] == best[task] else text
+
+    steps = max(run.planned_steps for group in groups for run in group.runs)
+    early = steps <= FIGURE_3_STEPS
+    paper = {t: f"{v:,}" for t, v in PAPER_FIGURE_3.items()} if early else PAPER_TABLE_1["QVPO"]
+    known = any(task_name(task) in paper for task in by_task)
+    where = "Figure 3 at 200,000 env steps, ±100" if early else "Table 1, a million env steps"
+    seeds = sorted({len(group.runs) for group in groups})
+    return Table(
+        "Summary",
+        f"Last evaluation, mean over the seeds that ended ({' or '.join(map(str, seeds))} planned) "
+        f"of up to {steps:,} env steps, with its 95 % bootstrap interval; the highest of a task in "
+        "bold." + (f" Paper: QVPO, {where}, on the -v3 tasks." if known else ""),
+        ("task", *names, *(["paper"] if known else [])),
+        [
+            (task, *(cell(task, n) for n in names),
+             *([paper.get(task_name(task), "–")] if known else []))
+            for task in by_task
+        ],
+    )  # fmt: skip
+
+
+def column_of(group: Group, groups: Sequence[Group]) -> str:
+    """Returns the algorithm, the setting, or both: what sets a group apart on its task."""
+    algorithms = {g.algorithm for g in groups}
+    settings = {g.label for g in groups if g.algorithm == group.algorithm}
+    parts = [group.algorithm] if len(algorithms) > 1 else []
+    if len(settings) > 1 and group.label != group.algorithm:
+        parts.append(group.label)
+    if len({(g.experiment, g.stage) for g in groups}) > 1:
+        parts.append(f"({group.experiment}{', confirmed' if group.stage == 'confirm' else ''})")
+    return " ".join(parts) or group.label
 
 
 def returns_table(groups: Sequence[Group]) -> Table:
