@@ -253,7 +253,7 @@ def test_it_opens_with_tasks_by_algorithms_and_the_curves_of_all_tasks(tmp_path:
 
     build_report([make_results(tmp_path, values, returns)], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert text.startswith("# Summary")
+    assert text.startswith("## Summary")
     summary = (tmp_path / "out" / "summary.md").read_text()
     rows = [re.split(r" *\| *", line)[1:-1] for line in summary.splitlines() if line[:1] == "|"]
     assert rows[0] == ["task", "QVPO", "SAC", "paper"]

@@ -76,7 +76,6 @@ def build_report(
     page = _Page(out)
     _write_evaluations(out / MARK, runs)
     groups = grouped(runs)
-    page.heading("Summary")
     page.table("summary", summary_table(groups))
     page.figure(
         "curves", figures.curves_of_tasks(groups, lambda g: column_of(g, groups)), wide=True
