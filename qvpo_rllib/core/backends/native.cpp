@@ -374,11 +374,17 @@ void qvpo_pack_pairs(const float *weight, int64_t stride, int64_t out, int64_t i
         const int64_t width = std::min<int64_t>(COLUMNS * LANES, padded_out - column);
         uint16_t *panel = packed + column * all_in;
         const int64_t columns = std::min(width, out - column);
-        for (int64_t begin = 0; begin < in; begin += 16)
-            for (int64_t j = 0; j < columns; ++j) {
-                const float *row = weight + (column + j) * stride;
-                for (int64_t i = begin; i < std::min(begin + 16, in); ++i)
-                    panel[(i / 2 * width + j) * 2 + i % 2] = narrowed(row[i]);
+        for (int64_t j = 0; j < columns; j += 16)
+            for (int64_t begin = 0; begin < in; begin += 16) {
+                uint16_t tile[16][16];
+                const int64_t outputs = std::min<int64_t>(16, columns - j);
+                const int64_t inputs = std::min<int64_t>(16, in - begin);
+                for (int64_t o = 0; o < outputs; ++o)
+                    for (int64_t i = 0; i < inputs; ++i)
+                        tile[i][o] = narrowed(weight[(column + j + o) * stride + begin + i]);
+                for (int64_t i = 0; i < inputs; ++i)
+                    for (int64_t o = 0; o < outputs; ++o)
+                        panel[((begin + i) / 2 * width + j + o) * 2 + i % 2] = tile[i][o];
             }
         column += width;
     }
