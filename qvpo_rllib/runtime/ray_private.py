@@ -24,6 +24,8 @@ from ray.experimental import internal_kv
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.evaluation.episode_v2 import EpisodeV2
+from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.tune import Checkpoint
@@ -91,6 +93,28 @@ def random_policy() -> type:
 def worker_manager(group: EnvRunnerGroup) -> FaultTolerantActorManager:
     """Returns what holds the handles of a group's remote workers, and knows who is healthy."""
     return group._worker_manager
+
+
+def make_episodes(worker: RolloutWorker, new_episode: Callable[[int], EpisodeV2]) -> None:
+    """Lets RLlib's loop, in a worker that steps environments with it, play other episodes.
+
+    Args:
+        new_episode: of the environment with this index; it has yet to be reset.
+    """
+    runner = worker.sampler._env_runner_obj
+
+    def create_episode(env_id: int) -> EpisodeV2:
+        episode = new_episode(env_id)
+        worker.callbacks.on_episode_created(
+            worker=worker,
+            base_env=worker.async_env,
+            policies=worker.policy_map,
+            env_index=env_id,
+            episode=episode,
+        )
+        return episode
+
+    runner.create_episode = create_episode
 
 
 def check_resources(needed: Mapping[str, float], advice: str) -> None:
