@@ -20,6 +20,7 @@ from ray.tune.search.sample import Domain
 from qvpo_rllib.algorithms import entry_of
 from qvpo_rllib.core.options import OptionValue, Setting
 from qvpo_rllib.runtime.base import SCORE
+from qvpo_rllib.runtime.ray_private import check_resources
 from qvpo_rllib.tuning.interruption import PausingASHA, PausingFIFO, PausingPBT
 from qvpo_rllib.tuning.search_space import Planned
 from qvpo_rllib.tuning.spec import ExperimentSpec
@@ -101,6 +102,17 @@ def fixed_config(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
         "callbacks_class": ScoreCallback,
         "log_level": "ERROR",
     }
+
+
+def check_trial_resources(spec: ExperimentSpec) -> None:
+    """As `check_resources` for one trial; those beyond it may wait for others to end."""
+    for algorithm in spec.algorithms:
+        request = entry_of(algorithm).load().default_resource_request(fixed_config(spec, algorithm))
+        check_resources(
+            request.bundles,
+            f"That is for one trial of {algorithm}: lower num_cpus, num_gpus or num_env_runners in "
+            "the experiment's file, or add nodes.",
+        )
 
 
 def whole_space(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
