@@ -22,7 +22,7 @@ from qvpo_rllib.algorithms.columnar_buffer import ColumnarBuffer
 from qvpo_rllib.algorithms.normalization import CLIP, Moments, ReturnTracker, RunningMoments
 from qvpo_rllib.algorithms.sac import RivalSACConfig, SquashedGaussian
 from qvpo_rllib.algorithms.spo import spo_loss
-from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.errors import ENDS_TRAINING, NonFiniteError
 from qvpo_rllib.core.options import option_table
 
 NAMES = ("ppo", "spo", "sac")
@@ -438,6 +438,26 @@ def test_training_episodes_know_their_last_step(
     assert set(Last.seen) == set(episode)
     if num_envs == 1:
         assert Last.seen[: 3 * len(episode)] == 3 * episode
+
+
+@pytest.mark.parametrize(
+    ("name", "env", "message"),
+    [
+        *((n, "LateShape", r"step 30 .* shape \(3,\).* declares shape \(2,\)") for n in NAMES),
+        ("ppo", "NanObservation", "observation .*nan"),
+    ],
+    ids=[*(f"{n}-shape" for n in NAMES), "ppo-nan"],
+)
+def test_what_a_restart_would_meet_again_ends_training(
+    name: str, env: str, message: str, build: Callable[[Any], Any]
+) -> None:
+    """RLlib alone restarts the workers for ever."""
+    config = config_of(name, env=f"environments:{env}-v0").env_runners(num_env_runners=2)
+    config.reporting(min_sample_timesteps_per_iteration=300)
+    algorithm = build(config.evaluation(evaluation_interval=None))
+    with pytest.raises(ENDS_TRAINING, match=rf"environments:{env}-v0 \(worker \d.*{message}"):
+        algorithm.train()
+    assert algorithm.env_runner_group.num_remote_worker_restarts() == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

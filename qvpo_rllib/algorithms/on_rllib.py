@@ -182,6 +182,17 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
             make_episodes(self, self._new_episode)
         self.restart_streams(0)
 
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """RLlib's, but what ends training is returned; RLlib restarts a worker that raises."""
+
+        def guarded(worker: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return func(worker, *args, **kwargs)
+            except ENDS_TRAINING as error:
+                return error
+
+        return super().apply(guarded, *args, **kwargs)
+
     def _new_episode(self, i: int) -> TrainingEpisode:
         envs: CheckedVectorEnv = self.async_env.vector_env
         envs.forget_ended(i)
@@ -253,6 +264,11 @@ class OnRLlibConfig(BaseConfig):
 class OnRLlibAlgorithm(BaseAlgorithm):
     """A subclass puts it before RLlib's own algorithm in its bases."""
 
+    def setup(self, config: Any) -> None:
+        super().setup(config)
+        group = self.env_runner_group
+        group.foreach_env_runner = _raising(group.foreach_env_runner)
+
     @property
     def updates(self) -> int:
         return int(self.get_policy().num_grad_updates)
@@ -277,6 +293,23 @@ class OnRLlibAlgorithm(BaseAlgorithm):
 
     def _refuse(self, quantity: str, value: float) -> NonFiniteError:
         return self.non_finite(quantity, value, "Lower the learning rates, or set grad_clip.")
+
+
+def _raising(foreach: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """`foreach`, which raises what ended training in a remote worker (`SeededRolloutWorker.apply`).
+
+    RLlib's own training step asks the workers, and would take it for a batch.
+    """
+
+    @functools.wraps(foreach)
+    def raising(*arguments: Any, **options: Any) -> list[Any]:
+        results = foreach(*arguments, **options)
+        for result in results:
+            if isinstance(result, ENDS_TRAINING):
+                raise result
+        return results
+
+    return raising
 
 
 def _single_numbers(stats: dict[str, Any]) -> Iterator[tuple[str, NDArray[Any]]]:
