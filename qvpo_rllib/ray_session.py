@@ -7,6 +7,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from qvpo_rllib.files import scratch_directory
+
 # Ray replaces 127.0.0.1 by the machine's own address, this one it leaves as it is.
 LOOPBACK = "127.0.0.2"
 
@@ -42,8 +44,6 @@ def start_ray(num_processes: int, address: str | None = None) -> None:
             in its place.
     """
     import ray
-
-    from qvpo_rllib.files import scratch_directory  # a server, which reads LOOPBACK, does without
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     _close_token_file()

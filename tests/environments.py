@@ -109,6 +109,21 @@ class Raising(Counting):
         return super().step(action)
 
 
+class LateShape(Counting):
+    """Its observations have three numbers instead of two from its 30th step on."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.total_steps = 0
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.total_steps += 1
+        return super().step(action)
+
+    def _observe(self) -> Any:
+        return np.zeros(3, np.float32) if self.total_steps >= 30 else super()._observe()
+
+
 class Traceable(gym.Env):
     """Observes (high, low, step): 48 random bits that name the episode, and its step.
 
@@ -227,6 +242,7 @@ _register("Lasting", Lasting)
 _register("Elsewhere", Elsewhere, length=50)
 _register("Holding", Holding)
 _register("Raising", Raising, length=100)
+_register("LateShape", LateShape, length=100)
 _register("InfiniteReward", NonFinite, quantity="reward", at_step=70, length=100)
 for _name, (_observation_space, _action_space) in UNSUITED_SPACES.items():
     _register(_name, Spaces, observation_space=_observation_space, action_space=_action_space)

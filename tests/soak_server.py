@@ -27,11 +27,11 @@ import psutil
 import torch
 
 from qvpo_rllib.bench.http_load import fresh_bundle
-from qvpo_rllib.ray_session import LOOPBACK
 from qvpo_rllib.serving import load
 from qvpo_rllib.serving.server import serving
 
 CLIENTS, REPLICAS, STALLED = 4, 2, 300
+HOST = "127.0.0.1"
 SEEDS, K = 20, 4
 MAX_OUTAGE_S = 5.0
 STRIKES = ("qvpo-worker", "qvpo-http", "stall")
@@ -49,7 +49,7 @@ class Client(threading.Thread):
         self.longest_s = 0.0  # between two answers
 
     def run(self) -> None:
-        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=60)
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=60)
         last = time.monotonic()
         while last < self.end:
             seed = self.rng.choice(list(self.expected))
@@ -79,7 +79,7 @@ def strike(kind: str, port: int, rng: random.Random) -> list[socket.socket]:
             os.kill(rng.choice(victims).pid, signal.SIGKILL)
         return []
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n{{".encode()
-    stalled = [socket.create_connection((LOOPBACK, port), timeout=60) for _ in range(STALLED)]
+    stalled = [socket.create_connection((HOST, port), timeout=60) for _ in range(STALLED)]
     for connection in stalled:
         connection.sendall(head)
     return stalled
@@ -87,7 +87,7 @@ def strike(kind: str, port: int, rng: random.Random) -> list[socket.socket]:
 
 def soak(minutes: float, strike_every_s: float, seed: int) -> dict[str, Any]:
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as scratch, socket.create_server((LOOPBACK, 0)) as free:
+    with tempfile.TemporaryDirectory() as scratch, socket.create_server((HOST, 0)) as free:
         port = free.getsockname()[1]
         free.close()
         bundle = fresh_bundle(Path(scratch) / "hopper")
@@ -96,7 +96,7 @@ def soak(minutes: float, strike_every_s: float, seed: int) -> dict[str, Any]:
             s: policy.act(obs, K, torch.Generator().manual_seed(s)).tolist() for s in range(SEEDS)
         }
         strikes: Counter[str] = Counter()
-        with serving([bundle], port=port, replicas=REPLICAS):
+        with serving([bundle], host=HOST, port=port, replicas=REPLICAS):
             end = time.monotonic() + 60 * minutes
             clients = [Client(port, number, expected, end) for number in range(CLIENTS)]
             for client in clients:

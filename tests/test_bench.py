@@ -1,17 +1,20 @@
 """`qvpo bench`: counted arithmetic, sound timings, and no need of Ray or Gymnasium."""
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import qvpo_rllib
 from qvpo_rllib import cli
 from qvpo_rllib.bench import rollout, runtime, sizes
 from qvpo_rllib.bench.timing import measure, ratio
@@ -222,3 +225,40 @@ def test_the_gpus_command_says_in_one_line_that_there_is_none(program, monkeypat
     assert (run.returncode, run.stdout) == (2, "")
     assert len(run.stderr.splitlines()) == 1
     assert "No NVIDIA GPU here" in run.stderr
+
+
+@pytest.fixture
+def the_gpus_command(tmp_path, monkeypatch):
+    """`.ci/gpu` as a module, which writes to `tmp_path`."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    path = str(Path(__file__).parents[1] / ".ci" / "gpu")
+    spec = importlib.util.spec_from_loader("gpu", SourceFileLoader("gpu", path))
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gpus_command_lets_its_parts_find_what_it_finds(
+    the_gpus_command, tmp_path, monkeypatch
+):
+    """As where Ray lies on PYTHONPATH alone; the tree itself comes first."""
+    for directory, name in ((tmp_path, "only_here"), (tmp_path / "qvpo_rllib", "__init__")):
+        directory.mkdir(exist_ok=True)
+        (directory / f"{name}.py").touch()
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", tmp_path.name]))
+    program = "import only_here, qvpo_rllib; print(qvpo_rllib.__file__)"
+    results = the_gpus_command.Results()
+    lines = the_gpus_command.lines_of(results, "x", [sys.executable, "-c", program], 60)
+    assert [line.strip() for line in lines] == [str(Path(qvpo_rllib.__file__))]
+    assert not results.failed
+
+
+def test_the_gpus_command_says_which_part_a_missing_ray_skips(the_gpus_command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    results = the_gpus_command.Results()
+    the_gpus_command.train(results)
+    [row] = results.rows
+    assert row["part"] == "train"
+    assert "qvpo train needs Ray" in row["skipped"]

@@ -22,7 +22,7 @@ from qvpo_rllib.algorithms.columnar_buffer import ColumnarBuffer
 from qvpo_rllib.algorithms.normalization import CLIP, Moments, ReturnTracker, RunningMoments
 from qvpo_rllib.algorithms.sac import RivalSACConfig, SquashedGaussian
 from qvpo_rllib.algorithms.spo import spo_loss
-from qvpo_rllib.core.errors import NonFiniteError
+from qvpo_rllib.core.errors import ENDS_TRAINING, NonFiniteError
 from qvpo_rllib.core.options import option_table
 
 NAMES = ("ppo", "spo", "sac")
@@ -372,6 +372,92 @@ def test_callbacks_see_trajectories_batches_and_lengths(
     assert Learning.seen["step"] - {LIMIT} == steps - {LIMIT}  # the last may be the end's alone
     assert Learning.seen["end"] == {LIMIT}
     assert Learning.seen["trajectory"] == Learning.seen["batch"] == {1}
+
+
+class Telling(SevenSteps):
+    """Says in its infos what the time is and which action it got."""
+
+    action_space = gym.spaces.Box(-1, 3, (1,), np.float32)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        return super().reset(seed=seed, options=options)[0], {"time": 0}
+
+    def step(self, action: Any) -> Any:
+        return (*super().step(action)[:4], {"time": self.time, "action": action.copy()})
+
+
+gym.register("Telling-v0", Telling)
+
+
+class Last(RLlibCallback):  # type: ignore[misc]
+    """Notes (callback, length, observation, info's time), and checks the action."""
+
+    seen: ClassVar[list[tuple[str, int, int, int]]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.created: set[int] = set()
+
+    def note(self, name: str, episode: Any) -> None:
+        obs, info = episode.last_observation_for(), episode.last_info_for()
+        self.seen.append((name, episode.length, int(obs[0]), info["time"]))
+        action = episode.last_action_for("agent0")
+        if episode.length <= 0:
+            assert action is None
+            return
+        assert abs(action).max() <= 1
+        np.testing.assert_allclose(1 + 2 * action, info["action"], rtol=1e-5, atol=1e-6)
+
+    def on_episode_created(self, *, episode: Any, env_index: int, **arguments: Any) -> None:
+        if env_index in self.created:  # RLlib makes the first one after its reset
+            assert episode.last_observation_for() is None
+            assert episode.last_action_for() is None
+            assert episode.last_info_for() is None
+        self.created.add(env_index)
+
+    def on_episode_start(self, *, episode: Any, **arguments: Any) -> None:
+        self.note("start", episode)
+
+    def on_episode_step(self, *, episode: Any, **arguments: Any) -> None:
+        self.note("step", episode)
+
+    def on_episode_end(self, *, episode: Any, **arguments: Any) -> None:
+        self.note("end", episode)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_training_episodes_know_their_last_step(
+    name: str, num_envs: int, build: Callable[[Any], Any]
+) -> None:
+    Last.seen.clear()
+    config = config_of(name, env="Telling-v0").callbacks(Last).evaluation(evaluation_interval=None)
+    build(config.env_runners(num_envs_per_env_runner=num_envs)).train()
+    episode = [("start", -1, 0, 0), *(("step", t, t, t) for t in range(1, LIMIT + 1))]
+    episode.append(("end", LIMIT, LIMIT, LIMIT))
+    assert set(Last.seen) == set(episode)
+    if num_envs == 1:
+        assert Last.seen[: 3 * len(episode)] == 3 * episode
+
+
+@pytest.mark.parametrize(
+    ("name", "env", "message"),
+    [
+        *((n, "LateShape", r"step 30 .* shape \(3,\).* declares shape \(2,\)") for n in NAMES),
+        ("ppo", "NanObservation", "observation .*nan"),
+    ],
+    ids=[*(f"{n}-shape" for n in NAMES), "ppo-nan"],
+)
+def test_what_a_restart_would_meet_again_ends_training(
+    name: str, env: str, message: str, build: Callable[[Any], Any]
+) -> None:
+    """RLlib alone restarts the workers for ever."""
+    config = config_of(name, env=f"environments:{env}-v0").env_runners(num_env_runners=2)
+    config.reporting(min_sample_timesteps_per_iteration=300)
+    algorithm = build(config.evaluation(evaluation_interval=None))
+    with pytest.raises(ENDS_TRAINING, match=rf"environments:{env}-v0 \(worker \d.*{message}"):
+        algorithm.train()
+    assert algorithm.env_runner_group.num_remote_worker_restarts() == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,7 +15,9 @@ from ray.experimental import internal_kv
 from ray.rllib.algorithms import algorithm as rllib
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.evaluation.env_runner_v2 import EnvRunnerV2
 from ray.rllib.evaluation.rollout_worker import RolloutWorker
+from ray.rllib.evaluation.sampler import SyncSampler
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.train._internal.storage import StorageContext
@@ -57,6 +59,7 @@ RELIED_ON: list[tuple[str, Callable[..., Any], tuple[str, ...]]] = [
     (PRIVATE, StorageContext._update_checkpoint_index, ("self", "metrics")),
     (PRIVATE, StorageContext.persist_artifacts, ("self", "force")),
     (PRIVATE, FaultTolerantActorManager.set_actor_state, ("self", "actor_id", "healthy")),
+    (PRIVATE, EnvRunnerV2.create_episode, ("self", "env_id")),
     (TUNE, TuneController.get_trials, ("self",)),
     (TUNE, TuneController.pause_trial, ("self", "trial", "should_checkpoint")),
 ]
@@ -66,7 +69,7 @@ ATTRIBUTES = {
         "_counters", "_env_id", "_episode_history", "_iteration", "_last_result", "_storage",
         "_time_total", "_timers",
     },
-    PRIVATE: {"_is_frozen", "_last_result", "_storage", "_worker_manager"},
+    PRIVATE: {"_env_runner_obj", "_is_frozen", "_last_result", "_storage", "_worker_manager"},
 }  # fmt: skip
 
 
@@ -88,7 +91,7 @@ def test_signatures_that_are_relied_on(
 
 @pytest.mark.parametrize("file", ATTRIBUTES)
 def test_attributes_that_are_relied_on(file: str) -> None:
-    owners = (rllib, Trainable, AlgorithmConfig, EnvRunnerGroup)
+    owners = (rllib, Trainable, AlgorithmConfig, EnvRunnerGroup, SyncSampler)
     missing = ATTRIBUTES[file] - _own_private_names(*owners)
     assert not missing, f"Ray {ray.__version__} has no {missing}: open qvpo_rllib/{file}."
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import reference
 import torch
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from qvpo_rllib.core.replay import UpdateLedger
 from qvpo_rllib.core.seeding import restore_generator
+from qvpo_rllib.runtime.ray_private import check_resources
 from qvpo_rllib.training.plan import gpus_here
 from qvpo_rllib.training.run import _interrupts
 
@@ -255,6 +257,31 @@ def test_more_workers_than_the_cluster_can_hold_are_refused(build: Any, tiny_con
     config = tiny_config(ENV).env_runners(num_env_runners=1, num_gpus_per_env_runner=1)
     with pytest.raises(ValueError, match="1 GPU are needed, of 0"):
         build(config)
+
+
+def nodes_of(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, float]) -> None:
+    """Lets Ray tell of a cluster of these nodes, and of one that has died."""
+    alive = [{"Alive": True, "Resources": node} for node in nodes]
+    dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}}
+    total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+    monkeypatch.setattr(ray, "nodes", lambda: [*alive, dead])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+
+
+def test_a_worker_that_fits_no_node_is_refused(
+    build: Any, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes_of(monkeypatch, {"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 4.0})
+    config = tiny_config(ENV).env_runners(num_env_runners=1, num_cpus_per_env_runner=5)
+    text = "needs 5 CPU on one node, and the nodes have 4 CPU; 2 CPU. Lower num_env_runners"
+    with pytest.raises(ValueError, match=text):
+        build(config)
+    both = {"CPU": 4, "GPU": 1}
+    with pytest.raises(ValueError, match="4 CPU and 1 GPU on one node, and the nodes have 4 CPU"):
+        check_resources([both], "")
+    check_resources([{"CPU": 4, "GPU": 0}, {"CPU": 2, "GPU": 1}, *[{"CPU": 0.1}] * 40], "")
+    with pytest.raises(ValueError, match=r"10\.1 CPU are needed, of 10"):
+        check_resources([{"CPU": 0.1}] * 101, "")
 
 
 def test_a_seed_repeats_a_single_action(build: Any, tiny_config: Any) -> None:

@@ -20,12 +20,12 @@ import torch
 
 from qvpo_rllib import cli
 from qvpo_rllib.bench.http_load import fresh_bundle
-from qvpo_rllib.ray_session import LOOPBACK
 from qvpo_rllib.serving import load, write_bundle
 from qvpo_rllib.serving.client import Client
 from qvpo_rllib.serving.schema import READ_TIMEOUT_S
 
 START_TIMEOUT_S = 120
+HOST = "127.0.0.1"  # the default
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def checkpoint(build_shared: Any, tiny_config: Any, tmp_path_factory: Any) -> Pa
 
 
 def free_port() -> int:
-    with socket.create_server((LOOPBACK, 0)) as server:
+    with socket.create_server((HOST, 0)) as server:
         return int(server.getsockname()[1])
 
 
@@ -75,7 +75,7 @@ def serving(*arguments: str) -> Iterator[tuple[Any, str, list[str]]]:
         if line.startswith("Serving at"):
             break
     try:
-        yield process, f"http://{LOOPBACK}:{port}", lines
+        yield process, f"http://{HOST}:{port}", lines
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -96,7 +96,7 @@ def test_serves_bundles_and_trusted_checkpoints(served: Any, bundle: Path) -> No
         assert client.act("InvertedPendulum-v5", np.zeros((1, 4))).shape == (1, 1)
     expected = load(bundle).act(obs, 4, torch.Generator().manual_seed(1))
     np.testing.assert_array_equal(actions, expected)
-    assert listening_addresses(int(url.rsplit(":", 1)[1])) == {LOOPBACK}
+    assert listening_addresses(int(url.rsplit(":", 1)[1])) == {HOST}
 
 
 def test_bench_serve_reports_loads_and_the_direct_call(
@@ -162,7 +162,7 @@ def test_sigterm_finishes_what_has_begun_and_takes_nothing_new(bundle: Path) -> 
     with serving(str(bundle), "--replicas", "2") as (process, url, lines):
         assert any(url in line for line in lines), [*lines, process.stderr.read()]
         host, port = url.removeprefix("http://").split(":")
-        assert listening_addresses(int(port)) == {LOOPBACK}
+        assert listening_addresses(int(port)) == {HOST}
         body = json.dumps({"observations": [[0.0] * 11], "k": 256}).encode()
         head = f"POST /v1/models/hopper/act HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
         begun = [socket.create_connection((host, int(port)), timeout=30) for _ in range(8)]
@@ -267,13 +267,13 @@ def test_bad_input_is_refused_before_anything_starts(
     assert "--version" in error_of(capsys, "serve", str(bundle), str(other))
     assert "--port 70000" in error_of(capsys, "serve", str(bundle), "--port", "70000")
     assert "--replicas 0" in error_of(capsys, "serve", str(bundle), "--replicas", "0")
-    with socket.create_server((LOOPBACK, 0)) as taken:
+    with socket.create_server((HOST, 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"--port {port}" in error_of(capsys, "serve", str(bundle), "--port", port)
 
 
 def test_evaluate_says_what_is_wrong(capsys: Any, bundle: Path) -> None:
-    url = f"http://{LOOPBACK}:{free_port()}"
+    url = f"http://{HOST}:{free_port()}"
     assert "Give either" in error_of(capsys, "evaluate")
     assert "Give either" in error_of(capsys, "evaluate", str(bundle), "--server", url)
     assert "--model" in error_of(capsys, "evaluate", "--server", url)

@@ -91,3 +91,28 @@ def test_trials_go_on_where_ctrl_c_stopped_them(
     for found, expected in zip(rows[0], uninterrupted(file), strict=True):
         del found["time_total_s"], expected["time_total_s"]
         assert found == expected
+
+
+def test_an_optuna_search_goes_on_with_new_settings(tmp_path: Path) -> None:
+    """Trials that are made after a restart get all the settings that are no numbers too."""
+    pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
+    file = tmp_path / "x.yaml"
+    own = TRAINING.replace("  hidden: [16]\n", "").replace("warmup_steps: 100", "warmup_steps: 200")
+    file.write_text(
+        f"name: searched\ntask: InvertedPendulum-v5\npreset: quick\nenv_steps: 400\n{own}"
+        "sweep:\n  space: {k_target: [none, 2], hidden: [[16], [8, 8]]}\n"
+        "search: {method: optuna, num_samples: 3}\n"
+        "evaluation: {interval: 400, episodes: 1}\nresources: {max_concurrent: 1}\n"
+    )
+    command = [str(file), "--storage", str(tmp_path)]
+    process = start(*command)
+    assert process.stdout
+    assert any(": finished" in line for line in process.stdout)
+    os.killpg(process.pid, signal.SIGINT)
+    code, output = finish(process)
+    assert code == 130, output
+    code, output = finish(start(*command))
+    assert code == 0, output
+    trials = read_trials(tmp_path / "searched" / "qvpo").values()
+    assert [entry["status"] for entry in trials] == ["finished"] * 3
+    assert {entry["config"]["k_target"] for entry in trials} <= {None, 2}

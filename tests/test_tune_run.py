@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,26 @@ def test_another_experiment_of_that_name_is_refused(killed: Any) -> None:
     record = json.loads((part.parent / "experiment.json").read_text())
     assert len(record["parts"]) == 1
     assert [start["command"][:2] for start in record["starts"]] == [["qvpo", "tune"]] * 2
+
+
+def test_a_trial_that_the_cluster_cannot_hold_is_said_at_the_start(
+    tmp_path: Path, ray_address: str
+) -> None:
+    """It waits then: somebody may add nodes to a cluster that is not the command's own."""
+    file = tmp_path / "large.yaml"
+    large = "resources: {num_cpus: 3}\nworkers: {num_env_runners: 6}\n"
+    file.write_text(f"name: large\npreset: quick\nenv_steps: 2400\n{TRAINING}{large}"
+                    "evaluation: {interval: 1200}\n")  # fmt: skip
+    process = start(str(file), "--storage", str(tmp_path), "--address", ray_address)
+    timer = threading.Timer(TIMEOUT_S, process.kill)
+    timer.start()
+    assert process.stdout
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if "is too small now: 9 CPU are needed, of 4. This waits" in line:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    timer.cancel()
+    assert "one trial of qvpo: lower num_cpus" in seen[-1], seen

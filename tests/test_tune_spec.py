@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.tune import Experiment
 from readmes import all_text, fenced
 
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.options import options_of
 from qvpo_rllib.tuning.smoke import MAX_SEEDS, shrink
 from qvpo_rllib.tuning.spec import ExperimentSpec
-from qvpo_rllib.tuning.tuner import _domains, confirmation_spec, fixed_config, planned_trials
+from qvpo_rllib.tuning.tuner import (
+    _domains,
+    _search,
+    confirmation_spec,
+    fixed_config,
+    planned_trials,
+)
 
 FILES = sorted((Path(__file__).parents[1] / "tune_configs").glob("*.yaml"))
 BASE: dict[str, Any] = {"name": "x", "task": "InvertedPendulum-v5", "preset": "quick"}
@@ -225,3 +232,25 @@ def test_choices_are_values_of_their_options_whatever_searches(method: str) -> N
     assert domains["grad_clip"].categories == [None, 0.1]
     for trial in planned_trials(spec, "qvpo") or []:
         assert trial["grad_clip"] in (None, 0.1)
+
+
+@pytest.mark.parametrize("method", ["grid", "random", "optuna"])
+def test_a_trial_gets_lists_and_none_as_they_are_written(method: str) -> None:
+    if method == "optuna":
+        pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
+    values = {"grad_clip": ["none", 2], "hidden": [[8], [16, 8], [4]]}
+    sweep = {"grid" if method == "grid" else "space": values}
+    samples = {} if method == "grid" else {"num_samples": 20}
+    spec = spec_of(sweep=sweep, search={"method": method, **samples})
+    space: dict[str, Any] = {}
+    search, number, _ = _search(spec, "qvpo", space)
+    if method == "optuna":
+        search.set_search_properties(None, None, space)
+        configs = [search.suggest(str(i)) for i in range(number)]
+    else:
+        search.add_configurations([Experiment("x", "PPO", config=space, num_samples=number)])
+        configs = [search.next_trial().config for _ in range(number)]
+        planned = planned_trials(spec, "qvpo") or []
+        assert configs == [{**p, "hidden": list(p["hidden"])} for p in planned]
+    assert {config["grad_clip"] for config in configs} == {None, 2.0}
+    assert {tuple(config["hidden"]) for config in configs} == {(8,), (16, 8), (4,)}

@@ -17,7 +17,7 @@ from torch import Generator
 
 from qvpo_rllib.core.errors import ENDS_TRAINING, NonFiniteError
 from qvpo_rllib.core.seeding import Stream, environment_seed, spawn_seed
-from qvpo_rllib.rollout.callbacks import EpisodeCallbacks
+from qvpo_rllib.rollout.callbacks import EpisodeCallbacks, LastStep, TrainingEpisode
 from qvpo_rllib.rollout.environments import action_scale, name_of
 from qvpo_rllib.rollout.episodes import check_finite, environment_failure, run_episodes
 from qvpo_rllib.rollout.outcomes import OutcomeCheck
@@ -25,6 +25,7 @@ from qvpo_rllib.rollout.policy import refuse_k
 from qvpo_rllib.rollout.worker import episode_metrics, restart_of
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.runtime.config import BaseConfig
+from qvpo_rllib.runtime.ray_private import make_episodes
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,9 @@ class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
         pairs = zip(self._envs, self._names, strict=True)
         self._checks = [OutcomeCheck(env, name, dtype=None) for env, name in pairs]
         self._lengths = [0] * self.num_envs
+        self._scale = action_scale(self.action_space)
+        # Observation, action and info of each environment's last step.
+        self._last: list[tuple[Any, Any, Any]] = [(None, None, None)] * self.num_envs
         self._seeds: dict[int, int] = {}  # of the next reset
         self._seed_of: Callable[[int, int], int] | None = None
         self._num_restarted = 0
@@ -100,6 +104,16 @@ class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
 
     def get_sub_environments(self) -> list[Any]:
         return self._envs
+
+    def last_step(self, i: int) -> LastStep:
+        """Returns observation, action in [-1, 1] and info of environment `i`."""
+        obs, action, info = self._last[i]
+        return obs, action if action is None else self._scale.to_unit(np.asarray(action)), info
+
+    def forget_ended(self, i: int) -> None:
+        """Lets `last_step` return nothing until the next reset, unless that has come already."""
+        if self._lengths[i] > 0:
+            self._last[i] = (None, None, None)
 
     def vector_reset(
         self, *, seeds: Any = None, options: Any = None
@@ -119,6 +133,7 @@ class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
             returned = self._envs[i].reset(seed=self._seeds.pop(i, seed), options=options)
         obs, info = self._checks[i].reset(returned)
         check_finite(obs, "observation", self._names[i], 0)
+        self._last[i] = (obs, None, info)
         return obs, info
 
     def vector_step(self, actions: Sequence[Any]) -> tuple[list[Any], ...]:
@@ -135,6 +150,7 @@ class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
         step = self._checks[i].step(returned, self._lengths[i])
         check_finite(step[0], "observation", self._names[i], self._lengths[i])
         check_finite(step[1], "reward", self._names[i], self._lengths[i])
+        self._last[i] = (step[0], action, step[4])
         return step
 
     def _replace(self, i: int, error: Exception) -> None:
@@ -163,7 +179,31 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
                 f"{name_of(self.config.env)} (worker {self.worker_index}",
                 restarts=self.config.restart_failed_sub_environments,
             )
+            make_episodes(self, self._new_episode)
         self.restart_streams(0)
+
+    def apply(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """RLlib's, but what ends training is returned; RLlib restarts a worker that raises."""
+
+        def guarded(worker: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return func(worker, *args, **kwargs)
+            except ENDS_TRAINING as error:
+                return error
+
+        return super().apply(guarded, *args, **kwargs)
+
+    def _new_episode(self, i: int) -> TrainingEpisode:
+        envs: CheckedVectorEnv = self.async_env.vector_env
+        envs.forget_ended(i)
+        return TrainingEpisode(
+            i,
+            self.policy_map,
+            self.policy_mapping_fn,
+            last=functools.partial(envs.last_step, i),
+            worker=self,
+            callbacks=self.callbacks,
+        )
 
     def restart_streams(self, env_steps: int) -> None:
         """Gives this worker new streams; those of a run that goes on depend on its `env_steps`.
@@ -224,6 +264,11 @@ class OnRLlibConfig(BaseConfig):
 class OnRLlibAlgorithm(BaseAlgorithm):
     """A subclass puts it before RLlib's own algorithm in its bases."""
 
+    def setup(self, config: Any) -> None:
+        super().setup(config)
+        group = self.env_runner_group
+        group.foreach_env_runner = _raising(group.foreach_env_runner)
+
     @property
     def updates(self) -> int:
         return int(self.get_policy().num_grad_updates)
@@ -248,6 +293,23 @@ class OnRLlibAlgorithm(BaseAlgorithm):
 
     def _refuse(self, quantity: str, value: float) -> NonFiniteError:
         return self.non_finite(quantity, value, "Lower the learning rates, or set grad_clip.")
+
+
+def _raising(foreach: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """`foreach`, which raises what ended training in a remote worker (`SeededRolloutWorker.apply`).
+
+    RLlib's own training step asks the workers, and would take it for a batch.
+    """
+
+    @functools.wraps(foreach)
+    def raising(*arguments: Any, **options: Any) -> list[Any]:
+        results = foreach(*arguments, **options)
+        for result in results:
+            if isinstance(result, ENDS_TRAINING):
+                raise result
+        return results
+
+    return raising
 
 
 def _single_numbers(stats: dict[str, Any]) -> Iterator[tuple[str, NDArray[Any]]]:

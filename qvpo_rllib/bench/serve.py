@@ -39,7 +39,7 @@ def _bench(options: argparse.Namespace) -> int:
         bundle = options.bundle or fresh_bundle(Path(scratch) / "hopper")
         policy = load(bundle)
         before = measure_direct(policy, options.k, options.seconds / 2)
-        with serving([bundle], port=options.port) as (host, port):
+        with serving([bundle], host="127.0.0.1", port=options.port) as (host, port):
             loads = [
                 asyncio.run(measure_load(host, port, policy, options.k, clients, options.seconds))
                 for clients in CLIENTS

@@ -49,7 +49,7 @@ def _add_evaluate(commands: Any) -> None:
         help="a checkpoint directory, a run directory (its best) or a bundle",
     )
     evaluate.add_argument(
-        "--server", metavar="URL", help="ask this server instead, such as http://127.0.0.2:8000"
+        "--server", metavar="URL", help="ask this server instead, such as http://127.0.0.1:8000"
     )
     evaluate.add_argument("--model", metavar="NAME", help="with --server: name or name@version")
     evaluate.add_argument("--env", metavar="ID", help="with --server (default: the model's own)")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.files import scratch_directory
-from qvpo_rllib.ray_session import LOOPBACK
 
 
 def add(commands: Any) -> None:
@@ -28,8 +27,8 @@ def add(commands: Any) -> None:
     )
     serve.add_argument(
         "--host",
-        default=LOOPBACK,
-        help=f"address to listen on (default {LOOPBACK}, which only this machine reaches); "
+        default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1, which only this machine reaches); "
         "there is no authentication",
     )
     serve.add_argument("--port", type=int, default=8000, help="default 8000")

@@ -59,6 +59,7 @@ def add(commands: Any) -> None:
 def _tune(options: argparse.Namespace) -> int:
     from qvpo_rllib.tuning.experiment import EXPERIMENT_FILE, Experiment
     from qvpo_rllib.tuning.interruption import INTERRUPTION
+    from qvpo_rllib.tuning.tuner import check_trial_resources
 
     spec = _spec(options)
     callbacks = [_logger(name, spec) for name in options.log]
@@ -75,6 +76,7 @@ def _tune(options: argparse.Namespace) -> int:
     with INTERRUPTION.watching(), experiment.writing():
         try:
             _start_ray(options.address, spec)
+            check_trial_resources(spec)
             INTERRUPTION.listen()
             print(f"Experiment: {experiment.directory}", flush=True)
             complete = experiment.run(callbacks, command)

@@ -21,3 +21,8 @@ class ActionScale:
         """Maps [..., A] in [-1, 1] to [..., A] in [low, high], in the box's dtype."""
         scaled = self._middle + self._half * action
         return np.clip(scaled, self.low, self.high).astype(self.dtype)
+
+    def to_unit(self, action: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Maps [..., A] in [low, high] to [..., A] in [-1, 1]."""
+        unit = (action.astype(np.float64) - self._middle) / self._half
+        return np.clip(unit, -1.0, 1.0).astype(np.float32)

@@ -28,6 +28,9 @@ EPISODE_STATE = (
     "media",
 )
 
+# Observation, action in [-1, 1], info.
+LastStep = tuple[NDArray[Any] | None, NDArray[np.floating] | None, dict[str, Any] | None]
+
 
 def overrides(callbacks: RLlibCallback | type[RLlibCallback], name: str) -> bool:
     """Returns whether a user has written the callback `name`."""
@@ -57,6 +60,28 @@ class WatchedEpisode(EpisodeV2):  # type: ignore[misc]
 
     def last_info_for(self, agent_id: str = AGENT) -> dict[str, Any] | None:
         return self.last_info
+
+
+class TrainingEpisode(EpisodeV2):  # type: ignore[misc]
+    """RLlib's episode as its own loop plays it, with the last step as `WatchedEpisode` has it.
+
+    Args:
+        last: returns observation, action in [-1, 1] and info of the episode's last step; of the
+            reset the action is None, and before it all are.
+    """
+
+    def __init__(self, *arguments: Any, last: Callable[[], LastStep], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._last = last
+
+    def last_observation_for(self, agent_id: str = AGENT) -> NDArray[Any] | None:
+        return self._last()[0]
+
+    def last_action_for(self, agent_id: str = AGENT) -> NDArray[np.floating] | None:
+        return self._last()[1]
+
+    def last_info_for(self, agent_id: str = AGENT) -> dict[str, Any] | None:
+        return self._last()[2]
 
 
 class EpisodeCallbacks(Hooks):

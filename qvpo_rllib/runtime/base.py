@@ -10,7 +10,6 @@ import json
 import logging
 import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -433,17 +432,17 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         """Frees large objects before `reset_config` makes new ones: both may not fit."""
 
 
-def _needed_by_workers(config: Any) -> Counter[str]:
-    """Returns the resources of all remote workers together, by Ray's names."""
-    needed: Counter[str] = Counter()
-    for runners in (config, config.get_evaluation_config_object()):
-        own = {
+def _needed_by_workers(config: Any) -> list[dict[str, float]]:
+    """Returns the resources of each remote worker, by Ray's names."""
+    return [
+        {
             "CPU": runners.num_cpus_per_env_runner,
             "GPU": runners.num_gpus_per_env_runner,
             **runners.custom_resources_per_env_runner,
         }
-        needed.update({name: amount * runners.num_env_runners for name, amount in own.items()})
-    return needed
+        for runners in (config, config.get_evaluation_config_object())
+        for _ in range(runners.num_env_runners)
+    ]
 
 
 def _directory_of(saved: Any) -> Path:

@@ -8,7 +8,8 @@ import difflib
 import importlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from ray.experimental import internal_kv
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
+from ray.rllib.evaluation.episode_v2 import EpisodeV2
+from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.tune import Checkpoint
@@ -93,30 +96,73 @@ def worker_manager(group: EnvRunnerGroup) -> FaultTolerantActorManager:
     return group._worker_manager
 
 
-def check_resources(needed: Mapping[str, float], advice: str) -> None:
-    """Compares what processes need at once with all that the Ray cluster has.
+def make_episodes(worker: RolloutWorker, new_episode: Callable[[int], EpisodeV2]) -> None:
+    """Lets RLlib's loop, in a worker that steps environments with it, play other episodes.
+
+    Args:
+        new_episode: of the environment with this index; it has yet to be reset.
+    """
+    runner = worker.sampler._env_runner_obj
+
+    def create_episode(env_id: int) -> EpisodeV2:
+        episode = new_episode(env_id)
+        worker.callbacks.on_episode_created(
+            worker=worker,
+            base_env=worker.async_env,
+            policies=worker.policy_map,
+            env_index=env_id,
+            episode=episode,
+        )
+        return episode
+
+    runner.create_episode = create_episode
+
+
+def check_resources(processes: Sequence[Mapping[str, float]], advice: str) -> None:
+    """Compares what processes need at once with what the Ray cluster and its nodes have.
 
     Ray would wait for the rest without a word. A Ray that this process has started gets no more; to
     another cluster an autoscaler, or a person, may add nodes: then a warning says what is missing.
 
     Args:
-        needed: amounts by Ray's names, such as {"CPU": 3, "GPU": 1}.
+        processes: amounts by Ray's names, such as {"CPU": 1, "GPU": 0.5}, each on one node.
         advice: what to change.
 
     Raises:
         ValueError: this process's own Ray has less.
     """
-    if not any(needed.values()):
+    lack = _lack_of_resources([{n: a for n, a in p.items() if a} for p in processes])
+    if not lack:
         return
-    total = ray.cluster_resources()
-    missing = [n for n, amount in needed.items() if amount > total.get(n, 0)]
-    if not missing:
-        return
-    text = ", ".join(f"{needed[n]:g} {n} are needed, of {total.get(n, 0):g}" for n in missing)
     node = ray._private.worker._global_node  # None under Ray Client
     if node is not None and node.is_head():
-        raise ValueError(f"The Ray cluster is too small: {text}. {advice}")
-    logger.warning("The Ray cluster is too small now: %s. This waits for more. %s", text, advice)
+        raise ValueError(f"The Ray cluster is too small: {lack}. {advice}")
+    logger.warning("The Ray cluster is too small now: %s. This waits for more. %s", lack, advice)
+
+
+def _lack_of_resources(processes: Sequence[Mapping[str, float]]) -> str:
+    """Returns "8 CPU are needed, of 4", or what one process needs and no node has; else ""."""
+    if not any(processes):
+        return ""
+    total, needed = ray.cluster_resources(), Counter[str]()
+    for process in processes:
+        needed.update(process)
+    missing = [n for n, a in needed.items() if round(a, 4) > total.get(n, 0)]  # as Ray rounds
+    if missing:
+        return ", ".join(f"{needed[n]:g} {n} are needed, of {total.get(n, 0):g}" for n in missing)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for process in processes:
+        if not any(all(node.get(n, 0) >= a for n, a in process.items()) for node in nodes):
+            found = dict.fromkeys(_amounts({n: node.get(n, 0) for n in process}) for node in nodes)
+            return (
+                f"a process needs {_amounts(process)} on one node, and the nodes have "
+                f"{'; '.join(found)}"
+            )
+    return ""
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def environment_maker(env: Any) -> Callable[[EnvContext], gym.Env[Any, Any]]:

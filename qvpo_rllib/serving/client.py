@@ -24,7 +24,7 @@ class Client:
     """One connection, kept open. Not for several threads at once.
 
     Args:
-        url: such as "http://127.0.0.2:8000".
+        url: such as "http://127.0.0.1:8000".
 
     Raises:
         ValueError: `url` is no http:// or https:// address.
@@ -33,7 +33,7 @@ class Client:
     def __init__(self, url: str, *, timeout_s: float = 60.0) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is not a server's address, such as 'http://127.0.0.2:8000'.")
+            raise ValueError(f"{url!r} is not a server's address, such as 'http://127.0.0.1:8000'.")
         secure = parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         self._prefix = parts.path.rstrip("/")

@@ -25,7 +25,6 @@ import torch
 import uvicorn
 
 from qvpo_rllib.core.options import require_at_least
-from qvpo_rllib.ray_session import LOOPBACK
 from qvpo_rllib.serving.api import create_api
 from qvpo_rllib.serving.batcher import Batcher
 from qvpo_rllib.serving.bundle import load
@@ -64,7 +63,7 @@ def serve_until_stopped(
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: stop.set())
         with serving(bundles, host=host, port=port, replicas=replicas):
-            url = f"http://{host if host != '0.0.0.0' else LOOPBACK}:{port}"
+            url = f"http://{host if host != '0.0.0.0' else '127.0.0.1'}:{port}"
             with Client(url) as client:
                 for model in client.models():
                     say(
@@ -81,7 +80,7 @@ def serve_until_stopped(
 
 @contextmanager
 def serving(
-    bundles: Sequence[Path], *, host: str = LOOPBACK, port: int, replicas: int = 1
+    bundles: Sequence[Path], *, host: str, port: int, replicas: int = 1
 ) -> Iterator[tuple[str, int]]:
     """Serves bundles as long as the block runs, and yields host and port.
 

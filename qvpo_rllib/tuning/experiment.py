@@ -30,7 +30,7 @@ from qvpo_rllib.tuning.ledger import TrialLedger
 from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, Entry, read_rows, read_trials
 from qvpo_rllib.tuning.spec import ExperimentSpec
 from qvpo_rllib.tuning.tune_state import TUNE_DIRECTORY, callbacks_of, has_state, mark_ended, repair
-from qvpo_rllib.tuning.tuner import build_tuner, confirmation_spec, planned_trials
+from qvpo_rllib.tuning.tuner import build_tuner, confirmation_spec, planned_trials, whole_space
 
 EXPERIMENT_FILE = "experiment.json"
 LAST_EVALUATIONS = 3  # whose mean says how good a setting is
@@ -204,7 +204,10 @@ class Experiment:
         repair(directory)
         mark_ended(directory, self._entries(part, FINISHED, STOPPED).keys())
         tuner = tune.Tuner.restore(
-            str(directory / TUNE_DIRECTORY), entry_of(part.algorithm).load(), resume_errored=True
+            str(directory / TUNE_DIRECTORY),
+            entry_of(part.algorithm).load(),
+            resume_errored=True,
+            param_space=whole_space(part.spec, part.algorithm),
         )
         for callback in callbacks_of(tuner):
             if isinstance(callback, TrialLedger):

@@ -1,10 +1,11 @@
 """Distributions over an option's values, as an experiment file writes them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ray import tune
-from ray.tune.search.sample import Domain
+from ray.tune.search.sample import Categorical, Domain
 
 from qvpo_rllib.core.options import OptionValue
 from qvpo_rllib.tuning.spec_file import KeyPath, Section, SpecError
@@ -30,6 +31,28 @@ class Distribution:
 
     def __str__(self) -> str:
         return f"{self.kind}({', '.join(map(str, self.values))})"
+
+
+class Planned(Categorical):  # type: ignore[misc]
+    """A choice of which Ray Tune is told the value in every trial (`points_to_evaluate`).
+
+    Tune takes a list apart and puts its elements into the distribution one by one, which fails with
+    its own `choice`. Here they become the list again; Tune copies the distribution for each trial.
+    """
+
+    def __init__(self, categories: Sequence[OptionValue]) -> None:
+        super().__init__(categories)
+        self._elements: list[int] = []
+
+    def __getitem__(self, index: int) -> None:
+        """Returns nothing to compare an element with."""
+
+    def __setitem__(self, index: int, element: int) -> None:
+        self._elements.insert(index, element)
+
+    def sample(self, *arguments: Any, **options: Any) -> list[int]:
+        """Is called only where no value stands in this object's place: for lists."""
+        return list(self._elements)
 
 
 def parse_space(section: Section) -> dict[str, Distribution]:

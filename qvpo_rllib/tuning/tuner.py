@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ from ray.tune.search.sample import Domain
 from qvpo_rllib.algorithms import entry_of
 from qvpo_rllib.core.options import OptionValue, Setting
 from qvpo_rllib.runtime.base import SCORE
+from qvpo_rllib.runtime.ray_private import check_resources
 from qvpo_rllib.tuning.interruption import PausingASHA, PausingFIFO, PausingPBT
+from qvpo_rllib.tuning.search_space import Planned
 from qvpo_rllib.tuning.spec import ExperimentSpec
 
 STEPS = "num_env_steps_sampled_lifetime"
@@ -101,6 +104,27 @@ def fixed_config(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
     }
 
 
+def check_trial_resources(spec: ExperimentSpec) -> None:
+    """As `check_resources` for one trial; those beyond it may wait for others to end."""
+    for algorithm in spec.algorithms:
+        request = entry_of(algorithm).load().default_resource_request(fixed_config(spec, algorithm))
+        check_resources(
+            request.bundles,
+            f"That is for one trial of {algorithm}: lower num_cpus, num_gpus or num_env_runners in "
+            "the experiment's file, or add nodes.",
+        )
+
+
+def whole_space(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
+    """Returns the settings that all trials share, and distributions of the others.
+
+    A search that goes on makes new trials, and Tune keeps no classes for them: it asks for these.
+    """
+    space = fixed_config(spec, algorithm)
+    _search(spec, algorithm, space)
+    return space
+
+
 def planned_trials(spec: ExperimentSpec, algorithm: str) -> list[Setting] | None:
     """Returns what sets each trial apart (env, seed, swept options); None if the search decides.
 
@@ -167,7 +191,7 @@ def _search(
     points = planned_trials(spec, algorithm) or []
     for name in points[0]:
         # Tune takes points only for what varies; it keeps the order of the points.
-        space[name] = tune.choice([point[name] for point in points])
+        space[name] = Planned([point[name] for point in points])
     search = BasicVariantGenerator(points_to_evaluate=points, random_state=spec.search.seed)
     return search, len(points), _scheduler(spec, algorithm)
 
@@ -224,6 +248,8 @@ def _optuna(spec: ExperimentSpec) -> Searcher:
     require("optuna", "search.method: optuna")
     from ray.tune.search.optuna import OptunaSearch
 
+    # Optuna's own storage could not keep a list. Here Ray Tune pickles the search.
+    warnings.filterwarnings("ignore", "Choices for a categorical distribution")
     return OptunaSearch(metric=EVALUATION, mode="max", seed=spec.search.seed)
 
 
