@@ -66,7 +66,7 @@ def test_what_networks_see_is_normalised_by_all_that_was_observed(
         learner.observe(rows)
         seen.append(rows)
     history = np.concatenate(seen)
-    values = np.concatenate([seen[-1], history + [[1, -20, 0.01, 1]]]).astype(np.float32)
+    values = np.concatenate([seen[-1], history + np.array([1, -20, 0.01, 1])]).astype(np.float32)
     found = learner.networks.normalize(torch.from_numpy(values)).numpy()
     # A mean in float32 is off by 1e-7 of its size, here of up to 3e-4 deviations.
     np.testing.assert_allclose(found, reference.standardized(history, values), atol=0.05, rtol=0.02)

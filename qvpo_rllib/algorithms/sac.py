@@ -263,7 +263,7 @@ class RivalSAC(OnRLlibAlgorithm, rllib.SAC):  # type: ignore[misc]
         results = super().training_step()
         if not self.config.normalize_observations:
             return results
-        # After the updates, so that a step learns with the moments that its actions were drawn with.
+        # After the updates, so that a step learns by the moments that its actions were drawn by.
         for part in self.local_replay_buffer.since(added):
             self.get_policy().observe(part.obs)
         if self.env_runner_group.num_remote_env_runners() > 0:
