@@ -198,6 +198,33 @@ def td_target(reward, terminal, next_q, gamma):
     return np.array([r if ended == 1 else r + gamma * q for r, ended, q in rows])
 
 
+def n_step_target(steps, start, n, gamma, next_q):
+    """γ-discounted rewards of up to n steps of an episode from `start`, and then what is promised.
+
+    Args:
+        steps: (reward, terminal) of each step of the episode that is known.
+        next_q: of the state after each of them.
+    """
+    total, discount = 0.0, 1.0
+    for t in range(start, min(start + n, len(steps))):
+        reward, terminal = steps[t]
+        total += discount * reward
+        discount *= gamma
+        if terminal:
+            return total
+    return total + discount * next_q[t]
+
+
+def standardized(history, values):
+    """(x - mean) / √(variance + 1e-8) by all of `history` [N, D], clipped at 10: [B, D]."""
+    columns = []
+    for seen, column in zip(np.array(history, float).T, np.array(values, float).T, strict=True):
+        mean = sum(seen) / len(seen)
+        variance = sum((x - mean) ** 2 for x in seen) / len(seen)
+        columns.append([min(max((x - mean) / math.sqrt(variance + 1e-8), -10), 10) for x in column])
+    return np.array(columns).T
+
+
 def critic_loss(q1, q2, target):
     """mean (Q1 - y)² + mean (Q2 - y)²."""
     first = sum((a - y) ** 2 for a, y in zip(q1, target, strict=True)) / len(target)

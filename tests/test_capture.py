@@ -8,6 +8,7 @@ step each time, while the replay grows and everything moves that may move withou
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -19,7 +20,7 @@ from qvpo_rllib.core import learner as learner_module
 from qvpo_rllib.core.engine import CudaGraphs
 from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.options import options_of
-from qvpo_rllib.core.replay import ReplayBuffer, Transitions
+from qvpo_rllib.core.replay import EpisodeSteps, ReplayBuffer, Transitions
 
 OBS, ACT = 5, 3
 SIZES = {"hidden": (16, 16), "batch_size": 8, "warmup_steps": 0, "replay_capacity": 100}
@@ -32,6 +33,7 @@ OPTION_SETS = [
     {"q_weights": "qrelu", "num_chosen_samples": 2, "vlo_coefficient": True, "grad_clip": None},
     {"q_weights": "qexp", "k_target": 1, "num_uniform_samples": 0, "noise_schedule": "vp"},
     {"sampling_precision": "bf16", **MOVING},
+    {"n_step": 3, "normalize_observations": True},
 ]
 READS_OF_THE_HOST = {"item", "tolist", "numpy", "cpu", "__array__", "__bool__", "__float__",
                      "__int__", "__index__"}  # fmt: skip
@@ -132,9 +134,20 @@ def trained(monkeypatch):
         networks = policy.networks_class(OBS, ACT, hp)
         learner = policy.learner_class(networks, hp, seed=0, device="cpu")
         learner.update_from = wrap(learner.update_from)
-        replay = ReplayBuffer(100, OBS, ACT, seed=1, device="cpu", improves_actions=name == "dipo")
+        replay = ReplayBuffer(
+            100,
+            OBS,
+            ACT,
+            seed=1,
+            device="cpu",
+            improves_actions=name == "dipo",
+            follows_episodes=hp.n_step > 1,
+        )
         for env_steps, new, updates in ((0, 20, 4), (50, 40, 3), (90, 70, 3)):
-            replay.add(transitions(new, seed=env_steps))
+            batch, numbers = transitions(new, seed=env_steps), np.arange(new)
+            steps = EpisodeSteps(env_steps * 100 + numbers // 7, numbers % 7, numbers % 7 == 6)
+            replay.add(batch, steps)
+            learner.observe(batch.obs)
             learner.set_env_steps(env_steps)
             if env_steps == 90:
                 learner.configure(dataclasses.replace(hp, actor_lr=1e-2, critic_lr=1e-3))

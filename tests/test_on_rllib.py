@@ -19,10 +19,11 @@ from readmes import all_text
 
 from qvpo_rllib.algorithms import ALGORITHMS
 from qvpo_rllib.algorithms.columnar_buffer import ColumnarBuffer
-from qvpo_rllib.algorithms.normalization import CLIP, Moments, ReturnTracker, RunningMoments
+from qvpo_rllib.algorithms.normalization import ReturnTracker
 from qvpo_rllib.algorithms.sac import RivalSACConfig, SquashedGaussian
 from qvpo_rllib.algorithms.spo import spo_loss
 from qvpo_rllib.core.errors import ENDS_TRAINING, NonFiniteError
+from qvpo_rllib.core.normalization import CLIP, Moments, RunningMoments
 from qvpo_rllib.core.options import option_table
 
 NAMES = ("ppo", "spo", "sac")

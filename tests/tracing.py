@@ -17,12 +17,12 @@ class Trace:
         self.num_taken_in = self.repeated = 0
         add = algorithm.replay.add
 
-        def recording(transitions: Any) -> None:
+        def recording(transitions: Any, steps: Any = None) -> None:
             for high, low, step in transitions.obs.tolist():
                 self.repeated += step <= self.last_step.get((high, low), -1)
                 self.last_step[high, low] = step
                 self.num_taken_in += 1
-            add(transitions)
+            add(transitions, steps)
 
         algorithm.replay.add = recording
 

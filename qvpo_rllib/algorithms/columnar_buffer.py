@@ -37,6 +37,17 @@ class ColumnarBuffer(RllibBuffer):  # type: ignore[misc]
     def __len__(self) -> int:
         return 0 if self.replay is None else len(self.replay)
 
+    @property
+    def num_transitions(self) -> int:
+        """How many have ever been added."""
+        return 0 if self.replay is None else self.replay.num_added
+
+    def since(self, number: int) -> list[Transitions]:
+        """The transitions added after `number` were, as views; at most what is held."""
+        if self.replay is None:
+            return []
+        return self.replay.rows(max(number, self.replay.oldest), self.replay.num_added)
+
     def add(self, batch: Any, **kwargs: Any) -> None:
         """Adds RLlib's batch of one policy."""
         rows = batch[DEFAULT_POLICY_ID] if isinstance(batch, MultiAgentBatch) else batch

@@ -118,11 +118,12 @@ class DIPOLearner(OffPolicyLearner[QVPONetworks, DIPOHyperparameters, UpdateNois
 
     def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
         assert replay.improved_action is not None
-        batch = replay.sample(self.hp.batch_size)
+        batch = self.draw(replay)
         noise = self.draw_update_noise(self.hp.batch_size)
         metrics = self.fit_critics(batch, self._next_q(batch.next_obs, noise))
         index = replay.sample_index(self.hp.batch_size)
         obs, action = replay.columns.obs[index], replay.improved_action[index]
+        obs = self.networks.normalize(obs)
         improved, policy_metrics = self._update_policy(obs, action, noise)
         replay.improved_action[index] = improved
         return metrics | policy_metrics

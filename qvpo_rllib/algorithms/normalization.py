@@ -5,84 +5,14 @@ The statistics are buffers of the network: they travel to the workers, into chec
 batch is learnt with the very statistics that its actions were drawn with.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from ray.rllib.models.torch.fcnet import FullyConnectedNetwork
-from torch import Tensor, nn
+from torch import Tensor
 
-CLIP = 10.0  # normalised observations and rewards stay in [-CLIP, CLIP]
-EPSILON = 1e-8
-
-
-class Moments(NamedTuple):
-    """Number, mean and sum of squared deviations of a set of vectors [D], float64."""
-
-    number: float
-    mean: NDArray[np.float64]
-    deviations: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, rows: NDArray[np.floating]) -> "Moments":
-        """The moments of `rows` [B, D]."""
-        values = np.asarray(rows, np.float64)
-        mean = values.mean(0)
-        return cls(float(len(values)), mean, ((values - mean) ** 2).sum(0))
-
-    @classmethod
-    def none(cls, size: int) -> "Moments":
-        return cls(0.0, np.zeros(size), np.zeros(size))
-
-    def plus(self, other: "Moments") -> "Moments":
-        """Those of both sets together (Chan, Golub and LeVeque 1979)."""
-        number = self.number + other.number
-        if number == 0:
-            return self
-        shift = other.mean - self.mean
-        mean = self.mean + shift * (other.number / number)
-        product = shift**2 * (self.number * other.number / number)
-        return Moments(number, mean, self.deviations + other.deviations + product)
-
-    @property
-    def variance(self) -> NDArray[np.float64]:
-        """Of the set itself, not an estimate for a larger one; 1 for an empty set."""
-        return self.deviations / self.number if self.number else np.ones_like(self.mean)
-
-
-class RunningMoments(nn.Module):
-    """Moments as float32 buffers: RLlib's `set_weights` rounds to that anyway."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.number: Tensor
-        self.mean: Tensor
-        self.variance: Tensor
-        self.register_buffer("number", torch.zeros(1))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("variance", torch.ones(size))
-
-    def read(self) -> Moments:
-        number, mean, variance = (
-            buffer.detach().cpu().numpy().astype(np.float64)
-            for buffer in (self.number, self.mean, self.variance)
-        )
-        return Moments(float(number[0]), mean, variance * number[0])
-
-    def add(self, new: Moments) -> None:
-        total = self.read().plus(new)
-        if total.number:
-            self.number.fill_(total.number)
-            self.mean.copy_(torch.as_tensor(total.mean))
-            self.variance.copy_(torch.as_tensor(total.variance))
-
-    def standardize(self, values: Tensor) -> Tensor:
-        """[B, D] with mean 0 and variance 1, clipped; unchanged before there are any moments."""
-        if not self.number:
-            return values
-        scaled = (values - self.mean) / torch.sqrt(self.variance + EPSILON)
-        return scaled.clamp(-CLIP, CLIP)
+from qvpo_rllib.core.normalization import RunningMoments
 
 
 class NormalizedNetwork(FullyConnectedNetwork):  # type: ignore[misc]
@@ -110,7 +40,7 @@ class NormalizedNetwork(FullyConnectedNetwork):  # type: ignore[misc]
         self, input_dict: dict[str, Tensor], state: list[Tensor], seq_lens: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         obs = input_dict["obs_flat"].float()
-        if self.normalize_observations:
+        if self.normalize_observations and self.observations.number:
             obs = self.observations.standardize(obs)
         result: tuple[Tensor, list[Tensor]] = super().forward({"obs_flat": obs}, state, seq_lens)
         return result

@@ -15,14 +15,9 @@ from ray.rllib.algorithms.ppo.ppo_torch_policy import PPOTorchPolicy
 from ray.rllib.evaluation.postprocessing import compute_gae_for_sample_batch
 from ray.rllib.policy.sample_batch import SampleBatch
 
-from qvpo_rllib.algorithms.normalization import (
-    CLIP,
-    EPSILON,
-    Moments,
-    NormalizedNetwork,
-    ReturnTracker,
-)
+from qvpo_rllib.algorithms.normalization import NormalizedNetwork, ReturnTracker
 from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, OnRLlibAlgorithm, OnRLlibConfig
+from qvpo_rllib.core.normalization import CLIP, EPSILON, Moments
 from qvpo_rllib.core.options import (
     BELOW_ONE,
     COUNT,

@@ -54,7 +54,7 @@ class QVPOTorchPolicy(OffPolicyTorchPolicy[QVPONetworks, QVPOHyperparameters]):
     def act_with_q(
         self, obs: NDArray[np.floating], *, generator: Generator | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        rows = self.to_tensor(obs)
+        rows = self.network_input(obs)
         actions, q = self._act(rows, False, self.hp.k_eval, generator or self.generator)
         if q is None:
             q = self._selector.q_of(rows, actions)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from ray.rllib.algorithms import sac as rllib
+from ray.rllib.algorithms.sac.sac_torch_model import SACTorchModel
 from ray.rllib.algorithms.sac.sac_torch_policy import SACTorchPolicy
 from ray.rllib.models.torch.torch_action_dist import TorchSquashedGaussian
 from ray.rllib.utils.exploration import StochasticSampling
@@ -23,6 +24,7 @@ from torch.nn import functional
 from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, OnRLlibAlgorithm, OnRLlibConfig
 from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK
 from qvpo_rllib.core.hyperparameters import TINY_REPLAY
+from qvpo_rllib.core.normalization import Moments, RunningMoments
 from qvpo_rllib.core.options import (
     BELOW_ONE,
     COUNT,
@@ -52,7 +54,11 @@ class SACHyperparameters(Options):
         "quick": QUICK | {"tau": 0.02, "auto_alpha": True},
     }
     smoke: ClassVar[Setting] = TINY_REPLAY
-    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "activation")
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = (
+        "hidden",
+        "activation",
+        "normalize_observations",
+    )
 
     hidden: tuple[int, ...] = option((256, 256), "hidden layers of actor and critics", range=WIDTHS)
     activation: str = option("relu", "activation function", choices=("relu", "tanh"))
@@ -78,6 +84,9 @@ class SACHyperparameters(Options):
     update_ratio: float = option(1.0, "updates per env step after the warm-up", range=POSITIVE)
     truncation_as_terminal: bool = option(
         False, "true: a time limit ends the return (a known error); false: the value bootstraps it"
+    )
+    normalize_observations: bool = option(
+        False, "by running mean and deviation of what training observes, clipped at 10"
     )
 
     def check(self) -> None:
@@ -139,10 +148,36 @@ class SquashedGaussian(TorchSquashedGaussian):  # type: ignore[misc]
         return exact
 
 
+class NormalizedModel(SACTorchModel):  # type: ignore[misc]
+    """RLlib's networks on normalised observations; actor and critics all take what it returns."""
+
+    def __init__(self, obs_space: Any, *arguments: Any, **named: Any) -> None:
+        super().__init__(obs_space, *arguments, **named)
+        self.observations = RunningMoments(math.prod(obs_space.shape))
+
+    def forward(
+        self, input_dict: dict[str, Tensor], state: list[Tensor], seq_lens: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        return self.observations.standardize(input_dict["obs"].float()), state
+
+
 class SACPolicy(ChoosingPolicy, SACTorchPolicy):  # type: ignore[misc]
     """RLlib's policy with this distribution."""
 
     dist_class = SquashedGaussian
+
+    def observe(self, obs: Tensor) -> None:
+        """Adds observations of training, [B, O], to the moments that normalise them."""
+        self.model.observations.add(Moments.of(obs))
+        self._share_moments()
+
+    def update_target(self, tau: float | None = None) -> None:
+        super().update_target(tau)
+        if isinstance(self.model, NormalizedModel):
+            self._share_moments()  # RLlib has moved the target's towards them by tau
+
+    def _share_moments(self) -> None:
+        self.target_model.observations.load_state_dict(self.model.observations.state_dict())
 
     def restore_options(self) -> None:
         rates = self.config["optimization"]
@@ -172,6 +207,10 @@ class RivalSACConfig(OnRLlibConfig, rllib.SACConfig):  # type: ignore[misc]
             "fcnet_activation": hp.activation,
         }
         return {
+            "model": {
+                **self.model,
+                "custom_model": NormalizedModel if hp.normalize_observations else None,
+            },
             "q_model_config": {**self.q_model_config, **networks},
             "policy_model_config": {**self.policy_model_config, **networks},
             "initial_alpha": hp.alpha,
@@ -218,3 +257,15 @@ class RivalSAC(OnRLlibAlgorithm, rllib.SAC):  # type: ignore[misc]
 
     config_class = RivalSACConfig
     policy_class = SACPolicy
+
+    def training_step(self) -> dict[str, Any]:
+        added = self.local_replay_buffer.num_transitions
+        results = super().training_step()
+        if not self.config.normalize_observations:
+            return results
+        # After the updates, so that a step learns by the moments that its actions were drawn by.
+        for part in self.local_replay_buffer.since(added):
+            self.get_policy().observe(part.obs)
+        if self.env_runner_group.num_remote_env_runners() > 0:
+            self.env_runner_group.sync_weights(policies=["default_policy"])
+        return results

@@ -13,6 +13,7 @@ from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK
 from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.kernels import linear
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
+from qvpo_rllib.core.normalization import RunningMoments
 from qvpo_rllib.core.options import COUNT, NON_NEGATIVE, Setting, option, with_default
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy
@@ -96,6 +97,8 @@ class TD3Networks(ActorCritic):
     def __init__(self, obs_dim: int, act_dim: int, hp: TD3Hyperparameters) -> None:
         actor = Actor(obs_dim, hp.hidden, act_dim)
         super().__init__(actor, TwinReluQ(obs_dim, act_dim, hp.hidden), act_dim)
+        if hp.normalize_observations:
+            self.observations = RunningMoments(obs_dim)
 
 
 def smoothed_action(action: Tensor, noise: Tensor, std: float, clip: float) -> Tensor:

@@ -4,6 +4,7 @@
                          and digest of every other file; written last
     replay/*.arrow       the replay's transitions (`replay_files`)
     improved_actions.npy of an algorithm that improves actions in the replay, oldest first
+    steps_to_successors.npy with n_step > 1: how far behind each transition its next step is
     environments/*.zst   a rollout worker's environments and streams (`worker_state`)
 
 RLlib's `algorithm_state.pkl` and `policies/` are pickles, and so is what `environments/` holds:
@@ -29,6 +30,8 @@ FORMAT = 2
 METADATA_FILE = "qvpo.json"
 REPLAY_DIRECTORY = "replay"
 IMPROVED_ACTIONS_FILE = "improved_actions.npy"
+SUCCESSORS_FILE = "steps_to_successors.npy"
+BESIDE_REPLAY = (IMPROVED_ACTIONS_FILE, SUCCESSORS_FILE)
 ENVIRONMENTS_DIRECTORY = "environments"
 POLICIES_DIRECTORY = "policies"
 
@@ -136,8 +139,9 @@ class Metadata:
     def check_fits(self, own: "Metadata", directory: Path) -> None:
         """Raises `ValueError` if the run `own` cannot go on from this checkpoint."""
         pairs = [(n, getattr(self, n), getattr(own, n)) for n in ("algorithm", "env", "shapes")]
+        # What an earlier version did not have was off.
         pairs += [
-            (name, self.hyperparameters.get(name), own.hyperparameters[name])
+            (name, self.hyperparameters.get(name, False), own.hyperparameters[name])
             for name in own.fixed_by_checkpoint
         ]
         for name, theirs, ours in pairs:
@@ -154,10 +158,11 @@ def drop_replay(directory: Path) -> None:
     metadata = Metadata.read(directory)
     if metadata.replay["segments"] is None:
         return
-    files = {n: record for n, record in metadata.files.items() if n != IMPROVED_ACTIONS_FILE}
+    files = {n: record for n, record in metadata.files.items() if n not in BESIDE_REPLAY}
     replace(metadata, replay={**metadata.replay, "segments": None}, files=files)._put(directory)
     shutil.rmtree(directory / REPLAY_DIRECTORY, ignore_errors=True)
-    (directory / IMPROVED_ACTIONS_FILE).unlink(missing_ok=True)
+    for name in BESIDE_REPLAY:
+        (directory / name).unlink(missing_ok=True)
 
 
 def encode_replay_state(state: dict[str, Any]) -> dict[str, Any]:

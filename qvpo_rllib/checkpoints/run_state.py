@@ -65,6 +65,9 @@ class RunParts:
         if self.replay.improved_action is not None:
             improved = self.replay.improved_actions().cpu().numpy()
             np.save(directory / names.IMPROVED_ACTIONS_FILE, improved)
+        if self.replay.successor is not None:
+            steps = self.replay.steps_to_successors().cpu().numpy()
+            np.save(directory / names.SUCCESSORS_FILE, steps)
         return segments
 
     def _warn_of_new_episodes(self, texts: list[str]) -> None:
@@ -87,6 +90,7 @@ class RunState:
     segments: list[Segment] | None  # None: the checkpoint has no replay
     transitions: list[Transitions]  # memory-mapped, oldest first
     improved_actions: Tensor | None  # oldest first
+    steps_to_successors: Tensor | None  # oldest first
     workers: dict[int, bytes]  # by worker index
 
     @classmethod
@@ -111,12 +115,14 @@ class RunState:
             check_segments(files, segments)
             oldest = max(0, replay["num_added"] - replay["capacity"])
             transitions = read_segments(files, segments, oldest)
-        improved = None
-        if names.IMPROVED_ACTIONS_FILE in metadata.files:
-            file = directory / names.IMPROVED_ACTIONS_FILE
-            improved = torch.from_numpy(np.load(file, allow_pickle=False))
+        beside = (
+            torch.from_numpy(np.load(directory / name, allow_pickle=False))
+            if name in metadata.files
+            else None
+            for name in names.BESIDE_REPLAY
+        )
         workers = {i: _worker_file(directory, i).read_bytes() for i in metadata.workers}
-        return cls(directory, metadata, segments, transitions, improved, workers)
+        return cls(directory, metadata, segments, transitions, *beside, workers)
 
     def restore_into(self, parts: RunParts, own: Metadata) -> None:
         """Restores ledger, replay and workers. RLlib has restored the rest.
@@ -157,6 +163,8 @@ class RunState:
         parts.replay.load(state, self.transitions)
         if self.improved_actions is not None:
             parts.replay.set_improved_actions(self.improved_actions)
+        if self.steps_to_successors is not None and parts.replay.successor is not None:
+            parts.replay.set_steps_to_successors(self.steps_to_successors)
         if state["capacity"] == parts.replay.capacity:
             parts.replay_files.link_from(self.directory / names.REPLAY_DIRECTORY, self.segments)
 

@@ -31,7 +31,7 @@ TINY_REPLAY: Setting = {
 class OffPolicyHyperparameters(Options):
     """What every algorithm has that learns from a replay on this package's runtime."""
 
-    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden",)
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "normalize_observations")
     # Compiling would take longer than all the rest.
     smoke: ClassVar[Setting] = {**TINY_REPLAY, "engine": "eager"}
 
@@ -47,6 +47,13 @@ class OffPolicyHyperparameters(Options):
         range=POSITIVE,
     )
     gamma: float = option(0.99, "discount factor", "γ", range=BELOW_ONE)
+    n_step: int = option(
+        1,
+        "rewards summed in the TD target before it bootstraps; fewer at an episode's end and at "
+        "the newest transition",
+        "n",
+        range=COUNT,
+    )
     tau: float = option(
         0.005, "rate of the targets' moving average, every update", "τ", range=SHARE
     )
@@ -60,6 +67,9 @@ class OffPolicyHyperparameters(Options):
     update_ratio: float = option(1.0, "updates per env step after the warm-up", range=POSITIVE)
     truncation_as_terminal: bool = option(
         False, "true: a time limit ends the return, as in the authors' program (a known error)"
+    )
+    normalize_observations: bool = option(
+        False, "by running mean and deviation of what training observes, clipped at 10"
     )
     engine: str = option(
         "auto",
@@ -87,13 +97,23 @@ class OffPolicyHyperparameters(Options):
             self.replay_capacity >= max(self.batch_size, self.warmup_steps),
             f"at least batch_size={self.batch_size} and warmup_steps={self.warmup_steps}",
         )
+        require(
+            "n_step",
+            self.n_step,
+            self.n_step <= self.replay_capacity,
+            f"at most replay_capacity={self.replay_capacity}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionHyperparameters(OffPolicyHyperparameters):
     """What every algorithm has whose policy is a diffusion chain."""
 
-    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "diffusion_steps", "noise_schedule")
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = (
+        *OffPolicyHyperparameters.fixed_by_checkpoint,
+        "diffusion_steps",
+        "noise_schedule",
+    )
     smoke: ClassVar[Setting] = {**OffPolicyHyperparameters.smoke, "diffusion_steps": 3}
 
     diffusion_steps: int = option(20, "steps of the diffusion chain", "T", range=COUNT)

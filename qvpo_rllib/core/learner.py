@@ -10,22 +10,30 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Generator, Tensor, nn
 
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.engine import CudaGraphs, kernels_of, matmul_precision, resolve_engine
 from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
+from qvpo_rllib.core.normalization import Moments, RunningMoments
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.seeding import restore_generator
 
 
 class ActorCritic(nn.Module):
-    """Actor, critics and a target of each; a subclass names their types."""
+    """Actor, critics and a target of each; a subclass names their types.
+
+    Attributes:
+        observations: their running moments where `normalize_observations` asks for them, else None.
+            The networks themselves take what `normalize` returns.
+    """
 
     actor: nn.Module
     critic: nn.Module
     target_actor: nn.Module
     target_critic: nn.Module
+    observations: RunningMoments | None
 
     def __init__(self, actor: nn.Module, critic: nn.Module, act_dim: int) -> None:
         super().__init__()
@@ -34,6 +42,11 @@ class ActorCritic(nn.Module):
         self.critic = critic
         self.target_actor = copy.deepcopy(actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(critic).requires_grad_(False)
+        self.observations = None
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Returns observations [..., O] as the networks take them."""
+        return obs if self.observations is None else self.observations.standardize(obs)
 
 
 Networks = TypeVar("Networks", bound=ActorCritic)
@@ -70,6 +83,9 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         self.critic_optimizer = torch.optim.Adam(networks.critic.parameters(), fused=True)
         self.num_updates = 0
         self.env_steps = 0
+        # All that was observed, in double precision: a buffer would lose what a single step adds.
+        moments = networks.observations
+        self._observed = None if moments is None else moments.read()
         self._metric_names: list[str] = []
         self._metric_sums: Tensor | None = None  # [metrics]
         self._num_summed = 0
@@ -87,6 +103,7 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         """Does one update on `batch`, which the caller counts in `num_updates`.
 
         Args:
+            batch: with observations as the networks take them (see `draw`).
             noise: drawn from the learner's generator if None.
 
         Returns:
@@ -96,7 +113,26 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
 
     def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
         """Does one update on what it draws from `replay`; see `update`."""
-        return self.update(replay.sample(self.hp.batch_size))
+        return self.update(self.draw(replay))
+
+    def draw(self, replay: ReplayBuffer) -> Transitions:
+        """Returns a batch of `replay` with n-step returns, as the networks take it."""
+        hp = self.hp
+        return self.normalized(replay.sample(hp.batch_size, hp.n_step, hp.gamma))
+
+    def normalized(self, batch: Transitions) -> Transitions:
+        """Returns `batch` with observations as the networks take them."""
+        normalize = self.networks.normalize
+        return batch._replace(obs=normalize(batch.obs), next_obs=normalize(batch.next_obs))
+
+    def observe(self, obs: ArrayLike) -> None:
+        """Adds observations of training, [B, O], to the moments that normalise them, if any do.
+
+        They stay as they are from one call to the next: within updates they never move.
+        """
+        if self._observed is not None and self.networks.observations is not None:
+            self._observed = self._observed.plus(Moments.of(obs))
+            self.networks.observations.write(self._observed)
 
     def train(self, replay: ReplayBuffer, num_updates: int) -> None:
         """Does `num_updates` updates on batches from `replay`; `pop_metrics` has their metrics."""
@@ -236,11 +272,14 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
             "num_updates": self.num_updates,
             "env_steps": self.env_steps,
             "unreported": unreported,
+            **({} if self._observed is None else {"observed": self._observed._asdict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`, then applies the learner's own hyperparameters again."""
         self.networks.load_state_dict(state["networks"])
+        if self._observed is not None:
+            self._observed = Moments(**state["observed"])
         # Adam would go on in the very moments that the state holds.
         self.actor_optimizer.load_state_dict(copy.deepcopy(state["actor_optimizer"]))
         self.critic_optimizer.load_state_dict(copy.deepcopy(state["critic_optimizer"]))

@@ -14,6 +14,7 @@ from qvpo_rllib.core.engine import SecondStream, matmul_precision
 from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters, QVPOHyperparameters
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
+from qvpo_rllib.core.normalization import RunningMoments
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
 
@@ -70,6 +71,8 @@ class QVPONetworks(ActorCritic):
             act_dim,
         )
         self.schedule = NoiseSchedule(hp.noise_schedule, hp.diffusion_steps)
+        if hp.normalize_observations:
+            self.observations = RunningMoments(obs_dim)
 
 
 class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNoise]):
@@ -147,10 +150,10 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         )
 
     def update_from(self, replay: ReplayBuffer) -> dict[str, Tensor]:
-        critic_batch = replay.sample(self.hp.batch_size)
+        critic_batch = self.draw(replay)
         if self.hp.update_order == "policy_then_critic":
             return self.update(critic_batch)
-        return self.update(critic_batch, replay.sample(self.hp.batch_size))
+        return self.update(critic_batch, self.draw(replay))
 
     def update(
         self,

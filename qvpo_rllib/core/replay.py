@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from qvpo_rllib.core.seeding import restore_generator
@@ -22,15 +24,29 @@ class Transitions(NamedTuple):
     action: Tensor  # [B, A]
     reward: Tensor  # [B]
     next_obs: Tensor  # [B, O]
-    terminal: Tensor  # [B], 1 where the return ends, else 0
+    terminal: Tensor  # [B], 1 where the return ends, else 0; of n-step returns see `sample`
+
+
+class EpisodeSteps(NamedTuple):
+    """Where each of B transitions stands in its episode."""
+
+    episode: NDArray[np.int64]  # [B], a number that no other episode of the run has
+    step: NDArray[np.int64]  # [B], 0 for an episode's first
+    last: NDArray[np.bool_]  # [B], whether the episode ended with it
 
 
 def replay_bytes(
-    capacity: int, obs_dim: int, act_dim: int, *, improves_actions: bool = False
+    capacity: int,
+    obs_dim: int,
+    act_dim: int,
+    *,
+    improves_actions: bool = False,
+    follows_episodes: bool = False,
 ) -> int:
     """Returns the bytes that a replay of this size takes."""
     num_actions = 2 if improves_actions else 1
-    return capacity * (2 * obs_dim + num_actions * act_dim + 2) * 4
+    successor = 8 if follows_episodes else 0
+    return capacity * ((2 * obs_dim + num_actions * act_dim + 2) * 4 + successor)
 
 
 class ReplayBuffer:
@@ -41,6 +57,8 @@ class ReplayBuffer:
     Args:
         improves_actions: keeps a second copy of each action, `improved_action`, which a learner
             overwrites by better ones.
+        follows_episodes: keeps in `successor` where the next step of each transition's episode is,
+            for n-step returns.
     """
 
     def __init__(
@@ -52,6 +70,7 @@ class ReplayBuffer:
         seed: int,
         device: torch.device | str,
         improves_actions: bool = False,
+        follows_episodes: bool = False,
     ) -> None:
         self.capacity = capacity
         self.device = torch.device(device)
@@ -62,6 +81,10 @@ class ReplayBuffer:
         self.improved_action: Tensor | None = None  # [capacity, A]
         if improves_actions:
             self.improved_action = torch.zeros_like(self.columns.action)
+        # [capacity] int64: the row of the next step; a transition without one has its own row.
+        self.successor = torch.arange(capacity, device=self.device) if follows_episodes else None
+        # By episode under way: number and step of its newest transition.
+        self._newest: dict[int, tuple[int, int]] = {}
         self.size = 0
         # The same number on the device, where a captured graph reads it as it grows.
         self._size = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -72,8 +95,12 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return self.size
 
-    def add(self, transitions: Transitions) -> None:
-        """Appends a batch of transitions, in order of time, from any device."""
+    def add(self, transitions: Transitions, steps: EpisodeSteps | None = None) -> None:
+        """Appends a batch of transitions, in order of time, from any device.
+
+        Args:
+            steps: which of them follow which; without it each stands for itself.
+        """
         columns = [torch.as_tensor(column) for column in transitions]
         num_new = columns[0].shape[0]
         for name, new, own in zip(Transitions._fields, columns, self.columns, strict=True):
@@ -90,6 +117,28 @@ class ReplayBuffer:
             self._write(self.improved_action, columns[1][-self.capacity :], num_new)
         self.num_added += num_new
         self._set_size()
+        if self.successor is not None:
+            self._follow(self.successor, self.num_added - num_new, steps)
+
+    def _follow(self, successor: Tensor, first: int, steps: EpisodeSteps | None) -> None:
+        """Notes which transitions the new ones, from number `first` on, follow."""
+        rows = self._ring_rows(max(first, self.oldest))
+        successor[rows] = rows
+        pairs: list[tuple[int, int]] = []
+        for number, (episode, step, last) in enumerate(
+            zip(*(column.tolist() for column in steps or ()), strict=True), start=first
+        ):
+            before, step_before = self._newest.pop(episode, (-1, -1))
+            # A fragment between the two may be lost, or the first of them overwritten by now.
+            if before >= self.oldest and step_before + 1 == step:
+                pairs.append((before % self.capacity, number % self.capacity))
+            if not last:
+                self._newest[episode] = number, step
+        if pairs:
+            table = torch.tensor(pairs)
+            if self.device.type == "cuda":
+                table = table.pin_memory().to(self.device, non_blocking=True)
+            successor[table[:, 0]] = table[:, 1]
 
     def _set_size(self) -> None:
         self.size = min(self.num_added, self.capacity)
@@ -102,10 +151,35 @@ class ReplayBuffer:
         own[start : start + first] = new[:first].to(own)
         own[: kept - first] = new[first:].to(own)
 
-    def sample(self, batch_size: int) -> Transitions:
-        """Returns `batch_size` transitions, drawn uniformly with replacement."""
+    def sample(self, batch_size: int, n_step: int = 1, gamma: float = 1.0) -> Transitions:
+        """Returns `batch_size` transitions, drawn uniformly with replacement.
+
+        With `n_step` > 1 each spans k steps of its episode (Sutton and Barto 2018, Eq. 7.1, without
+        a correction for the actions in between): `reward` is Σ_{i<k} γ^i r_i, `next_obs` is the
+        last of them's, and `terminal` is 1 - γ^(k-1)(1 - terminal of the last), so that
+        r + γ(1 - terminal)·Q is the n-step target Σ γ^i r_i + γ^k Q. k is `n_step`, or what is held
+        until the episode's end, its newest transition, or a gap.
+        """
         index = self.sample_index(batch_size)
-        return Transitions(*(column.index_select(0, index) for column in self.columns))
+        if n_step == 1:
+            return Transitions(*(column.index_select(0, index) for column in self.columns))
+        assert self.successor is not None
+        columns, last = self.columns, index
+        reward = columns.reward[index]
+        weight = torch.ones_like(reward)  # γ^(k-1)
+        for i in range(1, n_step):
+            following = self.successor[last]
+            goes_on = following != last
+            reward = reward + gamma**i * goes_on * columns.reward[following]
+            weight = torch.where(goes_on, gamma**i, weight)
+            last = following
+        return Transitions(
+            columns.obs[index],
+            columns.action[index],
+            reward,
+            columns.next_obs[last],
+            1 - weight * (1 - columns.terminal[last]),
+        )
 
     def sample_index(self, batch_size: int) -> Tensor:
         """Returns such a sample's rows in `columns` and `improved_action`, [batch_size] int64."""
@@ -138,25 +212,46 @@ class ReplayBuffer:
     def improved_actions(self) -> Tensor:
         """Returns a copy of `improved_action` of everything held, oldest first: [size, A]."""
         assert self.improved_action is not None
-        return self.improved_action.index_select(0, self._rows_by_age())
+        return self.improved_action.index_select(0, self._ring_rows(self.oldest))
 
     def set_improved_actions(self, actions: Tensor) -> None:
         """Restores `improved_actions()` after `load`; a smaller ring keeps the newest."""
         assert self.improved_action is not None
         newest = actions[actions.shape[0] - self.size :].to(self.improved_action)
-        self.improved_action.index_copy_(0, self._rows_by_age(), newest)
+        self.improved_action.index_copy_(0, self._ring_rows(self.oldest), newest)
 
-    def _rows_by_age(self) -> Tensor:
-        numbers = torch.arange(self.oldest, self.num_added, device=self.device)
-        return numbers % self.capacity
+    def steps_to_successors(self) -> Tensor:
+        """Returns how many transitions later each one's next step was added, oldest first.
+
+        [size] int32; 0 for one without a next step.
+        """
+        assert self.successor is not None
+        rows = self._ring_rows(self.oldest)
+        return ((self.successor[rows] - rows) % self.capacity).int()
+
+    def set_steps_to_successors(self, steps: Tensor) -> None:
+        """Restores `steps_to_successors()` after `load`; a smaller ring keeps the newest."""
+        assert self.successor is not None
+        rows = self._ring_rows(self.oldest)
+        newest = steps[steps.shape[0] - self.size :].to(rows)
+        self.successor[rows] = (rows + newest) % self.capacity
+
+    def _ring_rows(self, first: int) -> Tensor:
+        """Returns the rows of the transitions from number `first` on, which are held."""
+        return torch.arange(first, self.num_added, device=self.device) % self.capacity
 
     def state_dict(self) -> dict[str, Any]:
         """Returns counters and the generator's state; `segments()` has the transitions."""
-        return {
+        state = {
             "capacity": self.capacity,
             "num_added": self.num_added,
             "generator": self.generator.get_state().cpu(),
         }
+        if self.successor is None:
+            return state
+        # The episodes of lost workers never end, but are overwritten.
+        self._newest = {e: newest for e, newest in self._newest.items() if newest[0] >= self.oldest}
+        return {**state, "newest": [[e, *newest] for e, newest in self._newest.items()]}
 
     def load(self, state: dict[str, Any], parts: Sequence[Transitions]) -> None:
         """Restores `state_dict()` and `segments()`, oldest first.
@@ -179,6 +274,12 @@ class ReplayBuffer:
         self._set_size()
         for part in parts:
             self.add(part)
+        renumbered = num_added - self.num_added
+        self._newest = {
+            episode: (number - renumbered, step)
+            for episode, number, step in state.get("newest", [])
+            if number - renumbered < self.num_added
+        }
         restore_generator(self.generator, state["generator"])
 
 

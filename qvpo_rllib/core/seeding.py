@@ -21,6 +21,7 @@ class Stream(enum.IntEnum):
     ACTION = 4  # indices: env steps at the last start, worker, 1 for evaluation workers
     WARMUP = 5  # indices: env steps at the last start, worker
     EVALUATION = 6  # indices: env steps at the time, then the worker for the diffusion noise
+    EPISODES = 7  # numbers, not seeds, of training's; indices: env steps at the last start, worker
 
 
 def sequence(seed: int | None, stream: Stream, *indices: int) -> np.random.SeedSequence:

@@ -71,6 +71,7 @@ def export_checkpoint(
         noise_schedule=policy.hp.noise_schedule,
         k_behavior=policy.hp.k_behavior,
         k_eval=policy.hp.k_eval,
+        normalize_observations=policy.hp.normalize_observations,
         source={
             "run": directory.parents[1].name if directory.parent.name == "checkpoints" else None,
             "checkpoint": directory.name,

@@ -72,11 +72,17 @@ def _refuse_running_statistics(env: gym.Env[Any, Any]) -> None:
             raise ValueError(
                 f"The wrapper {type(layer).__name__} is not supported: its statistics move with "
                 "the steps that it sees, so workers, evaluations and the exported policy would "
-                "each see other observations or rewards. Scale by a fixed mean and deviation "
-                "(gymnasium.wrappers.TransformObservation or TransformReward, the numbers given by "
-                "env_config), or set the wrapper's statistics and update_running_mean=False. PPO "
-                "and SPO normalise by themselves (normalize_observations, normalize_rewards)."
+                f"each see other observations or rewards. {_instead_of(layer)}, scale by a fixed "
+                "mean and deviation (gymnasium.wrappers.TransformObservation or TransformReward, "
+                "the numbers given by env_config), or set the wrapper's statistics and "
+                "update_running_mean=False."
             )
+
+
+def _instead_of(wrapper: gym.Env[Any, Any]) -> str:
+    if isinstance(wrapper, gym.wrappers.NormalizeObservation):
+        return "Train with normalize_observations=true, whose statistics are part of the policy"
+    return "Train PPO or SPO with normalize_rewards=true"
 
 
 def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:

@@ -17,7 +17,7 @@ from qvpo_rllib.core.backends.acting_copy import ActingCopy
 from qvpo_rllib.core.engine import CPU, acting_engine, kernels_of, matmul_precision
 from qvpo_rllib.core.hyperparameters import resolved_hyperparameters
 from qvpo_rllib.core.learner import ActorCritic, Hyper, Networks, OffPolicyLearner
-from qvpo_rllib.core.replay import Transitions
+from qvpo_rllib.core.replay import EpisodeSteps, Transitions
 from qvpo_rllib.core.seeding import Stream, restore_generator, spawn_seed
 from qvpo_rllib.rollout.environments import check_spaces
 
@@ -42,7 +42,7 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
     Attributes:
         networks_class: called with observation dimensions, action dimensions, hyperparameters.
         behavior_prefixes: of the parameters that a rollout worker needs in order to act; no others
-            travel.
+            travel, but the moments that normalise observations.
     """
 
     hyperparameters_class: type[Hyper]
@@ -79,7 +79,12 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         self._acting, self._copy = self.networks, None
         if self.device.type != "cpu":
             self._acting = copy.deepcopy(self.networks).to(CPU)
-            self._copy = ActingCopy(self.networks, self._acting, self.behavior_prefixes)
+            self._copy = ActingCopy(self.networks, self._acting, self.acting_prefixes)
+
+    @property
+    def acting_prefixes(self) -> tuple[str, ...]:
+        """Of the names of all that acting needs."""
+        return (*self.behavior_prefixes, "observations.")
 
     def acting_networks(self) -> Networks:
         """Returns the networks to act with: on the CPU, as those that learn are now."""
@@ -118,7 +123,10 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
                 takes one action in each state.
         """
         actions, _ = self._act(
-            self.to_tensor(obs), explore, self._num_samples(k, explore), generator or self.generator
+            self.network_input(obs),
+            explore,
+            self._num_samples(k, explore),
+            generator or self.generator,
         )
         return to_numpy(actions)
 
@@ -134,7 +142,10 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
     def _act(
         self, obs: Tensor, explore: bool, k: int, generator: Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns actions [B, A] in [-1, 1] for obs [B, O], and their Q [B] where it is known."""
+        """Returns actions [B, A] in [-1, 1] for obs [B, O], and their Q [B] where it is known.
+
+        `obs` is what `network_input` returns.
+        """
         raise NotImplementedError
 
     def _num_samples(self, k: int | None, explore: bool) -> int:
@@ -142,8 +153,8 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         refuse_k(k, self)
         return 1
 
-    def to_tensor(self, obs: NDArray[np.floating]) -> Tensor:
-        """Returns observations [B, O] as float32 on the CPU.
+    def network_input(self, obs: NDArray[np.floating]) -> Tensor:
+        """Returns an environment's observations [B, O] as the networks that act take them.
 
         Raises:
             ValueError: they have another shape.
@@ -154,7 +165,7 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
                 f"Observations have shape {tuple(tensor.shape)}; this policy needs "
                 f"[batch, {self.obs_dim}]."
             )
-        return tensor
+        return self.acting_networks().normalize(tensor)
 
     def compute_actions(
         self,
@@ -191,13 +202,15 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
     def learn_on_batch(self, samples: SampleBatch) -> dict[str, Any]:
         """Does one update on a batch of RLlib's: columns obs, actions in [-1, 1], rewards, …
 
+        Each row stands for itself, whatever `n_step` is.
+
         Raises:
             RuntimeError: this policy does not learn.
         """
         if self.learner is None:
             raise RuntimeError("Only the policy on the local training worker learns.")
         batch = to_transitions(samples, self.hp.truncation_as_terminal)
-        batch = Transitions(*(column.to(self.device) for column in batch))
+        batch = self.learner.normalized(Transitions(*(c.to(self.device) for c in batch)))
         with matmul_precision("fp32", self.device):
             metrics = self.learner.update(batch)
         self.learner.num_updates += 1
@@ -210,7 +223,7 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         return {
             name: value.detach().numpy().copy()
             for name, value in self.acting_networks().state_dict().items()
-            if name.startswith(self.behavior_prefixes)
+            if name.startswith(self.acting_prefixes)
         }
 
     def set_weights(self, weights: dict[str, NDArray[np.float32]]) -> None:
@@ -218,7 +231,7 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         # Arrays from Ray's object store are read-only, which `as_tensor` would warn about.
         tensors = {name: torch.tensor(value) for name, value in weights.items()}
         missing, unexpected = self.networks.load_state_dict(tensors, strict=False)
-        wrong = [n for n in missing if n.startswith(self.behavior_prefixes)] + list(unexpected)
+        wrong = [n for n in missing if n.startswith(self.acting_prefixes)] + list(unexpected)
         if wrong:
             raise ValueError(f"These weights do not fit the policy's networks: {wrong[:4]}.")
 
@@ -255,6 +268,16 @@ def to_transitions(samples: SampleBatch, truncation_as_terminal: bool) -> Transi
     # Arrays from Ray's object store are read-only, which `from_numpy` would warn about.
     owned = (a if a.flags.writeable else a.copy() for a in (*arrays, terminal))
     return Transitions(*(torch.from_numpy(a) for a in owned))
+
+
+def episode_steps(samples: SampleBatch) -> EpisodeSteps | None:
+    """Returns where the rows stand in their episodes, if their worker has noted it."""
+    if SampleBatch.EPS_ID not in samples:
+        return None
+    ended = np.asarray(samples[SampleBatch.TERMINATEDS]) | np.asarray(
+        samples[SampleBatch.TRUNCATEDS]
+    )
+    return EpisodeSteps(samples[SampleBatch.EPS_ID], samples[SampleBatch.T], ended)
 
 
 def refuse_k(k: int | None, policy: object) -> None:

@@ -14,7 +14,7 @@ from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
 
 from qvpo_rllib.core.errors import ENDS_TRAINING
-from qvpo_rllib.core.seeding import Stream, environment_seed, sequence
+from qvpo_rllib.core.seeding import Stream, environment_seed, sequence, spawn_seed
 from qvpo_rllib.rollout.callbacks import AGENT, EpisodeCallbacks
 from qvpo_rllib.rollout.environments import (
     action_scale,
@@ -95,6 +95,10 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         self._warmup = np.random.default_rng(
             sequence(self.config.seed, Stream.WARMUP, env_steps, self.worker_index)
         )
+        # Half the range of int64 is left for the episodes that follow.
+        first = spawn_seed(self.config.seed, Stream.EPISODES, env_steps, self.worker_index) // 2
+        self._episodes = first + np.arange(len(self.envs))  # the number of each one's episode
+        self._next_episode = first + len(self.envs)
         if not self.policy.is_learner:  # the learner's policy restores its own
             self.policy.seed_actions(env_steps)
 
@@ -108,6 +112,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             "finished": self._finished,
             "num_restarted": self._num_restarted,
             "warmup": self._warmup,
+            "episodes": (self._episodes, self._next_episode),
             "hooks": self._hooks.state(),
         }
 
@@ -117,6 +122,10 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         self._returns, self._lengths = progress["returns"], progress["lengths"]
         self._finished, self._warmup = progress["finished"], progress["warmup"]
         self._num_restarted = progress["num_restarted"]
+        # Earlier checkpoints have none: their episodes get new numbers.
+        self._episodes, self._next_episode = progress.get(
+            "episodes", (self._episodes, self._next_episode)
+        )
         self._hooks.set_state(progress["hooks"])
 
     def start_episode(self, i: int, env_steps: int) -> None:
@@ -154,9 +163,10 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         actions = np.empty((*shape, self.policy.act_dim), np.float32)
         rewards = np.empty(shape, np.float32)
         terminateds, truncateds = np.empty(shape, bool), np.empty(shape, bool)
+        episodes, steps = np.empty(shape, np.int64), np.empty(shape, np.int64)
         lost: list[int] = []  # rows whose environment raised
         for step in range(self.fragment_length):
-            obs[step] = self._obs
+            obs[step], episodes[step], steps[step] = self._obs, self._episodes, self._lengths
             actions[step] = self._act(random_actions)
             env_actions = self.scale.to_env(actions[step])
             lengths = self._lengths + 1
@@ -180,6 +190,8 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             SampleBatch.TERMINATEDS: _flat(terminateds),
             SampleBatch.TRUNCATEDS: _flat(truncateds),
         }
+        if self.policy.hp.n_step > 1:
+            columns |= {SampleBatch.EPS_ID: _flat(episodes), SampleBatch.T: _flat(steps)}
         if lost:
             columns = {name: np.delete(rows, lost, axis=0) for name, rows in columns.items()}
         batch = SampleBatch(columns)
@@ -315,6 +327,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
     def _begin(self, i: int, seed: int | None) -> NDArray[np.float32]:
         """Begins an episode in environment `i` and returns its first observation."""
         self._returns[i], self._lengths[i] = 0.0, 0
+        self._episodes[i], self._next_episode = self._next_episode, self._next_episode + 1
         obs: NDArray[np.float32]
         obs, _ = self._hooks.start(i, lambda: self._reset(i, seed))
         check_finite(obs, "observation", self._where(i), 0)

@@ -17,7 +17,7 @@ from qvpo_rllib.core.engine import describe
 from qvpo_rllib.core.replay import ReplayBuffer, UpdateLedger, replay_bytes
 from qvpo_rllib.core.seeding import Stream, spawn_seed
 from qvpo_rllib.rollout.collectors import Collector, make_collector
-from qvpo_rllib.rollout.policy import AnyPolicy, to_transitions
+from qvpo_rllib.rollout.policy import AnyPolicy, episode_steps, to_transitions
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.runtime.config import OffPolicyConfig
 from qvpo_rllib.runtime.ray_private import available_bytes, worker_manager
@@ -57,6 +57,7 @@ class OffPolicyAlgorithm(BaseAlgorithm):
             seed=spawn_seed(self.config.seed, Stream.REPLAY),
             device=self.policy.device,
             improves_actions=self.improves_actions,
+            follows_episodes=self.hp.n_step > 1,
         )
         self.replay_missing = False
         # Reads the metrics of the updates whose losses nobody has looked at yet.
@@ -115,7 +116,9 @@ class OffPolicyAlgorithm(BaseAlgorithm):
 
     def _learn_from(self, batches: list[SampleBatch]) -> None:
         for batch in batches:
-            self.replay.add(to_transitions(batch, self.hp.truncation_as_terminal))
+            transitions = to_transitions(batch, self.hp.truncation_as_terminal)
+            self.replay.add(transitions, episode_steps(batch))
+            self.learner.observe(transitions.obs)
             self.ledger.ingested += batch.count
             self.count_steps(sampled=batch.count)
         owed = self.ledger.owed
@@ -209,7 +212,11 @@ class OffPolicyAlgorithm(BaseAlgorithm):
         """States the replay's size before it is allocated, and refuses one that does not fit."""
         policy, capacity = self.policy, self.hp.replay_capacity
         size = replay_bytes(
-            capacity, policy.obs_dim, policy.act_dim, improves_actions=self.improves_actions
+            capacity,
+            policy.obs_dim,
+            policy.act_dim,
+            improves_actions=self.improves_actions,
+            follows_episodes=self.hp.n_step > 1,
         )
         logger.info(f"replay: {capacity:,} transitions, {size:,} bytes on {policy.device}")
         free = available_bytes(policy.device)

@@ -83,7 +83,7 @@ REFUSED = {
     "the policy's actions are in [-1, 1], and are scaled to the environment's box": """
         normalize_actions clip_actions _disable_action_flattening""",
     "scale or clip rewards in an environment wrapper": "clip_rewards",
-    "scale observations by a fixed mean and deviation in an environment wrapper": """
+    "normalize_observations=true does that, with statistics that are part of the policy": """
         observation_filter *_worker_filter_stats sync_filters_on_rollout_workers_timeout_s""",
     "observations are taken as the environment gives them; change them in a wrapper": """
         observation_space action_space preprocessor_pref compress_observations observation_fn

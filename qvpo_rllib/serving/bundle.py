@@ -1,7 +1,7 @@
 """A bundle: a directory with a policy's parameters and its description, and no code.
 
     policy.json          the description, the SHA-256 of every other file, and a digest of itself
-    policy.safetensors   actor and critics, float32
+    policy.safetensors   actor, critics and the moments that normalise observations, float32
     policy.onnx          optional, for other programs: nothing here reads it
 
 The digests find accidents and careless edits. They are no signature: whoever can write the bundle
@@ -34,11 +34,11 @@ MAX_PARAMETER_BYTES = 2**30
 
 
 def encode_parameters(tensors: Mapping[str, Tensor]) -> bytes:
-    """Returns actor and critics as the bytes of `policy.safetensors`; the rest is left out."""
+    """Returns what acting needs as the bytes of `policy.safetensors`; the rest is left out."""
     kept = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in tensors.items()
-        if name.startswith(("actor.", "critic."))
+        if name.startswith(("actor.", "critic.", "observations."))
     }
     return safetensors.torch.save(kept)
 
@@ -113,7 +113,7 @@ def load(directory: Path | str) -> ServedPolicy:
         description, digests = description_json.decode(_read(file, description_json.MAX_BYTES))
     with _refusing(directory / PARAMETERS_FILE) as file:
         networks = _untrained(description)
-        num_bytes = sum(p.numel() * 4 for p in networks.parameters())
+        num_bytes = sum(p.numel() * 4 for p in networks.state_dict().values())
         parameters = _read(file, num_bytes + MAX_HEADER_BYTES)
         if digest(parameters) != digests.get(PARAMETERS_FILE):
             raise ValueError(
@@ -179,7 +179,7 @@ def _fill(networks: PolicyNetworks, parameters: bytes) -> None:
         tensors = safetensors.torch.load(parameters)
     except safetensors.SafetensorError as error:
         raise ValueError(f"it is not a whole safetensors file ({error})") from error
-    expected = {name: p.shape for name, p in networks.named_parameters()}
+    expected = {name: p.shape for name, p in networks.state_dict().items()}
     wrong = sorted(expected.keys() ^ tensors.keys())
     if wrong:
         raise ValueError(f"these tensors are missing or foreign: {', '.join(wrong[:4])}")
@@ -192,5 +192,7 @@ def _fill(networks: PolicyNetworks, parameters: bytes) -> None:
             )
         if not tensor.isfinite().all():
             raise ValueError(f"{name} has a NaN or an infinite parameter")
+        if name == "observations.variance" and (tensor < 0).any():
+            raise ValueError(f"{name} has a number below 0")
     networks.load_state_dict(tensors)
     networks.requires_grad_(False).eval()

@@ -22,6 +22,8 @@ MAX_BYTES = 16 * 2**20  # a policy.json; Humanoid's takes 10 kB
 MAX_NESTING = 32  # of a policy.json
 MAX_NOISE = 2**26  # numbers drawn at once, T × K × A for an observation: 256 MiB
 FLOATS = ("float16", "float32", "float64")
+# What earlier bundles do not say, and mean; a bundle leaves it out where it means it too.
+UNSAID = {"normalize_observations": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class Description:
     noise_schedule: str
     k_behavior: int
     k_eval: int  # K unless a caller asks for another
+    normalize_observations: bool = False  # by the moments among the parameters
     source: dict[str, Any] = field(default_factory=dict)  # run, env steps, updates, seed, …
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that wrote it
     created: str = ""  # ISO 8601, UTC
@@ -108,12 +111,8 @@ def encode(description: Description, files: dict[str, str]) -> bytes:
     Args:
         files: SHA-256 in hexadecimal of every other file of the bundle, by name.
     """
-    content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        **asdict(description),
-        "sha256": files,
-    }
+    said = {n: v for n, v in asdict(description).items() if n not in UNSAID or v != UNSAID[n]}
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **said, "sha256": files}
     content["digest"] = _digest(content)
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
@@ -144,6 +143,7 @@ def decode(text: bytes) -> tuple[Description, dict[str, str]]:
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         raise ValueError("sha256 must map names of files to hexadecimal digests")
     del content["format"], content["format_version"]
+    content = UNSAID | content
     names = {f.name for f in fields(Description)}
     wrong = sorted(names ^ content.keys())
     if wrong:
@@ -223,6 +223,7 @@ _RULES: dict[str, _Rule] = {
     "noise_schedule": _TEXT,
     "k_behavior": _COUNT,
     "k_eval": _COUNT,
+    "normalize_observations": (lambda value: isinstance(value, bool), "true or false"),
     "source": _OBJECT,
     "versions": _OBJECT,
     "created": _TEXT,

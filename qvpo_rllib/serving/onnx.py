@@ -40,6 +40,7 @@ class OnnxPolicy(nn.Module):
             self.networks.critic,
             self.networks.schedule,
         )
+        observations = self.networks.normalize(observations)
         obs_part = actor.obs_part(observations)[:, None]  # [B, 1, H]
         x = noise[0]
         for i, t in enumerate(reversed(range(schedule.diffusion_steps))):

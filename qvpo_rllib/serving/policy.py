@@ -17,6 +17,7 @@ from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import CPU, acting_engine, kernels_of
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
+from qvpo_rllib.core.normalization import RunningMoments
 from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 from qvpo_rllib.serving.description import Description
 
@@ -35,7 +36,10 @@ class NonFiniteActionError(ValueError):
 
 
 class PolicyNetworks(nn.Module):
-    """Actor and twin critics, with the parameter names of a checkpoint, and the noise schedule."""
+    """Actor and twin critics, with the parameter names of a checkpoint, and the noise schedule.
+
+    `observations` has the moments of a policy that normalises what it observes, else None.
+    """
 
     def __init__(self, description: Description) -> None:
         super().__init__()
@@ -43,6 +47,11 @@ class PolicyNetworks(nn.Module):
         self.actor = NoisePredictor(d.obs_dim, d.act_dim, d.hidden, d.diffusion_steps)
         self.critic = TwinQ(d.obs_dim, d.act_dim, d.hidden)
         self.schedule = NoiseSchedule(d.noise_schedule, d.diffusion_steps)
+        self.observations = RunningMoments(d.obs_dim) if d.normalize_observations else None
+
+    def normalize(self, obs: Tensor) -> Tensor:
+        """Returns observations [..., O] as the networks take them."""
+        return obs if self.observations is None else self.observations.standardize(obs)
 
 
 class ActingNetworks(Protocol):
@@ -51,6 +60,8 @@ class ActingNetworks(Protocol):
     actor: NoisePredictor
     critic: TwinQ
     schedule: NoiseSchedule
+
+    def normalize(self, obs: Tensor) -> Tensor: ...
 
 
 class BestOfKPolicy:
@@ -160,7 +171,7 @@ class BestOfKPolicy:
             torch.set_num_threads(threads)
 
     def _act(self, obs: Tensor, noise: Tensor) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        actions, q = self._selector.act(obs, noise)
+        actions, q = self._selector.act(self.networks.normalize(obs), noise)
         finite = torch.isfinite(actions).all(dim=1)
         if q is not None:  # None for K = 1, which ranks nothing
             finite &= torch.isfinite(q)

@@ -13,13 +13,13 @@ class ActingCopy:
     Args:
         source: the networks that learn, on a GPU.
         copy: of the same shapes, on the CPU. Its parameters move into memory of this object.
-        prefixes: of the parameters' names; the others are never read.
+        prefixes: of the names of parameters and saved buffers; the others are never read.
     """
 
     def __init__(self, source: nn.Module, copy: nn.Module, prefixes: tuple[str, ...]) -> None:
         self._source, self._parameters = (
-            [p for name, p in networks.named_parameters() if name.startswith(prefixes)]
-            for networks in (source, copy)
+            [p for name, p in tensors.items() if name.startswith(prefixes)]
+            for tensors in (source.state_dict(keep_vars=True), copy.state_dict(keep_vars=True))
         )
         sizes = [p.numel() for p in self._source]
         self._memory = torch.empty(sum(sizes), pin_memory=self._source[0].is_cuda)
