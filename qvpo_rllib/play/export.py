@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
 from qvpo_rllib.play.trained_policy import find_checkpoint, load_checkpoint
 from qvpo_rllib.serving.bundle import check_absent, digest, encode_parameters, write_bundle
-from qvpo_rllib.serving.description import Description
+from qvpo_rllib.serving.description import CRITIC_OPTIONS, Description
 from qvpo_rllib.serving.onnx import check_available, to_onnx
 
 PACKAGES = ("qvpo_rllib", "torch", "ray", "numpy", "safetensors")
@@ -71,6 +71,7 @@ def export_checkpoint(
         noise_schedule=policy.hp.noise_schedule,
         k_behavior=policy.hp.k_behavior,
         k_eval=policy.hp.k_eval,
+        **{name: getattr(policy.hp, name) for name in CRITIC_OPTIONS},
         source={
             "run": directory.parents[1].name if directory.parent.name == "checkpoints" else None,
             "checkpoint": directory.name,

@@ -12,6 +12,7 @@ import numpy as np
 
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options import defaults_of
 
 FORMAT = "qvpo-policy"
 FORMAT_VERSION = 1
@@ -21,6 +22,11 @@ MAX_STEPS = 10_000  # diffusion steps, and actions per observation
 MAX_BYTES = 16 * 2**20  # a policy.json; Humanoid's takes 10 kB
 MAX_NESTING = 32  # of a policy.json
 MAX_NOISE = 2**26  # numbers drawn at once, T × K × A for an observation: 256 MiB
+# Critics' options, and what they are in a bundle that is older than they are: the defaults.
+CRITIC_OPTIONS = {
+    name: defaults_of(QVPOHyperparameters)[name]
+    for name in ("critic", "num_quantiles", "dropped_quantiles", "critic_layer_norm")
+}
 FLOATS = ("float16", "float32", "float64")
 
 
@@ -47,6 +53,10 @@ class Description:
     noise_schedule: str
     k_behavior: int
     k_eval: int  # K unless a caller asks for another
+    critic: str = CRITIC_OPTIONS["critic"]
+    num_quantiles: int = CRITIC_OPTIONS["num_quantiles"]
+    dropped_quantiles: int = CRITIC_OPTIONS["dropped_quantiles"]
+    critic_layer_norm: bool = CRITIC_OPTIONS["critic_layer_norm"]
     source: dict[str, Any] = field(default_factory=dict)  # run, env steps, updates, seed, …
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that wrote it
     created: str = ""  # ISO 8601, UTC
@@ -83,6 +93,7 @@ class Description:
             noise_schedule=self.noise_schedule,
             k_behavior=self.k_behavior,
             k_eval=self.k_eval,
+            **{name: getattr(self, name) for name in CRITIC_OPTIONS},
         )
 
     @property
@@ -144,6 +155,7 @@ def decode(text: bytes) -> tuple[Description, dict[str, str]]:
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         raise ValueError("sha256 must map names of files to hexadecimal digests")
     del content["format"], content["format_version"]
+    content = CRITIC_OPTIONS | content
     names = {f.name for f in fields(Description)}
     wrong = sorted(names ^ content.keys())
     if wrong:
@@ -223,6 +235,10 @@ _RULES: dict[str, _Rule] = {
     "noise_schedule": _TEXT,
     "k_behavior": _COUNT,
     "k_eval": _COUNT,
+    "critic": _TEXT,
+    "num_quantiles": _COUNT,
+    "dropped_quantiles": (lambda value: value == 0 or _is_count(value, MAX_STEPS), "0 or more"),
+    "critic_layer_norm": (lambda value: isinstance(value, bool), "true or false"),
     "source": _OBJECT,
     "versions": _OBJECT,
     "created": _TEXT,
