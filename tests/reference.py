@@ -193,7 +193,7 @@ def min_q(critic, obs, actions):
 
 
 def kept_quantiles(critic, obs, action, dropped):
-    """Both twins' quantiles for one row in one list, lowest first, without the 2·dropped highest."""
+    """Both twins' quantiles for one row, lowest first, without the 2·dropped highest."""
     x = np.concatenate([obs, action])
     pooled = sorted([*mlp(critic, "q1.layers", x), *mlp(critic, "q2.layers", x)])
     return pooled[: len(pooled) - 2 * dropped]
@@ -408,8 +408,10 @@ class Update:
         loss, norm = self.descend("critic", self.critic_adam, loss_of)
         spread = np.mean([np.std(y) for y in targets])
         return {
-            **{"critic_loss": loss, "critic_grad_norm": norm},
-            **{"td_target_mean": np.mean(targets), "td_target_std": spread},
+            "critic_loss": loss,
+            "critic_grad_norm": norm,
+            "td_target_mean": np.mean(targets),
+            "td_target_std": spread,
         }
 
     def update_policy(self, obs, noise):

@@ -19,6 +19,8 @@ from qvpo_rllib.core.options import (
     require,
 )
 
+# What `networks.new_critic` asks for beside the widths.
+CRITIC_OPTIONS = ("critic", "num_quantiles", "dropped_quantiles", "critic_layer_norm")
 TINY_REPLAY: Setting = {
     "hidden": [32, 32],
     "batch_size": 16,
@@ -185,7 +187,7 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     other_task_values: ClassVar[Setting] = {"k_target": 2}
     fixed_by_checkpoint: ClassVar[tuple[str, ...]] = (
         *DiffusionHyperparameters.fixed_by_checkpoint,
-        *("critic", "num_quantiles", "dropped_quantiles", "critic_layer_norm"),
+        *CRITIC_OPTIONS,
     )
     decays: ClassVar[tuple[tuple[str, str], ...]] = (("entropy_weight_end", "entropy_decay_steps"),)
     smoke: ClassVar[Setting] = {

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
+from qvpo_rllib.core.hyperparameters import CRITIC_OPTIONS
 from qvpo_rllib.play.trained_policy import find_checkpoint, load_checkpoint
 from qvpo_rllib.serving.bundle import check_absent, digest, encode_parameters, write_bundle
-from qvpo_rllib.serving.description import CRITIC_OPTIONS, Description
+from qvpo_rllib.serving.description import Description
 from qvpo_rllib.serving.onnx import check_available, to_onnx
 
 PACKAGES = ("qvpo_rllib", "torch", "ray", "numpy", "safetensors")

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from qvpo_rllib.core.action_scale import ActionScale
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.hyperparameters import CRITIC_OPTIONS, QVPOHyperparameters
 from qvpo_rllib.core.options import defaults_of
 
 FORMAT = "qvpo-policy"
@@ -22,11 +22,8 @@ MAX_STEPS = 10_000  # diffusion steps, and actions per observation
 MAX_BYTES = 16 * 2**20  # a policy.json; Humanoid's takes 10 kB
 MAX_NESTING = 32  # of a policy.json
 MAX_NOISE = 2**26  # numbers drawn at once, T × K × A for an observation: 256 MiB
-# Critics' options, and what they are in a bundle that is older than they are: the defaults.
-CRITIC_OPTIONS = {
-    name: defaults_of(QVPOHyperparameters)[name]
-    for name in ("critic", "num_quantiles", "dropped_quantiles", "critic_layer_norm")
-}
+# What a bundle's critics are if it says nothing of them, being older than these options.
+CRITIC_DEFAULTS = {name: defaults_of(QVPOHyperparameters)[name] for name in CRITIC_OPTIONS}
 FLOATS = ("float16", "float32", "float64")
 
 
@@ -53,10 +50,10 @@ class Description:
     noise_schedule: str
     k_behavior: int
     k_eval: int  # K unless a caller asks for another
-    critic: str = CRITIC_OPTIONS["critic"]
-    num_quantiles: int = CRITIC_OPTIONS["num_quantiles"]
-    dropped_quantiles: int = CRITIC_OPTIONS["dropped_quantiles"]
-    critic_layer_norm: bool = CRITIC_OPTIONS["critic_layer_norm"]
+    critic: str = CRITIC_DEFAULTS["critic"]
+    num_quantiles: int = CRITIC_DEFAULTS["num_quantiles"]
+    dropped_quantiles: int = CRITIC_DEFAULTS["dropped_quantiles"]
+    critic_layer_norm: bool = CRITIC_DEFAULTS["critic_layer_norm"]
     source: dict[str, Any] = field(default_factory=dict)  # run, env steps, updates, seed, …
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that wrote it
     created: str = ""  # ISO 8601, UTC
@@ -155,7 +152,7 @@ def decode(text: bytes) -> tuple[Description, dict[str, str]]:
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         raise ValueError("sha256 must map names of files to hexadecimal digests")
     del content["format"], content["format_version"]
-    content = CRITIC_OPTIONS | content
+    content = CRITIC_DEFAULTS | content
     names = {f.name for f in fields(Description)}
     wrong = sorted(names ^ content.keys())
     if wrong:
