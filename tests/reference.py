@@ -126,8 +126,18 @@ def mish(x):
     return x * np.tanh(np.log1p(np.exp(x)))
 
 
+def layer_norm(x, scale, shift):
+    """Minus the mean, over the root of the variance plus 1e-5, then scaled and shifted."""
+    mean = sum(x) / len(x)
+    variance = sum((value - mean) ** 2 for value in x) / len(x)
+    return (x - mean) / math.sqrt(variance + 1e-5) * scale + shift
+
+
 def mlp(weights, prefix, x):
-    """A plain MLP of the layers `prefix`.0, `prefix`.1, …: Mish between them, none at the end."""
+    """A plain MLP of the layers `prefix`.0, `prefix`.1, …: Mish between them, none at the end.
+
+    Where it has norms too, a layer's sums are normalised before Mish.
+    """
     indices = sorted(
         int(name.removeprefix(prefix).split(".")[1])
         for name in weights
@@ -136,6 +146,9 @@ def mlp(weights, prefix, x):
     for index in indices:
         x = weights[f"{prefix}.{index}.weight"] @ x + weights[f"{prefix}.{index}.bias"]
         if index != indices[-1]:
+            norm = f"{prefix.removesuffix('layers')}norms.{index}"
+            if f"{norm}.weight" in weights:
+                x = layer_norm(x, weights[f"{norm}.weight"], weights[f"{norm}.bias"])
             x = mish(x)
     return x
 
@@ -177,6 +190,21 @@ def min_q(critic, obs, actions):
     """The lower twin for every action: [B, O], [B, N, A] → [B, N]."""
     pairs = zip(obs, actions, strict=True)
     return np.array([[min(twin_q(critic, s, a)) for a in row] for s, row in pairs])
+
+
+def kept_quantiles(critic, obs, action, dropped):
+    """Both twins' quantiles for one row, lowest first, without the 2·dropped highest."""
+    x = np.concatenate([obs, action])
+    pooled = sorted([*mlp(critic, "q1.layers", x), *mlp(critic, "q2.layers", x)])
+    return pooled[: len(pooled) - 2 * dropped]
+
+
+def truncated_q(critic, obs, actions, dropped):
+    """The mean of the kept quantiles for every action: [B, O], [B, N, A] → [B, N]."""
+    pairs = zip(obs, actions, strict=True)
+    return np.array(
+        [[np.mean(kept_quantiles(critic, s, a, dropped)) for a in row] for s, row in pairs]
+    )
 
 
 # --- Selection, weights, losses --------------------------------------------------------------
@@ -230,6 +258,20 @@ def critic_loss(q1, q2, target):
     first = sum((a - y) ** 2 for a, y in zip(q1, target, strict=True)) / len(target)
     second = sum((a - y) ** 2 for a, y in zip(q2, target, strict=True)) / len(target)
     return first + second
+
+
+def quantile_loss(quantiles, target):
+    """A twin's quantile Huber loss: z [B, n], and the samples y [B, m] of each row's return."""
+    total, terms = 0.0, 0
+    for z_row, y_row in zip(quantiles, target, strict=True):
+        for i, z in enumerate(z_row):
+            level = (i + 0.5) / len(z_row)
+            for y in y_row:
+                error = y - z
+                huber = 0.5 * error**2 if abs(error) <= 1 else abs(error) - 0.5
+                total += (1 - level if error < 0 else level) * huber
+                terms += 1
+    return total / terms
 
 
 def q_weights(kind, chosen_q, value, *, q_cut=1.0, q_mean=0.0, q_std=1.0):
@@ -305,6 +347,12 @@ def torch_mlp(weights, prefix, x):
     names = [n for n in weights if n.startswith(prefix + ".") and n.endswith(".weight")]
     for i, name in enumerate(names):
         x = x @ weights[name].T + weights[name.replace(".weight", ".bias")]
+        norm = name.replace(prefix, prefix.removesuffix("layers") + "norms")
+        if norm in weights:
+            mean = x.mean(dim=1, keepdim=True)
+            variance = ((x - mean) ** 2).mean(dim=1, keepdim=True)
+            x = (x - mean) / torch.sqrt(variance + 1e-5) * weights[norm]
+            x = x + weights[norm.replace(".weight", ".bias")]
         if i < len(names) - 1:
             x = x * torch.tanh(torch.log1p(torch.exp(x)))
     return x
@@ -356,6 +404,8 @@ class Update:
     def update_critic(self, batch, noise):
         actor = self.target_actor if self.hp.target_actor else self.actor
         actions = sample_actions(actor, self.beta, batch["next_obs"], noise)
+        if self.hp.critic == "quantile":
+            return self.update_quantiles(batch, actions)
         next_q = min_q(self.target_critic, batch["next_obs"], actions).max(axis=1)
         target = td_target(batch["reward"], batch["terminal"], next_q, self.hp.gamma)
         inputs = torch.tensor(np.concatenate([batch["obs"], batch["action"]], axis=1))
@@ -367,10 +417,37 @@ class Update:
         loss, norm = self.descend("critic", self.critic_adam, loss_of)
         return {"critic_loss": loss, "critic_grad_norm": norm, "td_target_mean": target.mean()}
 
+    def update_quantiles(self, batch, actions):
+        """The same for quantile critics; actions [B, K_t, A] for the next states."""
+        dropped, targets = self.hp.dropped_quantiles, []
+        q = truncated_q(self.target_critic, batch["next_obs"], actions, dropped)
+        for b, obs in enumerate(batch["next_obs"]):
+            best = actions[b, np.argmax(q[b])]
+            z = kept_quantiles(self.target_critic, obs, best, dropped)
+            reward, terminal = batch["reward"][b], batch["terminal"][b]
+            targets.append(td_target([reward] * len(z), [terminal] * len(z), z, self.hp.gamma))
+        inputs = torch.tensor(np.concatenate([batch["obs"], batch["action"]], axis=1))
+
+        def loss_of(weights):
+            twins = (torch_mlp(weights, f"{name}.layers", inputs) for name in ("q1", "q2"))
+            return sum(quantile_loss(z, targets) for z in twins)
+
+        loss, norm = self.descend("critic", self.critic_adam, loss_of)
+        spread = np.mean([np.std(y) for y in targets])
+        return {
+            "critic_loss": loss,
+            "critic_grad_norm": norm,
+            "td_target_mean": np.mean(targets),
+            "td_target_std": spread,
+        }
+
     def update_policy(self, obs, noise):
         hp = self.hp
         samples = sample_actions(self.actor, self.beta, obs, noise["policy"])
-        q = min_q(self.critic, obs, samples)
+        if hp.critic == "quantile":
+            q = truncated_q(self.critic, obs, samples, hp.dropped_quantiles)
+        else:
+            q = min_q(self.critic, obs, samples)
         value = q.mean(axis=1)
         self.q_mean += 1e-3 * (q.mean() - self.q_mean)
         self.q_std += 1e-3 * (q.std() - self.q_std)

@@ -34,6 +34,8 @@ OPTION_SETS = [
     {"q_weights": "qexp", "k_target": 1, "num_uniform_samples": 0, "noise_schedule": "vp"},
     {"sampling_precision": "bf16", **MOVING},
     {"n_step": 3, "normalize_observations": True},
+    {"critic": "quantile", "num_quantiles": 5},
+    {"critic": "quantile", "critic_layer_norm": True, "update_order": "policy_then_critic"},
 ]
 READS_OF_THE_HOST = {"item", "tolist", "numpy", "cpu", "__array__", "__bool__", "__float__",
                      "__int__", "__index__"}  # fmt: skip

@@ -41,6 +41,9 @@ BASE = {
 }
 
 
+QUANTILES = {"critic": "quantile", "critic_layer_norm": True}
+
+
 def transitions(count, seed, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
 
@@ -127,6 +130,7 @@ def compiles():
             "q_weights": "qexp",
             "entropy_reduction": "mean",
         },
+        QUANTILES,
     ],
 )
 def test_compiled_updates_equal_eager_ones(compiles, options):
@@ -385,10 +389,11 @@ def trained(device, updates, **options):
 
 
 @gpu
-def test_a_cuda_graph_gives_the_updates_of_the_eager_engine():
+@pytest.mark.parametrize("options", [{}, QUANTILES])
+def test_a_cuda_graph_gives_the_updates_of_the_eager_engine(options):
     """Same seeds: the graph goes on in the generators' streams as eager updates do."""
-    graph = trained("cuda", 30, engine="cuda_graph")
-    eager = trained("cuda", 30, engine="eager")
+    graph = trained("cuda", 30, engine="cuda_graph", **options)
+    eager = trained("cuda", 30, engine="eager", **options)
     assert graph.engine == "cuda_graph"
     assert graph._graphs.graphs.keys() == {1, engine.UPDATES_PER_GRAPH}
     assert_same_networks(graph.networks, eager.networks, atol=1e-3)
@@ -398,9 +403,10 @@ def test_a_cuda_graph_gives_the_updates_of_the_eager_engine():
 
 
 @gpu
+@pytest.mark.parametrize("options", [{}, QUANTILES])
 @pytest.mark.parametrize("name", ["eager", "compiled"])
-def test_updates_on_a_gpu_equal_those_on_the_cpu(name):
-    on_cpu, on_gpu = learner(), learner("cuda", engine=name)
+def test_updates_on_a_gpu_equal_those_on_the_cpu(name, options):
+    on_cpu, on_gpu = learner(**options), learner("cuda", engine=name, **options)
     for seed in range(3):
         batches = transitions(80, seed=seed), transitions(80, seed=10 + seed)
         noise = on_cpu.draw_update_noise(80)

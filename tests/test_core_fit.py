@@ -12,7 +12,8 @@ STATES, CHOSEN, UNIFORM = 37, 2, 3
 
 def critic_inputs(nets, generator):
     obs_dim, act_dim = nets.critic.q1.part_dims
-    shapes = ((STATES, obs_dim), (STATES, act_dim), (STATES,))
+    quantiles = () if nets.critic.kept == 1 else (nets.critic.kept,)
+    shapes = ((STATES, obs_dim), (STATES, act_dim), (*quantiles, STATES))
     return nets.critic, [torch.randn(shape, generator=generator) for shape in shapes]
 
 
@@ -54,6 +55,8 @@ def results(objective, module, inputs):
         {"obs_dim": 1, "act_dim": 1, "hidden": (5,), "diffusion_steps": 1},
         {"obs_dim": 17, "act_dim": 6, "hidden": (256, 256), "diffusion_steps": 5},
         {"obs_dim": 348, "act_dim": 17, "hidden": (64, 72, 64), "diffusion_steps": 20},
+        {"critic": "quantile", "num_quantiles": 7},
+        {"critic": "quantile", "num_quantiles": 7, "critic_layer_norm": True},
     ],
     ids=lambda shape: str(shape.get("hidden", "")),
 )

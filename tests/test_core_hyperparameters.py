@@ -38,11 +38,12 @@ POSITIVE_INTEGERS = (
     "batch_size",
     "replay_capacity",
     "entropy_decay_steps",
+    "num_quantiles",
 )
-COUNTS = ("num_uniform_samples", "warmup_steps", "max_staleness")
+COUNTS = ("num_uniform_samples", "warmup_steps", "max_staleness", "dropped_quantiles")
 POSITIVE_NUMBERS = ("actor_lr", "critic_lr", "adam_eps", "update_ratio", "q_cut", "grad_clip")
 WEIGHTS = ("entropy_weight", "entropy_weight_end", "entropy_weight_floor")
-FLAGS = ("vlo_coefficient", "target_actor", "truncation_as_terminal")
+FLAGS = ("vlo_coefficient", "target_actor", "truncation_as_terminal", "critic_layer_norm")
 INTEGERS = POSITIVE_INTEGERS + COUNTS
 NUMBERS = (*POSITIVE_NUMBERS, *WEIGHTS, "gamma", "tau")
 NOT_OPTIONAL = sorted(
@@ -97,6 +98,14 @@ def test_an_integer_beyond_every_float_is_refused_by_name():
         ({"num_policy_samples": 4, "num_chosen_samples": 5}, "num_chosen_samples", "samples=4"),
         ({"replay_capacity": 100, "warmup_steps": 0}, "replay_capacity", "batch_size=256"),
         ({"replay_capacity": 9_999}, "replay_capacity", "warmup_steps=10000"),
+        ({"critic": "quantile", "dropped_quantiles": 25}, "dropped_quantiles", "num_quantiles=25"),
+        (
+            {"critic": "quantile", "num_quantiles": 2, "dropped_quantiles": 2},
+            "dropped_quantiles",
+            "num_quantiles=2",
+        ),
+        ({"num_quantiles": 10}, "num_quantiles", "25 .*critic is twin"),
+        ({"dropped_quantiles": 0}, "dropped_quantiles", "2 .*critic is twin"),
     ],
 )
 def test_contradictions_are_refused_naming_both_sides(values, name, other):
@@ -145,6 +154,8 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all_names(refuse, name,
         {"num_policy_samples": 4, "num_chosen_samples": 4},
         {"replay_capacity": 10_000},
         {"hidden": (1,)},
+        {"critic": "quantile", "num_quantiles": 1, "dropped_quantiles": 0},
+        {"critic": "quantile", "num_quantiles": 3, "dropped_quantiles": 2},
         *[{name: value} for name, allowed in CHOICES.items() for value in allowed],
     ],
 )
@@ -190,6 +201,7 @@ def test_defaults_are_the_documented_ones():
         "truncation_as_terminal": False, "engine": "auto", "sampling_precision": "fp32",
         "ranking_precision": "fp32",
         "sampling_mode": "async", "max_staleness": None, "policy_interval": 1,
+        "critic": "twin", "num_quantiles": 25, "dropped_quantiles": 2, "critic_layer_norm": False,
     }  # fmt: skip
 
 

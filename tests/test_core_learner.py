@@ -51,6 +51,10 @@ CASES = [
     {"q_weights": "qexp", "num_chosen_samples": 3, "update_order": "policy_then_critic"},
     {"hidden": (10,), "diffusion_steps": 20},
     {"entropy_weight": 0.0},
+    {"critic": "quantile", "num_quantiles": 5, "dropped_quantiles": 1},
+    {"critic": "quantile", "num_quantiles": 1, "dropped_quantiles": 0, "k_target": 1},
+    {"critic_layer_norm": True, "update_order": "policy_then_critic"},
+    {"critic": "quantile", "num_quantiles": 4, "critic_layer_norm": True, "q_weights": "qcut"},
 ]
 
 
@@ -70,8 +74,8 @@ def networks(hp, seed=0, dtype=torch.float64):
     """Every parameter random, targets unlike the online networks: no mistake can hide in zeros."""
     result = QVPONetworks(OBS, ACT, hp)
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in result.named_parameters():
-        spread = 1.2 / parameter.shape[1] ** 0.5 if name.endswith("weight") else 0.3
+    for parameter in result.parameters():
+        spread = 1.2 / parameter.shape[1] ** 0.5 if parameter.dim() == 2 else 0.3
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
         parameter.data.copy_(spread * noise)
     return result.to(dtype)
@@ -291,9 +295,13 @@ def test_metrics_are_detached_finite_scalars():
         assert torch.isfinite(value), name
 
 
-@pytest.mark.parametrize("q_weights", ["qadv", "qexp"])
-def test_a_restored_learner_goes_on_bit_by_bit(q_weights):
-    hp = hyperparameters(q_weights=q_weights)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"q_weights": "qexp"}, {"critic": "quantile", "critic_layer_norm": True}],
+    ids=str,
+)
+def test_a_restored_learner_goes_on_bit_by_bit(options):
+    hp = hyperparameters(**options)
     original = learner(hp, seed=1)
     for i in range(3):
         original.update(batch(i, torch.float32))

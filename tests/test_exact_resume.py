@@ -12,8 +12,11 @@ TASKS = ["Hopper-v5", "Walker2d-v5", "Ant-v5", "HalfCheetah-v5", "Humanoid-v5"]
 ITERATIONS = 2  # before the checkpoint, and after it
 
 
-def config_of(tiny_config: Any, env: str, num_env_runners: int) -> Any:
-    config = tiny_config(env, update_ratio=0.25, warmup_steps=50, sampling_mode="sync")
+CRITICS = {"critic": "quantile", "critic_layer_norm": True}
+
+
+def config_of(tiny_config: Any, env: str, num_env_runners: int, **training: Any) -> Any:
+    config = tiny_config(env, update_ratio=0.25, warmup_steps=50, sampling_mode="sync", **training)
     config.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=2)
     return config.debugging(seed=4)
 
@@ -52,12 +55,13 @@ def assert_identical(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "num_env_runners"), [*((task, 0) for task in TASKS), ("Ant-v5", 2)]
+    ("env", "num_env_runners", "training"),
+    [*((task, 0, {}) for task in TASKS), ("Ant-v5", 2, {}), ("Hopper-v5", 0, CRITICS)],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
-    build: Any, tiny_config: Any, tmp_path: Path, env: str, num_env_runners: int
+    build: Any, tiny_config: Any, tmp_path: Path, env: str, num_env_runners: int, training: Any
 ) -> None:
-    config = config_of(tiny_config, env, num_env_runners)
+    config = config_of(tiny_config, env, num_env_runners, **training)
     original = build(config)
     for _ in range(ITERATIONS):
         original.train()

@@ -55,6 +55,7 @@ def test_the_rivals_options_that_differ_are_listed(kind):
 DIPO = {"action_steps": 1, "action_clip_ratio": 0.1, "target_actor_interval": 1}
 LEARNERS = [
     (QVPOLearner, QVPONetworks, QVPOHyperparameters, {"k_target": 1}),
+    (QVPOLearner, QVPONetworks, QVPOHyperparameters, {"k_target": 1, "critic": "quantile"}),
     (td3.TD3Learner, td3.TD3Networks, td3.TD3Hyperparameters, {}),
     (dipo.DIPOLearner, QVPONetworks, dipo.DIPOHyperparameters, DIPO),
     (qsm.QSMLearner, QVPONetworks, qsm.QSMHyperparameters, {}),

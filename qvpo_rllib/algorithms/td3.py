@@ -13,6 +13,7 @@ from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK
 from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.kernels import linear
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
+from qvpo_rllib.core.losses import critic_loss
 from qvpo_rllib.core.normalization import RunningMoments
 from qvpo_rllib.core.options import COUNT, NON_NEGATIVE, Setting, option, with_default
 from qvpo_rllib.core.replay import Transitions
@@ -84,6 +85,10 @@ class TwinReluQ(nn.Module):
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         both = torch.cat([obs, action], dim=-1)
         return torch.stack([self.q1(both), self.q2(both)]).squeeze(-1)
+
+    def loss(self, estimates: Tensor, target: Tensor) -> Tensor:
+        """The twins' mean squared errors: [2, B], [B] → []."""
+        return critic_loss(estimates, target)
 
 
 class TD3Networks(ActorCritic):

@@ -1,13 +1,22 @@
 """`qvpo bench learner`: updates per second, against the straightforward implementation."""
 
+import dataclasses
 import itertools
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from qvpo_rllib.bench.options import Row, add_device, add_engines, add_settings, add_tasks
+from qvpo_rllib.bench.options import (
+    Row,
+    add_device,
+    add_engines,
+    add_set,
+    add_settings,
+    add_tasks,
+)
 from qvpo_rllib.bench.sizes import TASKS, Task, hyperparameters, update_flops
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.hyperparameters import CRITIC_OPTIONS, QVPOHyperparameters
+from qvpo_rllib.core.options import defaults_of
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +30,7 @@ COLUMNS = {
     "engine": "engine",
     "precision": "precision",
     "ranking": "ranking",
+    "options": "options",
     "update_ms": "ms per update",
     "updates_per_s": "updates/s",
     "straightforward_ms": "straightforward ms",
@@ -50,26 +60,29 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=("fp32", "tf32"),
         help="of the products that rank them (default fp32)",
     )
+    add_set(parser)
 
 
 def run(options: Namespace) -> Iterator[Row]:
     """Yields a row per combination of options; see `timing.compare` for the columns.
 
     Times include drawing the batches from the replay and the noise. On a GPU a call is
-    `UPDATES_PER_CALL` updates, after both graphs have been captured.
+    `UPDATES_PER_CALL` updates, after both graphs have been captured. With --set each row without
+    it is followed by one with it; the straightforward implementation has twins in both.
     """
-    for setting, task, engine, precision, ranking in itertools.product(
-        options.setting, options.task, options.engine, options.precision, options.ranking
+    changes = [{}, dict(options.settings)] if options.settings else [{}]
+    for setting, task, engine, precision, ranking, changed in itertools.product(
+        options.setting, options.task, options.engine, options.precision, options.ranking, changes
     ):
-        hp = hyperparameters(
-            setting,
-            TASKS[task],
-            engine=engine,
-            sampling_precision=precision,
-            ranking_precision=ranking,
-        )
+        sizes = {
+            "engine": engine,
+            "sampling_precision": precision,
+            "ranking_precision": ranking,
+        }
+        hp = hyperparameters(setting, TASKS[task], **(sizes | changed))
         row = _row(TASKS[task], hp, options.device, options.repeats)
-        yield {"setting": setting, "task": task} | row
+        words = " ".join("=".join(pair) for pair in changed.items())
+        yield {"setting": setting, "task": task, "options": words} | row
 
 
 def _row(task: Task, hp: QVPOHyperparameters, device_name: str, repeats: int) -> Row:
@@ -83,7 +96,9 @@ def _row(task: Task, hp: QVPOHyperparameters, device_name: str, repeats: int) ->
     device = torch.device(device_name)
     torch.manual_seed(0)
     networks = QVPONetworks(task.obs_dim, task.act_dim, hp).to(device)
-    straightforward = Straightforward(networks, hp)
+    plain = dataclasses.replace(hp, **{n: defaults_of(type(hp))[n] for n in CRITIC_OPTIONS})
+    with_twins = QVPONetworks(task.obs_dim, task.act_dim, plain).to(device)
+    straightforward = Straightforward(with_twins, plain)
     learner = QVPOLearner(networks, hp, seed=0, device=device)
     replay = filled_replay(task, device)
 

@@ -66,6 +66,26 @@ def add_engines(parser: ArgumentParser) -> None:
     )
 
 
+def add_set(parser: ArgumentParser) -> None:
+    """Adds --set, which gives pairs of an option's name and its value's text."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        type=_setting,
+        metavar="KEY=VALUE",
+        help="an option, such as critic=quantile: adds a row with it to each without; repeatable",
+    )
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ArgumentTypeError(f"{text} is not allowed: KEY=VALUE, such as critic=quantile")
+    return name, value
+
+
 def add_sampling(parser: ArgumentParser) -> None:
     """Adds --task, --setting and --repeats of the parts that step one task's environments."""
     parser.add_argument("--task", default="hopper", choices=list(TASKS), help="default hopper")

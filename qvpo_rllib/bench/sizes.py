@@ -37,6 +37,11 @@ def hidden_flops(hidden: tuple[int, ...], out: int) -> int:
     return sum(2 * i * o for i, o in itertools.pairwise((*hidden, out)))
 
 
+def critic_outputs(hp: QVPOHyperparameters) -> int:
+    """Returns how many numbers each of the critics gives for a row."""
+    return hp.num_quantiles if hp.critic == "quantile" else 1
+
+
 def sampling_flops(task: Task, hp: QVPOHyperparameters, num_states: int, num_samples: int) -> int:
     """Returns the FLOPs of drawing N actions for each of B states."""
     width = hp.hidden[0]
@@ -49,7 +54,7 @@ def sampling_flops(task: Task, hp: QVPOHyperparameters, num_states: int, num_sam
 def ranking_flops(task: Task, hp: QVPOHyperparameters, num_states: int, num_samples: int) -> int:
     """Returns the FLOPs of both critics on N actions for each of B states."""
     width = hp.hidden[0]
-    row = 2 * task.act_dim * width + hidden_flops(hp.hidden, 1)
+    row = 2 * task.act_dim * width + hidden_flops(hp.hidden, critic_outputs(hp))
     return 2 * (num_states * num_samples * row + 2 * num_states * task.obs_dim * width)
 
 
@@ -70,7 +75,7 @@ def update_flops(task: Task, hp: QVPOHyperparameters) -> int:
     # A fit multiplies three times: forward, by the weights' and by the input's gradient; the first
     # layer's input needs none.
     critic_first = 2 * (task.obs_dim + task.act_dim) * width
-    critic_fit = 2 * batch * (2 * critic_first + 3 * hidden_flops(hp.hidden, 1))
+    critic_fit = 2 * batch * (2 * critic_first + 3 * hidden_flops(hp.hidden, critic_outputs(hp)))
     rows = batch * (hp.num_chosen_samples + hp.num_uniform_samples)
     actor_fit = rows * (2 * 2 * task.act_dim * width + 3 * hidden_flops(hp.hidden, task.act_dim))
     actor_fit += 2 * batch * 2 * task.obs_dim * width

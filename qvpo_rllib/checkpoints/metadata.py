@@ -23,6 +23,8 @@ import ray
 import torch
 import xxhash
 
+from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options import defaults_of
 from qvpo_rllib.files import FileRecord, check_file, record_of, write_atomically
 from qvpo_rllib.version import __version__
 
@@ -139,9 +141,10 @@ class Metadata:
     def check_fits(self, own: "Metadata", directory: Path) -> None:
         """Raises `ValueError` if the run `own` cannot go on from this checkpoint."""
         pairs = [(n, getattr(self, n), getattr(own, n)) for n in ("algorithm", "env", "shapes")]
-        # What an earlier version did not have was off.
+        # A checkpoint that lacks an option is older than it, and its default is what it was.
+        made_with = {**defaults_of(QVPOHyperparameters), **self.hyperparameters}
         pairs += [
-            (name, self.hyperparameters.get(name, False), own.hyperparameters[name])
+            (name, made_with.get(name), own.hyperparameters[name])
             for name in own.fixed_by_checkpoint
         ]
         for name, theirs, ours in pairs:

@@ -43,7 +43,7 @@ class Kernels(NamedTuple):
     """The functions that take an update's time, as an engine executes them."""
 
     sampler: sampler.SamplerKernels
-    critic_objective: Callable[[losses.TwinCritic, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    critic_objective: Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     actor_objective: Callable[..., tuple[Tensor, Tensor, Tensor]]
     denoising_objective: Callable[..., Tensor] = losses.denoising_objective
 

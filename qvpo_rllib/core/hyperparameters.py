@@ -19,6 +19,8 @@ from qvpo_rllib.core.options import (
     require,
 )
 
+# What `networks.new_critic` asks for beside the widths.
+CRITIC_OPTIONS = ("critic", "num_quantiles", "dropped_quantiles", "critic_layer_norm")
 TINY_REPLAY: Setting = {
     "hidden": [32, 32],
     "batch_size": 16,
@@ -203,6 +205,10 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         "Humanoid": {"k_target": 2},
     }
     other_task_values: ClassVar[Setting] = {"k_target": 2}
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = (
+        *DiffusionHyperparameters.fixed_by_checkpoint,
+        *CRITIC_OPTIONS,
+    )
     decays: ClassVar[tuple[tuple[str, str], ...]] = (("entropy_weight_end", "entropy_decay_steps"),)
     smoke: ClassVar[Setting] = {
         **DiffusionHyperparameters.smoke,
@@ -297,8 +303,39 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         "NVIDIA GPU",
         choices=("fp32", "tf32"),
     )
+    critic: str = option(
+        "twin",
+        "twin: two estimates of Q, the lower counts; quantile: num_quantiles quantiles of the "
+        "return from each of two critics, Q is the mean of all but the highest (TQC)",
+        choices=("twin", "quantile"),
+    )
+    num_quantiles: int = option(
+        25, "critic=quantile: quantiles that each of the two predicts", "n", range=COUNT
+    )
+    dropped_quantiles: int = option(
+        2,
+        "critic=quantile: of the pooled quantiles the highest, so many for each of the two, do "
+        "not count, in the TD target and in Q",
+        "d",
+        range=NON_NEGATIVE_COUNT,
+    )
+    critic_layer_norm: bool = option(
+        False, "layer normalisation before each Mish of the critics; ranking is then never fused"
+    )
 
     def check(self) -> None:
+        if self.critic == "twin":
+            for name in ("num_quantiles", "dropped_quantiles"):
+                value, default = getattr(self, name), options_of(type(self))[name].default
+                need = f"{default} while the critics have no quantiles (critic is twin)"
+                require(name, value, value == default, need)
+        else:
+            require(
+                "dropped_quantiles",
+                self.dropped_quantiles,
+                self.dropped_quantiles < self.num_quantiles,
+                f"below num_quantiles={self.num_quantiles}",
+            )
         if self.entropy_weight_end is None:
             require(
                 "entropy_weight_floor",

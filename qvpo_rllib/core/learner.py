@@ -228,18 +228,21 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         """Takes one step of the critics towards r + γ (1 - d) · next_q.
 
         Args:
-            next_q: the value of the next states, [B], without gradient.
+            next_q: the value of the next states, [B], without gradient; or quantiles of it, [m, B].
         """
         target = losses.td_target(batch.reward, batch.terminal, next_q, self.hp.gamma)
         critic = self.networks.critic
         loss, q_mean = self.kernels.critic_objective(critic, batch.obs, batch.action, target)
         grad_norm = self.descend(loss, self.critic_optimizer, critic)
-        return {
+        metrics = {
             "critic_loss": loss.detach(),
             "critic_grad_norm": grad_norm,
             "q_mean": q_mean,
             "td_target_mean": target.mean(),
         }
+        if target.dim() == 2:
+            metrics["td_target_std"] = target.std(dim=0, correction=0).mean()
+        return metrics
 
     def descend(self, loss: Tensor, optimizer: torch.optim.Adam, module: nn.Module) -> Tensor:
         """Takes one clipped step of Adam. Returns the gradient's norm before clipping."""

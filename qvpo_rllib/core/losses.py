@@ -4,27 +4,56 @@ The objectives at the end compose them into what the two optimisers descend. An 
 these: they are functions of modules and tensors alone.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.networks import NoisePredictor
+
+if TYPE_CHECKING:
+    from qvpo_rllib.core.networks import NoisePredictor
 
 Q_EXP_RANGE = 8.0  # qexp clips its normalised Q to ±8 before the exponential
 
-TwinCritic = Callable[[Tensor, Tensor], Tensor]  # obs [B, O], action [B, A] → [2, B]
-
 
 def td_target(reward: Tensor, terminal: Tensor, next_q: Tensor, gamma: float) -> Tensor:
-    """Returns y = r + γ(1 - terminal)·min Q̄(s', a'), Algorithm 1, line 10. All are [B]."""
+    """Returns y = r + γ(1 - terminal)·min Q̄(s', a'), Algorithm 1, line 10. All are [B].
+
+    next_q may also be quantiles [m, B]; y then has that shape.
+    """
     return reward + gamma * (1 - terminal) * next_q
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
     """Returns the sum of the twins' mean squared errors, Algorithm 1, line 11: [2, B], [B] → []."""
     return (q - target).square().mean(dim=1).sum()
+
+
+def lowest_of(values: Tensor, count: int) -> Tensor:
+    """Returns the `count` lowest values in ascending order: [..., V] → [..., count]."""
+    return values.sort(dim=-1).values[..., :count]
+
+
+def quantile_loss(quantiles: Tensor, target: Tensor) -> Tensor:
+    """Returns the sum of the twins' quantile Huber losses (TQC, Kuznetsov et al. 2020, section 3).
+
+    Each is the mean over transitions, i and j of |τ_i - 1[y_j < z_i]|·Huber₁(y_j - z_i) with the
+    levels τ_i = (i - ½)/n, as quantile regression has it (Dabney et al. 2018).
+
+    Args:
+        quantiles: z [2, B, n].
+        target: y [m, B].
+    """
+    num = quantiles.shape[2]
+    levels = (torch.arange(num, device=target.device, dtype=target.dtype) + 0.5) / num
+    error = target.t()[:, None] - quantiles[..., None]  # [2, B, n, m]
+    weights = torch.where(error.detach() < 0, 1 - levels[:, None], levels[:, None])
+    huber = F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
+    return (weights * huber).mean(dim=(1, 2, 3)).sum()
 
 
 def best_of(q: Tensor, actions: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
@@ -118,11 +147,15 @@ def policy_loss(
 
 
 def critic_objective(
-    critic: TwinCritic, obs: Tensor, action: Tensor, target: Tensor
+    critic: Any, obs: Tensor, action: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the critics' loss and mean estimate: obs [B, O], action [B, A], target [B]."""
+    """Returns the critics' loss and mean estimate: obs [B, O], action [B, A], target [..., B].
+
+    Args:
+        critic: a `TwinQ`, or what gives estimates and their `loss` as it does.
+    """
     q = critic(obs, action)
-    return critic_loss(q, target), q.detach().mean()
+    return critic.loss(q, target), q.detach().mean()
 
 
 def denoising_objective(

@@ -7,11 +7,12 @@ O observation dimensions, H width of a hidden layer, T diffusion steps. All tens
 import itertools
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from qvpo_rllib.core import losses
 from qvpo_rllib.core.kernels import linear, mish
 
 TIME_DIM = 32  # size of the sinusoidal embedding of t
@@ -23,13 +24,25 @@ class SplitMLP(nn.Module):
 
     The first layer is linear in its parts, so the product of a part that many rows share (the
     observation of N action samples) is computed once and added: `first(i, part)`, `tail(sum)`.
+
+    Args:
+        layer_norm: normalise a hidden layer's sums over its units, with a scale and a shift for
+            each, before Mish (Ba et al. 2016; in critics as RLPD does, Ball et al. 2023).
     """
 
-    def __init__(self, part_dims: Sequence[int], hidden: Sequence[int], out_dim: int) -> None:
+    def __init__(
+        self,
+        part_dims: Sequence[int],
+        hidden: Sequence[int],
+        out_dim: int,
+        *,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.part_dims = tuple(part_dims)
         dims = [sum(part_dims), *hidden, out_dim]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(dims))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in hidden if layer_norm)
         self.apply(init_weights)
 
     def linears(self) -> list[nn.Linear]:
@@ -46,11 +59,18 @@ class SplitMLP(nn.Module):
 
     def tail(self, pre: Tensor) -> Tensor:
         """Returns the output [..., out] for the sum of the shares [..., H], still without bias."""
-        hidden = mish(pre + self.linears()[0].bias)
+        hidden = mish(self.normalized(0, pre + self.linears()[0].bias))
         *inner, last = self.linears()[1:]
-        for layer in inner:
-            hidden = mish(linear(hidden, layer.weight, layer.bias))
+        for index, layer in enumerate(inner, start=1):
+            hidden = mish(self.normalized(index, linear(hidden, layer.weight, layer.bias)))
         return linear(hidden, last.weight, last.bias)
+
+    def normalized(self, index: int, sums: Tensor) -> Tensor:
+        """Returns hidden layer `index`'s sums [..., H], normalised if the network does that."""
+        if not self.norms:
+            return sums
+        normalized: Tensor = self.norms[index](sums)
+        return normalized
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Returns the output [..., out] for parts [..., part], broadcast against one another."""
@@ -110,12 +130,28 @@ class NoisePredictor(nn.Module):
 
 
 class TwinQ(nn.Module):
-    """Two critics Q(s, a) that share nothing but their shape."""
+    """Two critics Q(s, a) that share nothing but their shape.
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden: Sequence[int]) -> None:
+    Args:
+        outputs: numbers that each gives for an action.
+        layer_norm: see `SplitMLP`.
+    """
+
+    kept = 1  # of both twins' outputs so many count, from the lowest on: Q is their mean
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: Sequence[int],
+        *,
+        outputs: int = 1,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__()
-        self.q1 = SplitMLP((obs_dim, act_dim), hidden, 1)
-        self.q2 = SplitMLP((obs_dim, act_dim), hidden, 1)
+        self.outputs = outputs
+        self.q1 = SplitMLP((obs_dim, act_dim), hidden, outputs, layer_norm=layer_norm)
+        self.q2 = SplitMLP((obs_dim, act_dim), hidden, outputs, layer_norm=layer_norm)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """Returns both estimates [2, ...] for obs [..., O] and action [..., A] in [-1, 1].
@@ -123,4 +159,84 @@ class TwinQ(nn.Module):
         Leading dimensions broadcast: for obs [B, 1, O] and action [B, N, A] the observation's share
         of the first layer is computed once per state.
         """
-        return torch.stack([self.q1(obs, action), self.q2(obs, action)]).squeeze(-1)
+        return self.stacked(self.q1(obs, action), self.q2(obs, action))
+
+    def stacked(self, *outputs: Tensor) -> Tensor:
+        """Returns what `forward` does for the twins' outputs, [..., 1] each."""
+        return torch.stack(outputs).squeeze(-1)
+
+    def value(self, estimates: Tensor) -> Tensor:
+        """Returns Q, the lower of the twins' estimates: [2, ...] → [...]."""
+        return estimates.amin(dim=0)
+
+    def loss(self, estimates: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of estimates [2, B] for the targets [B]."""
+        return losses.critic_loss(estimates, target)
+
+    def target(self, next_obs: Tensor, actions: Tensor, q: Tensor) -> Tensor:
+        """Returns what the TD target takes of the next states: the Q of the best action, [B].
+
+        Args:
+            next_obs, actions, q: [B, O], K_t actions of each state [B, K_t, A], their Q [B, K_t].
+        """
+        return q.amax(dim=1)
+
+
+class QuantileTwinQ(TwinQ):
+    """Two critics of n quantiles of the return each: truncated quantile critics, TQC.
+
+    Kuznetsov et al., ICML 2020. A twin's i-th output is the return's quantile of level (i - ½)/n.
+    The 2n outputs are pooled and sorted, and the 2d highest are dropped, which keeps Q from being
+    overestimated. Q is the mean of the rest.
+
+    Args:
+        num_quantiles: n.
+        dropped: d, below n.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: Sequence[int],
+        num_quantiles: int,
+        dropped: int,
+        *,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__(obs_dim, act_dim, hidden, outputs=num_quantiles, layer_norm=layer_norm)
+        self.kept = 2 * (num_quantiles - dropped)
+
+    def stacked(self, *outputs: Tensor) -> Tensor:
+        """Returns both twins' quantiles [2, ..., n] for outputs [..., n]."""
+        return torch.stack(outputs)
+
+    def value(self, estimates: Tensor) -> Tensor:
+        """Returns Q, the mean of the kept quantiles: [2, ..., n] → [...]."""
+        return losses.lowest_of(torch.cat([*estimates], dim=-1), self.kept).mean(dim=-1)
+
+    def loss(self, estimates: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of estimates [2, B, n] for the targets' quantiles [2(n - d), B]."""
+        return losses.quantile_loss(estimates, target)
+
+    @torch.no_grad()
+    def target(self, next_obs: Tensor, actions: Tensor, q: Tensor) -> Tensor:
+        """Returns the kept quantiles of the best action, [2(n - d), B]."""
+        best = losses.best_of(q, actions)[1][:, 0]
+        return losses.lowest_of(torch.cat([*self(next_obs, best)], dim=-1), self.kept).t()
+
+
+def new_critic(obs_dim: int, act_dim: int, options: Any) -> TwinQ:
+    """Returns new critics of the kind that `options.critic` names.
+
+    Args:
+        options: `QVPOHyperparameters`, or a bundle's description, which has the same names.
+    """
+    sizes, layer_norm = (obs_dim, act_dim, options.hidden), options.critic_layer_norm
+    if options.critic == "twin":
+        return TwinQ(*sizes, layer_norm=layer_norm)
+    if options.critic == "quantile":
+        return QuantileTwinQ(
+            *sizes, options.num_quantiles, options.dropped_quantiles, layer_norm=layer_norm
+        )
+    raise ValueError(f"critic={options.critic!r} does not exist: use twin or quantile.")

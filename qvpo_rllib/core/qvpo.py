@@ -13,7 +13,7 @@ from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import SecondStream, matmul_precision
 from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters, QVPOHyperparameters
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
-from qvpo_rllib.core.networks import NoisePredictor, TwinQ
+from qvpo_rllib.core.networks import NoisePredictor, TwinQ, new_critic
 from qvpo_rllib.core.normalization import RunningMoments
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
@@ -65,11 +65,12 @@ class QVPONetworks(ActorCritic):
     target_critic: TwinQ
 
     def __init__(self, obs_dim: int, act_dim: int, hp: DiffusionHyperparameters) -> None:
-        super().__init__(
-            NoisePredictor(obs_dim, act_dim, hp.hidden, hp.diffusion_steps),
-            TwinQ(obs_dim, act_dim, hp.hidden),
-            act_dim,
+        actor = NoisePredictor(obs_dim, act_dim, hp.hidden, hp.diffusion_steps)
+        has_choice = isinstance(hp, QVPOHyperparameters)  # the rivals have twins
+        critic = (
+            new_critic(obs_dim, act_dim, hp) if has_choice else TwinQ(obs_dim, act_dim, hp.hidden)
         )
+        super().__init__(actor, critic, act_dim)
         self.schedule = NoiseSchedule(hp.noise_schedule, hp.diffusion_steps)
         if hp.normalize_observations:
             self.observations = RunningMoments(obs_dim)
@@ -224,11 +225,15 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
     def _next_q(
         self, batch: Transitions, noise: UpdateNoise, samples: Tensor | None = None
     ) -> Tensor:
-        """Returns the TD target's value of the next states, [B], by samples [B, K_t, A]."""
+        """Returns the TD target's value of the next states, [B], by samples [B, K_t, A].
+
+        Of quantile critics it is quantiles, [m, B].
+        """
         if samples is None:
             samples = self._sample_actions(self._target_chain(batch, noise))
         critic, kernels = self.networks.target_critic, self.kernels.sampler
-        return min_q(critic, batch.next_obs, samples, kernels).amax(dim=1)
+        q = min_q(critic, batch.next_obs, samples, kernels)
+        return critic.target(batch.next_obs, samples, q)
 
     def _rank(self, obs: Tensor, samples: Tensor) -> Tensor:
         """Returns the samples' Q in the ranking precision: [B, O], [B, N_d, A] → [B, N_d]."""

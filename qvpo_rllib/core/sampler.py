@@ -9,16 +9,17 @@ and it takes states in chunks whose activations stay in cache.
 may pass compiled ones, or let `backends.native` do everything (see `engine.py`).
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, cast
 
 import torch
-from torch import Generator, Tensor
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
 
 from qvpo_rllib.core.backends.native import PackedActor, PackedCritic, multiplies_bfloat16
 from qvpo_rllib.core.diffusion import NoiseSchedule, reverse_step
 from qvpo_rllib.core.kernels import linear, mish_
-from qvpo_rllib.core.losses import best_of
+from qvpo_rllib.core.losses import best_of, lowest_of
 from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
 
 # Rows (states × samples) of a chunk on a CPU: 2048 rows of 256 floats are two megabytes, which two
@@ -34,6 +35,7 @@ class Trunk(NamedTuple):
     action_weight: Tensor  # the action's part of the first layer
     weights: list[Tensor]  # the layers behind it
     biases: list[Tensor]
+    norms: Sequence[tuple[Tensor, Tensor]] = ()  # layer normalisation's scales and shifts [H]
 
     @classmethod
     def of(cls, mlp: SplitMLP, action_part: int, dtype: torch.dtype | None = None) -> "Trunk":
@@ -43,6 +45,7 @@ class Trunk(NamedTuple):
             mlp.first_weights()[action_part].contiguous(),
             [layer.weight for layer in layers],
             [layer.bias for layer in layers],
+            [(norm.weight, norm.bias) for norm in cast(Iterable[nn.LayerNorm], mlp.norms)],
         )
         if dtype is None:
             return trunk
@@ -50,6 +53,7 @@ class Trunk(NamedTuple):
             trunk.action_weight.to(dtype),
             [w.to(dtype) for w in trunk.weights],
             [b.to(dtype) for b in trunk.biases],
+            [(scale.to(dtype), shift.to(dtype)) for scale, shift in trunk.norms],
         )
 
 
@@ -74,11 +78,17 @@ def run_trunk(actions: Tensor, first: Tensor, trunk: Trunk) -> Tensor:
         first: [S, H], the sum of the first layer's other parts, bias included.
     """
     pre = linear(actions.to(first.dtype), trunk.action_weight)
-    hidden = mish_(pre.view(first.shape[0], -1, first.shape[1]).add_(first[:, None]))
-    hidden = hidden.view(pre.shape)
-    for weight, bias in zip(trunk.weights[:-1], trunk.biases[:-1], strict=True):
-        hidden = mish_(linear(hidden, weight, bias))
+    sums = pre.view(first.shape[0], -1, first.shape[1]).add_(first[:, None])
+    hidden = mish_(_normalized(sums, trunk, 0)).view(pre.shape)
+    for index, weight in enumerate(trunk.weights[:-1]):
+        sums = linear(hidden, weight, trunk.biases[index])
+        hidden = mish_(_normalized(sums, trunk, index + 1))
     return linear(hidden, trunk.weights[-1], trunk.biases[-1])
+
+
+def _normalized(sums: Tensor, trunk: Trunk, layer: int) -> Tensor:
+    """Returns what `SplitMLP.normalized` does."""
+    return F.layer_norm(sums, sums.shape[-1:], *trunk.norms[layer]) if trunk.norms else sums
 
 
 def denoise(
@@ -97,17 +107,22 @@ def denoise(
     return x
 
 
-def lowest_q(actions: Tensor, firsts: list[Tensor], trunks: list[Trunk]) -> Tensor:
-    """Returns the twins' minimum for one chunk: actions [S·N, A], firsts twice [S, H] → [S·N]."""
+def lowest_q(actions: Tensor, firsts: list[Tensor], trunks: list[Trunk], kept: int = 1) -> Tensor:
+    """Returns the twins' minimum for one chunk: actions [S·N, A], firsts twice [S, H] → [S·N].
+
+    Of quantile critics, whose `kept` is above 1, it is the mean of the lowest outputs.
+    """
     q1, q2 = (run_trunk(actions, first, trunk) for first, trunk in zip(firsts, trunks, strict=True))
-    return torch.minimum(q1, q2).squeeze(-1)
+    if kept == 1:
+        return torch.minimum(q1, q2).squeeze(-1)
+    return lowest_of(torch.cat([q1, q2], dim=1), kept).mean(dim=1)
 
 
 class SamplerKernels(NamedTuple):
     """The functions that work on a chunk; with `native`, the library does both on a CPU."""
 
     denoise: Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor], Trunk], Tensor] = denoise
-    lowest_q: Callable[[Tensor, list[Tensor], list[Trunk]], Tensor] = lowest_q
+    lowest_q: Callable[[Tensor, list[Tensor], list[Trunk], int], Tensor] = lowest_q
     native: bool = False
 
 
@@ -169,7 +184,10 @@ def sample_actions(
 
 @torch.no_grad()
 def min_q(critic: TwinQ, obs: Tensor, actions: Tensor, kernels: SamplerKernels = EAGER) -> Tensor:
-    """Returns the twins' minimum for N actions per state: [B, O], [B, N, A] → [B, N]."""
+    """Returns the twins' minimum for N actions per state: [B, O], [B, N, A] → [B, N].
+
+    Of quantile critics it is their Q, the mean of the kept quantiles.
+    """
     if kernels.native:
         return PackedCritic(critic).min_q(obs, actions)
     num_states, num_samples, act_dim = actions.shape
@@ -179,7 +197,7 @@ def min_q(critic: TwinQ, obs: Tensor, actions: Tensor, kernels: SamplerKernels =
     lowest = torch.empty_like(actions[..., 0])
     for states in _chunks(num_states, num_samples, obs.device):
         flat = actions[states].reshape(-1, act_dim)
-        q = kernels.lowest_q(flat, [first[states] for first in firsts], trunks)
+        q = kernels.lowest_q(flat, [first[states] for first in firsts], trunks, critic.kept)
         lowest[states] = q.view(-1, num_samples)
     return lowest
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
+from qvpo_rllib.core.hyperparameters import CRITIC_OPTIONS
 from qvpo_rllib.play.trained_policy import find_checkpoint, load_checkpoint
 from qvpo_rllib.serving.bundle import check_absent, digest, encode_parameters, write_bundle
 from qvpo_rllib.serving.description import Description
@@ -72,6 +73,7 @@ def export_checkpoint(
         k_behavior=policy.hp.k_behavior,
         k_eval=policy.hp.k_eval,
         normalize_observations=policy.hp.normalize_observations,
+        **{name: getattr(policy.hp, name) for name in CRITIC_OPTIONS},
         source={
             "run": directory.parents[1].name if directory.parent.name == "checkpoints" else None,
             "checkpoint": directory.name,

@@ -163,7 +163,7 @@ def build_networks(description: Description, parameters: bytes) -> PolicyNetwork
 def _untrained(description: Description) -> PolicyNetworks:
     """Returns new networks. Raises `ValueError` if they are larger than any policy's."""
     d = description
-    widths = [d.obs_dim + d.act_dim, *d.hidden, d.act_dim]
+    widths = [d.obs_dim + d.act_dim, *d.hidden, max(d.act_dim, d.num_quantiles)]
     num_bytes = 4 * 3 * sum(a * b for a, b in itertools.pairwise(widths))  # actor and critics
     if num_bytes > MAX_PARAMETER_BYTES:
         raise ValueError(

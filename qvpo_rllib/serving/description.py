@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from qvpo_rllib.core.action_scale import ActionScale
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.hyperparameters import CRITIC_OPTIONS, QVPOHyperparameters
+from qvpo_rllib.core.options import defaults_of
 
 FORMAT = "qvpo-policy"
 FORMAT_VERSION = 1
@@ -21,9 +22,10 @@ MAX_STEPS = 10_000  # diffusion steps, and actions per observation
 MAX_BYTES = 16 * 2**20  # a policy.json; Humanoid's takes 10 kB
 MAX_NESTING = 32  # of a policy.json
 MAX_NOISE = 2**26  # numbers drawn at once, T × K × A for an observation: 256 MiB
+CRITIC_DEFAULTS = {name: defaults_of(QVPOHyperparameters)[name] for name in CRITIC_OPTIONS}
 FLOATS = ("float16", "float32", "float64")
 # What earlier bundles do not say, and mean; a bundle leaves it out where it means it too.
-UNSAID = {"normalize_observations": False}
+UNSAID = CRITIC_DEFAULTS | {"normalize_observations": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,10 @@ class Description:
     k_behavior: int
     k_eval: int  # K unless a caller asks for another
     normalize_observations: bool = False  # by the moments among the parameters
+    critic: str = CRITIC_DEFAULTS["critic"]
+    num_quantiles: int = CRITIC_DEFAULTS["num_quantiles"]
+    dropped_quantiles: int = CRITIC_DEFAULTS["dropped_quantiles"]
+    critic_layer_norm: bool = CRITIC_DEFAULTS["critic_layer_norm"]
     source: dict[str, Any] = field(default_factory=dict)  # run, env steps, updates, seed, …
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that wrote it
     created: str = ""  # ISO 8601, UTC
@@ -86,6 +92,7 @@ class Description:
             noise_schedule=self.noise_schedule,
             k_behavior=self.k_behavior,
             k_eval=self.k_eval,
+            **{name: getattr(self, name) for name in CRITIC_OPTIONS},
         )
 
     @property
@@ -224,6 +231,10 @@ _RULES: dict[str, _Rule] = {
     "k_behavior": _COUNT,
     "k_eval": _COUNT,
     "normalize_observations": (lambda value: isinstance(value, bool), "true or false"),
+    "critic": _TEXT,
+    "num_quantiles": _COUNT,
+    "dropped_quantiles": (lambda value: value == 0 or _is_count(value, MAX_STEPS), "0 or more"),
+    "critic_layer_norm": (lambda value: isinstance(value, bool), "true or false"),
     "source": _OBJECT,
     "versions": _OBJECT,
     "created": _TEXT,

@@ -1,7 +1,7 @@
 """The policy as an ONNX graph: T reverse steps unrolled, the best of K by the critics at the end.
 
     inputs    observations [B, O] float32; noise [T, B, K, A] float32, standard normal
-    outputs   actions [B, A] float32 in the environment's box; q [B] float32, the critics' minimum
+    outputs   actions [B, A] float32 in the environment's box; q [B] float32, of the critics
 
 B and K are free. The noise is an input so that the graph holds no randomness of its own.
 """
@@ -48,7 +48,7 @@ class OnnxPolicy(nn.Module):
             step_noise = noise[i + 1] if t > 0 else None
             x = schedule.p_sample(x, t, actor.mlp.tail(pre), step_noise)
         candidates = x.clamp(-1, 1)  # [B, K, A]
-        q = critic(observations[:, None], candidates).amin(dim=0)  # [B, K]
+        q = critic.value(critic(observations[:, None], candidates))  # [B, K]
         top_q, top = q.max(dim=1, keepdim=True)
         best = candidates.gather(1, top[..., None].expand(-1, -1, candidates.shape[2]))[:, 0]
         middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import CPU, acting_engine, kernels_of
-from qvpo_rllib.core.networks import NoisePredictor, TwinQ
+from qvpo_rllib.core.networks import NoisePredictor, TwinQ, new_critic
 from qvpo_rllib.core.normalization import RunningMoments
 from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 from qvpo_rllib.serving.description import Description
@@ -45,7 +45,7 @@ class PolicyNetworks(nn.Module):
         super().__init__()
         d = description
         self.actor = NoisePredictor(d.obs_dim, d.act_dim, d.hidden, d.diffusion_steps)
-        self.critic = TwinQ(d.obs_dim, d.act_dim, d.hidden)
+        self.critic = new_critic(d.obs_dim, d.act_dim, d)
         self.schedule = NoiseSchedule(d.noise_schedule, d.diffusion_steps)
         self.observations = RunningMoments(d.obs_dim) if d.normalize_observations else None
 

@@ -86,15 +86,18 @@ def _run(x: Tensor, start: Tensor | None, first_weight: Tensor, mlp: SplitMLP) -
 
 
 class FittedTwinQ(NamedTuple):
-    """`TwinQ.forward` for obs [B, O] and action [B, A]."""
+    """`TwinQ.forward` for obs [B, O] and action [B, A], and its loss."""
 
     critic: TwinQ
 
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+    def __call__(self, obs: Tensor, action: Tensor) -> Tensor:
         x = torch.cat([obs, action], dim=1)
         twins = (self.critic.q1, self.critic.q2)
         q = [_run(x, None, mlp.linears()[0].weight, mlp) for mlp in twins]
-        return torch.stack(q).squeeze(-1)
+        return self.critic.stacked(*q)
+
+    def loss(self, estimates: Tensor, target: Tensor) -> Tensor:
+        return self.critic.loss(estimates, target)
 
 
 class FittedNoisePredictor(NamedTuple):
@@ -115,8 +118,12 @@ class FittedNoisePredictor(NamedTuple):
 
 
 def critic_objective(critic: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what `losses.critic_objective` does."""
-    return losses.critic_objective(FittedTwinQ(critic).forward, *inputs)
+    """Returns what `losses.critic_objective` does.
+
+    PyTorch fits critics with layer normalisation: the library only ranks by them.
+    """
+    fitted = critic if critic.q1.norms else FittedTwinQ(critic)
+    return losses.critic_objective(fitted, *inputs)
 
 
 def actor_objective(actor: NoisePredictor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

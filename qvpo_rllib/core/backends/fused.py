@@ -326,12 +326,14 @@ def fused_sampler(
     Args:
         hp: `QVPOHyperparameters`.
     """
-    wanted = {hp.sampling_precision, hp.ranking_precision} & DTYPES.keys()
+    # The kernel ranks twins of one estimate each, without layer normalisation.
+    ranking = hp.ranking_precision if hp.critic == "twin" and not hp.critic_layer_norm else "fp32"
+    wanted = {hp.sampling_precision, ranking} & DTYPES.keys()
     if not wanted or triton is None or device.type != "cuda" or not fits(hp.hidden):
         return None
     if torch.cuda.get_device_capability(device)[0] != HOPPER:
         return None
-    fused = FusedSampler(schedule, hp.sampling_precision, hp.ranking_precision)
+    fused = FusedSampler(schedule, hp.sampling_precision, ranking)
     counts = hp.num_policy_samples, hp.k_target
     try:
         with matmul_precision("fp32", device):

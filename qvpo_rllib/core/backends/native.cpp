@@ -9,6 +9,7 @@
 // whatever rows are beside it, so that neither the batch nor the number of threads changes a bit.
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -36,6 +37,10 @@ struct Layer {
     int64_t in, out;      // features; `out` is padded to a multiple of LANES with zeros
     const float *weight;  // panels of up to COLUMNS vectors, each [in, vectors * LANES]
     const float *bias;    // [out], or null
+    // Of layer normalisation, or null: each [out], padded with zeros; `units` are those of `out` that
+    // are no padding.
+    const float *scale, *shift;
+    int64_t units;
 };
 
 struct Network {
@@ -181,6 +186,31 @@ void apply(const Layer &layer, int64_t rows, const float *x, int64_t x_stride,
     }
 }
 
+// A row of sums -> Mish of them, normalised over the units as torch.nn.LayerNorm does.
+void normalize_and_activate(const Layer &layer, float *row) {
+    const auto mean_of = [&](Vector sum) {
+        float total = 0.0f;
+        for (int lane = 0; lane < LANES; ++lane) total += sum[lane];
+        return total / layer.units;
+    };
+    Vector sum{}, squares{};
+    for (int64_t j = 0; j < layer.out; j += LANES) sum += load(row + j);  // the padding is zero
+    const float mean = mean_of(sum);
+    for (int64_t j = 0; j < layer.out; j += LANES) store(row + j, load(row + j) - mean);
+    std::fill(row + layer.units, row + layer.out, 0.0f);
+    for (int64_t j = 0; j < layer.out; j += LANES) squares += load(row + j) * load(row + j);
+    const float factor = 1.0f / std::sqrt(mean_of(squares) + 1e-5f);
+    for (int64_t j = 0; j < layer.out; j += LANES)
+        store(row + j, mish(load(row + j) * factor * load(layer.scale + j) + load(layer.shift + j)));
+}
+
+// A hidden layer's activations.
+void hidden_layer(const Layer &layer, int64_t rows, const float *x, int64_t x_stride,
+                  const float *const *start, float *out, int64_t out_stride) {
+    if (!layer.scale) return apply<true>(layer, rows, x, x_stride, start, out, out_stride);
+    apply<false>(layer, rows, x, x_stride, start, out, out_stride);
+    for (int64_t r = 0; r < rows; ++r) normalize_and_activate(layer, out + r * out_stride);
+}
 }  // namespace
 
 #include "bfloat16.hpp"
@@ -229,12 +259,12 @@ struct Scratch {
     // The network from where the action comes in; returns the output, [rows, width].
     const float *run(const Network &network, int64_t rows, const float *actions,
                      int64_t action_stride) {
-        apply<true>(*network.action, rows, actions, action_stride, start.data(), one.data(),
-                      width);
+        hidden_layer(*network.action, rows, actions, action_stride, start.data(), one.data(),
+                     width);
         float *from = one.data(), *to = other.data();
         for (int64_t i = 0; i < network.num_layers; ++i) {
             if (i + 1 < network.num_layers)
-                apply<true>(network.layers[i], rows, from, width, nullptr, to, width);
+                hidden_layer(network.layers[i], rows, from, width, nullptr, to, width);
             else
                 apply<false>(network.layers[i], rows, from, width, nullptr, to, width);
             std::swap(from, to);
@@ -264,6 +294,16 @@ struct Scratch {
         return one.data();
     }
 };
+
+// The mean of the `kept` lowest of `count` values, which change their order. A NaN counts as the
+// highest, as in torch.sort.
+float mean_of_lowest(float *values, int64_t count, int64_t kept) {
+    const auto lower = [](float a, float b) { return a < b || (b != b && a == a); };
+    std::nth_element(values, values + kept - 1, values + count, lower);
+    float sum = 0.0f;
+    for (int64_t i = 0; i < kept; ++i) sum += values[i];
+    return sum / kept;
+}
 
 // To [-1, 1]; a NaN stays one.
 float clipped(float x) { return x > 1.0f ? 1.0f : x < -1.0f ? -1.0f : x; }
@@ -441,12 +481,15 @@ void qvpo_sample(const Network *actor, int64_t steps, const float *step_parts,
     });
 }
 
-// The lower of the twins' estimates: sampler.min_q. actions [S, N, A] -> q [S, N].
-void qvpo_min_q(const Network *twins, const float *obs, int64_t obs_dim, const float *actions,
-                int64_t states, int64_t samples, int64_t act_dim, float *q, int64_t threads) {
+// The mean of the `kept` lowest of the twins' outputs, for kept = 1 the lower of their estimates:
+// sampler.min_q. actions [S, N, A] -> q [S, N].
+void qvpo_min_q(const Network *twins, int64_t outputs, int64_t kept, const float *obs,
+                int64_t obs_dim, const float *actions, int64_t states, int64_t samples,
+                int64_t act_dim, float *q, int64_t threads) {
     const int64_t all_rows = states * samples;
     in_parallel(Block::count(all_rows), threads, [&](int64_t begin, int64_t end) {
         Scratch scratch(*twins);
+        std::vector<float> pools(kept == 1 ? 0 : BLOCK_ROWS * 2 * outputs);  // of each row, both
         for (int64_t index = begin; index < end; ++index) {
             const Block block(index, all_rows, samples);
             scratch.point_at_states(block, samples);
@@ -455,6 +498,12 @@ void qvpo_min_q(const Network *twins, const float *obs, int64_t obs_dim, const f
                              obs_dim, nullptr, scratch.first.data(), scratch.hidden);
                 const float *out =
                     scratch.run(twins[twin], block.rows, actions + block.row * act_dim, act_dim);
+                if (kept != 1) {
+                    for (int64_t r = 0; r < block.rows; ++r)
+                        std::copy_n(out + r * scratch.width, outputs,
+                                    pools.data() + (2 * r + twin) * outputs);
+                    continue;
+                }
                 for (int64_t r = 0; r < block.rows; ++r) {
                     const float value = out[r * scratch.width];
                     float &lowest = q[block.row + r];
@@ -462,6 +511,9 @@ void qvpo_min_q(const Network *twins, const float *obs, int64_t obs_dim, const f
                     if (twin == 0 || value < lowest || value != value) lowest = value;
                 }
             }
+            for (int64_t r = 0; kept != 1 && r < block.rows; ++r)
+                q[block.row + r] =
+                    mean_of_lowest(pools.data() + 2 * r * outputs, 2 * outputs, kept);
         }
     });
 }

@@ -15,9 +15,10 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
@@ -32,6 +33,9 @@ class _Layer(ctypes.Structure):
         ("outputs", ctypes.c_int64),
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("units", ctypes.c_int64),
     )
 
 
@@ -65,6 +69,11 @@ class PackedMLP:
         layers = [
             self._pack(x.weight, x.bias, padded(x.in_features), narrow=narrow) for x in behind
         ]
+        for norm, layer in zip(
+            cast(list[nn.LayerNorm], list(mlp.norms)), (action, *layers), strict=False
+        ):
+            layer.units = len(norm.weight)
+            layer.scale, layer.shift = self._padded(norm.weight), self._padded(norm.bias)
         self.hidden = int(observation.outputs)
         self.products_per_row = sum(x.inputs * x.outputs for x in (action, *layers))
         array = (_Layer * len(layers))(*layers)
@@ -90,10 +99,14 @@ class PackedMLP:
         self._kept.append(packed)
         if bias is None:
             return _Layer(inputs, outputs, packed.data_ptr(), None)
-        padded_bias = torch.zeros(outputs)
-        padded_bias[:rows] = bias.detach()
-        self._kept.append(padded_bias)
-        return _Layer(inputs, outputs, packed.data_ptr(), padded_bias.data_ptr())
+        return _Layer(inputs, outputs, packed.data_ptr(), self._padded(bias))
+
+    def _padded(self, values: Tensor) -> int:
+        """Returns where the values are kept, zeros behind them."""
+        kept = torch.zeros(padded(len(values)))
+        kept[: len(values)] = values.detach()
+        self._kept.append(kept)
+        return kept.data_ptr()
 
 
 class PackedActor:
@@ -143,14 +156,17 @@ class PackedCritic:
     def __init__(self, critic: TwinQ) -> None:
         self._twins = [PackedMLP(critic.q1, 0, 1), PackedMLP(critic.q2, 0, 1)]
         self._networks = (_Network * 2)(*(mlp.network for mlp in self._twins))
+        self._outputs, self._num_kept = critic.outputs, critic.kept
 
     def min_q(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """Returns the lower Q [B, N] for obs [B, O], actions [B, N, A]; float32."""
+        """Returns Q [B, N] for obs [B, O], actions [B, N, A]; float32."""
         num_states, num_samples, act_dim = actions.shape
         obs, actions = obs.contiguous(), actions.contiguous()
         q = torch.empty(num_states, num_samples)
         load_library().qvpo_min_q(
             self._networks,
+            self._outputs,
+            self._num_kept,
             obs.data_ptr(),
             obs.shape[1],
             actions.data_ptr(),
@@ -191,7 +207,10 @@ _SIGNATURES = {
         *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
         *(_INT, _INT, _INT, _POINTER, _INT, _INT),
     ],
-    "qvpo_min_q": [_POINTER, _POINTER, _INT, _POINTER, _INT, _INT, _INT, _POINTER, _INT],
+    "qvpo_min_q": [
+        *(_POINTER, _INT, _INT, _POINTER, _INT, _POINTER),
+        *(_INT, _INT, _INT, _POINTER, _INT),
+    ],
     "qvpo_fit_forward": [_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT],
     "qvpo_fit_backward": [_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT],
 }
