@@ -205,7 +205,7 @@ def critic_loss(q1, q2, target):
     return first + second
 
 
-def q_weights(kind, chosen_q, value, *, q_cut=1.0, q_mean=0.0, q_std=1.0):
+def q_weights(kind, chosen_q, value, *, q_cut=1.0, q_mean=0.0, q_std=1.0, temperature=1.0):
     result = np.zeros_like(chosen_q)
     for b, row in enumerate(chosen_q):
         for j, q in enumerate(row):
@@ -217,7 +217,18 @@ def q_weights(kind, chosen_q, value, *, q_cut=1.0, q_mean=0.0, q_std=1.0):
                 result[b, j] = q if q > 0 else 0.0
             elif kind == "qexp":
                 result[b, j] = math.exp(min(8.0, max(-8.0, (q - q_mean) / q_std)))
+            elif kind == "softmax":  # k times the share of exp(Q/λ)
+                result[b, j] = len(row) / sum(math.exp((p - q) / temperature) for p in row)
     return result
+
+
+def soft_weight_kl(weights):
+    """ln N minus the entropy of the shares w = weight/N, mean over the states."""
+    total = 0.0
+    for row in weights:
+        shares = [weight / len(row) for weight in row]
+        total += math.log(len(row)) + sum(w * math.log(w) for w in shares if w > 0)
+    return total / len(weights)
 
 
 def entropy_weights(weights, entropy_weight):
@@ -268,6 +279,20 @@ class Adam:
             weights[name] = weights[name] - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
 
 
+class LearntScale:
+    """A positive number: Adam of rate 3e-4 on its logarithm, towards a lower number · excess."""
+
+    def __init__(self, start):
+        self.log, self.adam = {"x": math.log(start)}, Adam(3e-4, 1e-8)
+
+    @property
+    def value(self):
+        return math.exp(self.log["x"])
+
+    def descend(self, excess):
+        self.adam.descend(self.log, {"x": self.value * excess})
+
+
 def moving_average(target, online, tau):
     """θ̄ ← (1 - τ) θ̄ + τ θ."""
     return {name: (1 - tau) * target[name] + tau * online[name] for name in target}
@@ -307,6 +332,8 @@ class Update:
         self.actor_adam = Adam(hp.actor_lr, hp.adam_eps)
         self.critic_adam = Adam(hp.critic_lr, hp.adam_eps)
         self.q_mean, self.q_std = 0.0, 1.0
+        self.entropy_weight = 0.01 if hp.entropy_weight == "auto" else hp.entropy_weight
+        self.temperature = LearntScale(1.0)
         self.number = 0
 
     def update(self, critic_batch, policy_batch, noise):
@@ -347,16 +374,18 @@ class Update:
         value = q.mean(axis=1)
         self.q_mean += 1e-3 * (q.mean() - self.q_mean)
         self.q_std += 1e-3 * (q.std() - self.q_std)
-        chosen_q, chosen = best_of(q, samples, hp.num_chosen_samples)
+        num_chosen = len(q[0]) if hp.q_weights == "softmax" else hp.num_chosen_samples
+        chosen_q, chosen = best_of(q, samples, num_chosen)
+        scalars = {"q_mean": self.q_mean, "q_std": self.q_std, "q_cut": hp.q_cut}
         weights = q_weights(
-            hp.q_weights, chosen_q, value, q_cut=hp.q_cut, q_mean=self.q_mean, q_std=self.q_std
+            hp.q_weights, chosen_q, value, temperature=self.temperature.value, **scalars
         )
-        uniform_weights = entropy_weights(weights, hp.entropy_weight)
+        uniform_weights = entropy_weights(weights, self.entropy_weight)
 
         # (observation, clean action, weight) of each trained row: all chosen, then all uniform.
         best, flat = [], []
         for b, state in enumerate(obs):
-            best += [(state, chosen[b, j], weights[b, j]) for j in range(hp.num_chosen_samples)]
+            best += [(state, chosen[b, j], weights[b, j]) for j in range(num_chosen)]
             flat += [(state, action, uniform_weights[b]) for action in noise["uniform"][b]]
         rows = best + flat
         # The package rounds the forward process' constants to float32.
@@ -380,7 +409,14 @@ class Update:
             return sum(policy_loss(pairs[: len(best)], pairs[len(best) :], hp.entropy_reduction))
 
         loss, norm = self.descend("actor", self.actor_adam, loss_of, skip="time_table")
-        return {"actor_loss": loss, "actor_grad_norm": norm, "q_weight_mean": weights.mean()}
+        metrics = {"actor_loss": loss, "actor_grad_norm": norm, "q_weight_mean": weights.mean()}
+        if hp.q_weights == "softmax":
+            metrics["q_weight_kl"] = soft_weight_kl(weights)
+            self.temperature.descend(hp.kl_target - metrics["q_weight_kl"])
+        if hp.entropy_weight == "auto":
+            spread = np.mean([column.std() for rows in samples for column in rows.T])
+            self.entropy_weight *= math.exp(3e-3 * (hp.sample_std_target - spread))
+        return metrics
 
     def descend(self, name, adam, loss_of, skip=None):
         weights = getattr(self, name)

@@ -32,6 +32,7 @@ OPTION_SETS = [
     {"q_weights": "qrelu", "num_chosen_samples": 2, "vlo_coefficient": True, "grad_clip": None},
     {"q_weights": "qexp", "k_target": 1, "num_uniform_samples": 0, "noise_schedule": "vp"},
     {"sampling_precision": "bf16", **MOVING},
+    {"q_weights": "softmax", "kl_target": 1.0, "entropy_weight": "auto"},
 ]
 READS_OF_THE_HOST = {"item", "tolist", "numpy", "cpu", "__array__", "__bool__", "__float__",
                      "__int__", "__index__"}  # fmt: skip

@@ -49,6 +49,8 @@ CASES = [
     {"q_weights": "qrelu", "num_chosen_samples": 3},
     {"q_weights": "qexp"},
     {"q_weights": "qexp", "num_chosen_samples": 3, "update_order": "policy_then_critic"},
+    {"q_weights": "softmax", "kl_target": 0.7},
+    {"q_weights": "softmax", "kl_target": 1.5, "entropy_weight": "auto", "num_uniform_samples": 1},
     {"hidden": (10,), "diffusion_steps": 20},
     {"entropy_weight": 0.0},
 ]
@@ -291,9 +293,17 @@ def test_metrics_are_detached_finite_scalars():
         assert torch.isfinite(value), name
 
 
-@pytest.mark.parametrize("q_weights", ["qadv", "qexp"])
-def test_a_restored_learner_goes_on_bit_by_bit(q_weights):
-    hp = hyperparameters(q_weights=q_weights)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"q_weights": "qexp"},
+        {"q_weights": "softmax", "kl_target": 0.7, "entropy_weight": "auto"},
+    ],
+    ids=str,
+)
+def test_a_restored_learner_goes_on_bit_by_bit(options):
+    hp = hyperparameters(**options)
     original = learner(hp, seed=1)
     for i in range(3):
         original.update(batch(i, torch.float32))
@@ -306,6 +316,7 @@ def test_a_restored_learner_goes_on_bit_by_bit(q_weights):
         assert {k: v.item() for k, v in one.items()} == {k: v.item() for k, v in other.items()}
         restored.num_updates += 1
     assert_identical(original, restored)
+    assert restored.settings_in_force() == original.settings_in_force()
     assert restored.num_updates == 6
 
 

@@ -1,8 +1,9 @@
 """Every hyperparameter once: default, allowed values, meaning; and the presets, sets of them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from qvpo_rllib.core.options import (
     BELOW_ONE,
@@ -188,6 +189,7 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         **DiffusionHyperparameters.smoke,
         "num_policy_samples": 4,
         "num_uniform_samples": 2,
+        "kl_target": 1.0,
         "k_eval": 4,
     }
 
@@ -214,11 +216,18 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         "N_e",
         range=NON_NEGATIVE_COUNT,
     )
-    entropy_weight: float = option(
+    entropy_weight: float | Literal["auto"] = option(
         0.01,
-        "weight of the diffusion entropy term, Eq. 10; 0 turns it off",
+        "weight of the diffusion entropy term, Eq. 10; 0 turns it off; auto: it starts at 0.01 and "
+        "follows the samples' spread, so that this stays at sample_std_target",
         "ω_ent",
         range=NON_NEGATIVE,
+    )
+    sample_std_target: float = option(
+        0.2,
+        "entropy_weight=auto: the standard deviation that the N_d samples of a state shall have in "
+        "[-1, 1], as the metric sample_std; uniform actions have 0.58",
+        range=SHARE,
     )
     entropy_weight_end: float | None = option(
         None,
@@ -242,12 +251,19 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     )
     q_weights: str = option(
         "qadv",
-        "transformation of Q to the weights of Eq. 6",
+        "transformation of Q to the weights of Eq. 6; softmax trains all N_d samples, each with "
+        "its share of exp(Q/λ)",
         "ω_eq",
-        choices=("qadv", "qcut", "qrelu", "qexp"),
+        choices=("qadv", "qcut", "qrelu", "qexp", "softmax"),
     )
     q_cut: float = option(
         0.01, "qcut: the weight of an action whose Q is negative", "ε", range=POSITIVE
+    )
+    kl_target: float = option(
+        2.0,
+        "softmax: λ is learnt so that the shares' KL divergence from equal ones is this, in nats",
+        "KL*",
+        range=POSITIVE,
     )
     vlo_coefficient: bool = option(False, "keep Eq. 4's coefficient, which Eq. 5 drops")
     target_actor: bool = option(
@@ -292,6 +308,36 @@ class QVPOHyperparameters(DiffusionHyperparameters):
             self.num_chosen_samples <= self.num_policy_samples,
             f"at most num_policy_samples={self.num_policy_samples}",
         )
+        if self.q_weights == "softmax":
+            require(
+                "num_chosen_samples",
+                self.num_chosen_samples,
+                self.num_chosen_samples == 1,
+                "1 with q_weights='softmax', which trains all N_d samples",
+            )
+            require(
+                "kl_target",
+                self.kl_target,
+                self.kl_target < math.log(self.num_policy_samples),
+                f"below ln(num_policy_samples={self.num_policy_samples}) = "
+                f"{math.log(self.num_policy_samples):.4g}, where one sample has all the weight",
+            )
+        if self.entropy_weight == "auto":
+            require(
+                "entropy_weight_end",
+                self.entropy_weight_end,
+                self.entropy_weight_end is None,
+                "none with entropy_weight='auto': the spread moves the weight, no schedule",
+            )
+            for name, least in (("num_uniform_samples", 1), ("num_policy_samples", 2)):
+                value = getattr(self, name)
+                require(
+                    name,
+                    value,
+                    value >= least,
+                    f"{least} or more with entropy_weight='auto', which moves the entropy term by "
+                    "the spread of the policy's samples",
+                )
         # A captured graph does the same in every update.
         require(
             "policy_interval",
@@ -301,8 +347,18 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         )
         super().check()
 
-    def entropy_weight_at(self, env_steps: int) -> float:
-        """ω_ent after `env_steps` environment steps: constant, or linear with a floor."""
+    @property
+    def num_trained_samples(self) -> int:
+        """The policy samples per state that Eq. 6 trains: all N_d with soft weights."""
+        return self.num_policy_samples if self.q_weights == "softmax" else self.num_chosen_samples
+
+    def entropy_weight_at(self, env_steps: int) -> float | None:
+        """ω_ent after `env_steps` environment steps: constant, or linear with a floor.
+
+        None where no schedule knows it, with "auto".
+        """
+        if self.entropy_weight == "auto":
+            return None
         if self.entropy_weight_end is None:
             return self.entropy_weight
         share = min(1.0, env_steps / self.entropy_decay_steps)

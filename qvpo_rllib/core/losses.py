@@ -50,15 +50,20 @@ def q_weights(
     q_cut: float,
     q_mean: Tensor,
     q_std: Tensor,
+    temperature: Tensor,
 ) -> Tensor:
     """Returns the weights ω_eq(s, a) of Eq. 6 for the chosen actions of each state.
 
     Args:
         kind: `qadv` max(Q - V, 0), Eq. 9; `qcut` Q where Q ≥ 0 and `q_cut` (ε) below, section 4.2;
-            `qrelu` max(Q, 0), Eq. 7 without its denominator; `qexp` exp of the normalised Q.
+            `qrelu` max(Q, 0), Eq. 7 without its denominator; `qexp` exp of the normalised Q;
+            `softmax` k·softmax(Q/λ): the shares of a policy that maximises Q within a KL
+            divergence from the samples' own (REPS, Peters et al. 2010; MPO, Abdolmaleki et al.
+            2018), times k, so that their mean is 1 and Eq. 6 is the shares' mean error.
         chosen_q: [B, k], the lower of the twins' estimates.
         value: V(s) [B], the mean Q of the state's N_d samples.
         q_mean, q_std: running statistics of Q over all samples, scalars; used by `qexp` alone.
+        temperature: λ, a scalar; used by `softmax` alone.
 
     Returns:
         [B, k], never negative.
@@ -71,7 +76,18 @@ def q_weights(
         return chosen_q.clamp(min=0)
     if kind == "qexp":
         return ((chosen_q - q_mean) / q_std).clamp(-Q_EXP_RANGE, Q_EXP_RANGE).exp()
-    raise ValueError(f"q_weights={kind!r} does not exist: use qadv, qcut, qrelu or qexp.")
+    if kind == "softmax":
+        return chosen_q.shape[1] * torch.softmax(chosen_q / temperature, dim=1)
+    raise ValueError(f"q_weights={kind!r} does not exist: use qadv, qcut, qrelu, qexp or softmax.")
+
+
+def soft_weight_kl(weights: Tensor) -> Tensor:
+    """Returns ln N - H(w), the KL divergence of the shares w from equal ones: [B, N] → [].
+
+    Args:
+        weights: N·w, of mean 1 in each state; the result is the mean over the states, in nats.
+    """
+    return torch.xlogy(weights, weights).mean()
 
 
 def entropy_weights(weights: Tensor, entropy_weight: Tensor | float) -> Tensor:

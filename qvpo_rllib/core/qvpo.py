@@ -11,6 +11,11 @@ from qvpo_rllib.core import losses
 from qvpo_rllib.core.backends.fused import Chain, FusedSampler, fused_sampler
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import SecondStream, matmul_precision
+from qvpo_rllib.core.extensions.learnt import (
+    ENTROPY_WEIGHT_START,
+    LearntScale,
+    follow_spread,
+)
 from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters, QVPOHyperparameters
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
@@ -43,6 +48,7 @@ class UpdateNoise(NamedTuple):
     target: Tensor  # [T, B, K_t, A] standard normal: the TD target's actions
     policy: Tensor  # [T, B, N_d, A] standard normal: the policy samples
     uniform: Tensor  # [B, N_e, A] uniform in [-1, 1]
+    # k is the number of trained samples per state.
     step: Tensor  # [B·(k + N_e)] int64 in [0, T): the diffusion step of each trained row
     forward: Tensor  # [B·(k + N_e), A] standard normal: the noise to be predicted
 
@@ -96,11 +102,13 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
                     f"{name}='tf32' needs an NVIDIA GPU; the learner is on {str(device)!r}. Use "
                     "'fp32'; sampling_precision has 'bf16' too, which CPUs know."
                 )
-        self.entropy_weight = torch.zeros((), device=device)
+        self.entropy_weight = torch.full((), ENTROPY_WEIGHT_START, device=device)
+        self.q_temperature = LearntScale(1.0, device)
         self.q_mean = torch.zeros((), device=device)
         self.q_std = torch.ones((), device=device)
         # Those of the last update of the policy, which `policy_interval` - 1 updates repeat.
-        self.policy_metrics = {n: torch.zeros((), device=device) for n in POLICY_METRICS}
+        names = POLICY_METRICS + (("q_weight_kl",) if hp.q_weights == "softmax" else ())
+        self.policy_metrics = {n: torch.zeros((), device=device) for n in names}
         if hp.policy_interval > 1 and hp.engine == "auto" and device.type == "cuda":
             hp = dataclasses.replace(hp, engine="compiled")
         super().__init__(networks, hp, seed=seed, device=device)
@@ -113,7 +121,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
     def graph_constants(self, hp: QVPOHyperparameters) -> QVPOHyperparameters:
         return dataclasses.replace(
             super().graph_constants(hp),
-            entropy_weight=0.0,
+            entropy_weight="auto" if hp.entropy_weight == "auto" else 0.0,
             entropy_weight_end=None,
             entropy_weight_floor=0.0,
         )
@@ -121,10 +129,15 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
     def set_env_steps(self, env_steps: int) -> None:
         """Moves ω_ent to its value after `env_steps` environment steps."""
         super().set_env_steps(env_steps)
-        self.entropy_weight.fill_(self.hp.entropy_weight_at(env_steps))
+        scheduled = self.hp.entropy_weight_at(env_steps)
+        if scheduled is not None:
+            self.entropy_weight.fill_(scheduled)
 
     def settings_in_force(self) -> dict[str, float]:
-        return {"entropy_weight": float(self.entropy_weight)}
+        found = {"entropy_weight": float(self.entropy_weight)}
+        if self.hp.q_weights == "softmax":
+            found["q_temperature"] = float(self.q_temperature.value)
+        return found
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
         hp, act_dim = self.hp, self.networks.act_dim
@@ -138,7 +151,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
     def draw_improvement_noise(self, batch_size: int) -> ImprovementNoise:
         """Returns the random numbers of one `improve_policy`, from the learner's generator."""
         hp, act_dim, device, generator = self.hp, self.networks.act_dim, self.device, self.generator
-        rows = batch_size * (hp.num_chosen_samples + hp.num_uniform_samples)
+        rows = batch_size * (hp.num_trained_samples + hp.num_uniform_samples)
         uniform = torch.empty(batch_size, hp.num_uniform_samples, act_dim, device=device)
         return ImprovementNoise(
             uniform=uniform.uniform_(-1, 1, generator=generator),
@@ -252,9 +265,15 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         value = q.mean(dim=1)
         self.q_mean.lerp_(q.mean(), Q_STATISTICS_RATE)
         self.q_std.lerp_(q.std(correction=0), Q_STATISTICS_RATE)
-        chosen_q, chosen = losses.best_of(q, samples, hp.num_chosen_samples)  # [B, k], [B, k, A]
+        chosen_q, chosen = losses.best_of(q, samples, hp.num_trained_samples)  # [B, k], [B, k, A]
         weights = losses.q_weights(
-            hp.q_weights, chosen_q, value, q_cut=hp.q_cut, q_mean=self.q_mean, q_std=self.q_std
+            hp.q_weights,
+            chosen_q,
+            value,
+            q_cut=hp.q_cut,
+            q_mean=self.q_mean,
+            q_std=self.q_std,
+            temperature=self.q_temperature.value,
         )
         loss, entropy_term, mean_error = self.kernels.actor_objective(
             nets.actor,
@@ -270,7 +289,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             hp.vlo_coefficient,
         )
         grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)
-        return {
+        metrics = {
             "actor_loss": loss.detach(),
             "entropy_loss": entropy_term,
             "denoising_error": mean_error,
@@ -282,6 +301,12 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             "sample_std": samples.std(dim=1, correction=0).mean(),
             "nearest_sample_distance": nearest_sample_distance(samples[:DISTANCE_STATES]),
         }
+        if hp.q_weights == "softmax":
+            metrics["q_weight_kl"] = losses.soft_weight_kl(weights)
+            self.q_temperature.descend(hp.kl_target - metrics["q_weight_kl"])
+        if hp.entropy_weight == "auto":
+            follow_spread(self.entropy_weight, metrics["sample_std"], hp.sample_std_target)
+        return metrics
 
     def _sample_actions(self, chain: Chain) -> Tensor:
         """Returns `sample_actions` in the sampling precision."""
@@ -297,12 +322,23 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             **super().state_dict(),
             "q_mean": self.q_mean.clone(),
             "q_std": self.q_std.clone(),
+            **{name: tensor.clone() for name, tensor in self._learnt().items()},
             "policy_metrics": dict(self.policy_metrics),
+        }
+
+    def _learnt(self) -> dict[str, Tensor]:
+        """Returns the tensors of numbers that updates learn, by their name in a checkpoint."""
+        return {
+            "entropy_weight": self.entropy_weight,
+            "q_temperature": self.q_temperature.state,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.q_mean.copy_(state["q_mean"])
         self.q_std.copy_(state["q_std"])
+        for name, tensor in self._learnt().items():
+            if name in state:  # earlier checkpoints have learnt none
+                tensor.copy_(state[name])
         kept = state.get("policy_metrics", {})  # earlier checkpoints have none, nor need any
         self.policy_metrics |= {n: value.to(self.device) for n, value in kept.items()}
         super().load_state_dict(state)
