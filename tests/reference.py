@@ -317,6 +317,55 @@ def loss_and_gradients(loss_of, weights):
     return loss.item(), {name: g.numpy() for name, g in found if g is not None}
 
 
+# --- Beyond the paper ------------------------------------------------------------------------
+
+
+def torch_min_q(critic, obs, actions):
+    """The lower twin of every row, with gradients by the actions: both are torch tensors."""
+    inputs = torch.cat([obs, actions], dim=1)
+    weights = {name: torch.as_tensor(value) for name, value in critic.items()}
+    q1, q2 = (torch_mlp(weights, f"{q}.layers", inputs)[:, 0] for q in ("q1", "q2"))
+    return torch.minimum(q1, q2)
+
+
+def improved_actions(critic, obs, action, steps, lr, limit):
+    """Adam of eps 1e-5 on the sum of -min Q, its gradient's norm clipped, the box kept: [R, A]."""
+    adam, found = Adam(lr, 1e-5), {"action": np.array(action)}
+    for _ in range(steps):
+
+        def loss_of(leaves):
+            return -sum(torch_min_q(critic, torch.tensor(obs), leaves["action"]))
+
+        _, gradients = loss_and_gradients(loss_of, found)
+        adam.descend(found, clip_gradients(gradients, limit))
+        found["action"] = np.clip(found["action"], -1, 1)
+    return found["action"]
+
+
+def guided_action(actor, critic, beta, obs, noise, steps, scale):
+    """One chain [A] by noise [T, A]; the critics pull its last `steps` steps."""
+    bar, last = alphas_cumprod(beta), len(beta) - 1
+    state = torch.tensor(obs)[None]
+    weights = {name: torch.tensor(value) for name, value in actor.items()}
+    x = noise[0]
+    for t in range(last, -1, -1):
+        predicted = predicted_noise(actor, x, t, obs)
+        if t < steps:
+
+            def q_of(leaves, t=t):
+                time = torch.tensor(mlp(actor, "time_mlp", actor["time_table"][t]))[None]
+                inputs = torch.cat([leaves["x"][None], time, state], dim=1)
+                noise_in_x = torch_mlp(weights, "mlp.layers", inputs)
+                x0 = (leaves["x"] - math.sqrt(1 - bar[t]) * noise_in_x) / math.sqrt(bar[t])
+                return torch_min_q(critic, state, x0.clamp(-1, 1))[0]
+
+            _, gradients = loss_and_gradients(q_of, {"x": x})
+            predicted = predicted - scale * math.sqrt(1 - bar[t]) * gradients["x"]
+        mean, sigma = q_posterior(beta, predict_x0(beta, x, t, predicted), x, t)
+        x = mean + sigma * noise[last + 1 - t] if t > 0 else mean
+    return np.clip(x, -1, 1)
+
+
 # --- One whole update ------------------------------------------------------------------------
 
 
@@ -334,6 +383,7 @@ class Update:
         self.q_mean, self.q_std = 0.0, 1.0
         self.entropy_weight = 0.01 if hp.entropy_weight == "auto" else hp.entropy_weight
         self.temperature = LearntScale(1.0)
+        self.advantage_square = None
         self.number = 0
 
     def update(self, critic_batch, policy_batch, noise):
@@ -376,6 +426,9 @@ class Update:
         self.q_std += 1e-3 * (q.std() - self.q_std)
         num_chosen = len(q[0]) if hp.q_weights == "softmax" else hp.num_chosen_samples
         chosen_q, chosen = best_of(q, samples, num_chosen)
+        if hp.target_refinement != "none":
+            chosen = self.refined(obs, samples, q, chosen, noise["policy"])
+            chosen_q = min_q(self.critic, obs, chosen)
         scalars = {"q_mean": self.q_mean, "q_std": self.q_std, "q_cut": hp.q_cut}
         weights = q_weights(
             hp.q_weights, chosen_q, value, temperature=self.temperature.value, **scalars
@@ -417,6 +470,28 @@ class Update:
             spread = np.mean([column.std() for rows in samples for column in rows.T])
             self.entropy_weight *= math.exp(3e-3 * (hp.sample_std_target - spread))
         return metrics
+
+    def refined(self, obs, samples, q, chosen, noise):
+        hp, (num_states, num_chosen, act_dim) = self.hp, chosen.shape
+        if hp.target_refinement == "gradient":
+            rows = np.repeat(obs, num_chosen, axis=0)
+            moved = improved_actions(
+                self.critic, rows, chosen.reshape(-1, act_dim), 20, 0.03, 0.1 * act_dim
+            )
+            return moved.reshape(chosen.shape)
+        square = np.mean((q - q.mean(axis=1)[:, None]) ** 2)
+        known = self.advantage_square
+        self.advantage_square = square if known is None else known + 1e-3 * (square - known)
+        scale = hp.guidance_scale / math.sqrt(self.advantage_square)
+        moved = np.zeros_like(chosen)
+        for b in range(num_states):
+            for j in range(num_chosen):
+                own = [np.array_equal(sample, chosen[b, j]) for sample in samples[b]].index(True)
+                moved[b, j] = guided_action(
+                    *(self.actor, self.critic, self.beta, obs[b], noise[:, b, own]),
+                    *(hp.guidance_steps, scale),
+                )
+        return moved
 
     def descend(self, name, adam, loss_of, skip=None):
         weights = getattr(self, name)

@@ -38,13 +38,14 @@ POSITIVE_INTEGERS = (
     "batch_size",
     "replay_capacity",
     "entropy_decay_steps",
+    "guidance_steps",
 )
 COUNTS = ("num_uniform_samples", "warmup_steps", "max_staleness")
 POSITIVE_NUMBERS = (
     *("actor_lr", "critic_lr", "adam_eps", "update_ratio", "q_cut", "grad_clip"),
     "kl_target",
 )
-WEIGHTS = ("entropy_weight", "entropy_weight_end", "entropy_weight_floor")
+WEIGHTS = ("entropy_weight", "entropy_weight_end", "entropy_weight_floor", "guidance_scale")
 SHARES = ("tau", "sample_std_target")
 FLAGS = ("vlo_coefficient", "target_actor", "truncation_as_terminal")
 INTEGERS = POSITIVE_INTEGERS + COUNTS
@@ -103,6 +104,11 @@ def test_an_integer_beyond_every_float_is_refused_by_name():
         ({"num_policy_samples": 4, "num_chosen_samples": 5}, "num_chosen_samples", "samples=4"),
         ({"q_weights": "softmax", "num_chosen_samples": 2}, "num_chosen_samples", "softmax"),
         ({"q_weights": "softmax", "kl_target": 4.2}, "kl_target", "num_policy_samples=64"),
+        ({"q_weights": "softmax", "target_refinement": "gradient"}, "target_refinement", "softmax"),
+        (
+            {"target_refinement": "guidance", "num_policy_samples": 1},
+            *("num_policy_samples", "'guidance'"),
+        ),
         ({"entropy_weight": "auto", "entropy_weight_end": 0.1}, "entropy_weight_end", "'auto'"),
         ({"entropy_weight": "auto", "num_uniform_samples": 0}, "num_uniform_samples", "'auto'"),
         ({"entropy_weight": "auto", "num_policy_samples": 1}, "num_policy_samples", "'auto'"),
@@ -111,7 +117,7 @@ def test_an_integer_beyond_every_float_is_refused_by_name():
     ],
 )
 def test_contradictions_are_refused_naming_both_sides(values, name, other):
-    with pytest.raises(ValueError, match=f"^{name}={values[name]} .*{other}"):
+    with pytest.raises(ValueError, match=f"^{name}={values[name]!r} .*{other}"):
         QVPOHyperparameters(**values)
 
 
@@ -194,7 +200,8 @@ def test_defaults_are_the_documented_ones():
         "num_chosen_samples": 1, "num_uniform_samples": 10, "entropy_weight": 0.01,
         "entropy_weight_end": None, "entropy_weight_floor": 0.0,
         "entropy_decay_steps": 1_000_000, "entropy_reduction": "sum", "q_weights": "qadv",
-        "q_cut": 0.01, "kl_target": 2.0, "sample_std_target": 0.2,
+        "q_cut": 0.01, "kl_target": 2.0, "target_refinement": "none",
+        "guidance_scale": 0.1, "guidance_steps": 10, "sample_std_target": 0.2,
         "diffusion_steps": 20, "noise_schedule": "cosine",
         "vlo_coefficient": False, "hidden": (256, 256, 256), "actor_lr": 1e-4,
         "critic_lr": 3e-4, "adam_eps": 1e-5, "grad_clip": 2.0, "gamma": 0.99, "tau": 0.005,

@@ -51,6 +51,15 @@ CASES = [
     {"q_weights": "qexp", "num_chosen_samples": 3, "update_order": "policy_then_critic"},
     {"q_weights": "softmax", "kl_target": 0.7},
     {"q_weights": "softmax", "kl_target": 1.5, "entropy_weight": "auto", "num_uniform_samples": 1},
+    {"target_refinement": "gradient"},
+    {"target_refinement": "gradient", "num_chosen_samples": 3, "q_weights": "qexp"},
+    {"target_refinement": "guidance", "noise_schedule": "linear", "guidance_steps": 2},
+    {
+        "target_refinement": "guidance",
+        "num_chosen_samples": 3,
+        "update_order": "policy_then_critic",
+        "noise_schedule": "linear",  # with the others, samples share a corner of the box
+    },
     {"hidden": (10,), "diffusion_steps": 20},
     {"entropy_weight": 0.0},
 ]
@@ -299,6 +308,8 @@ def test_metrics_are_detached_finite_scalars():
         {},
         {"q_weights": "qexp"},
         {"q_weights": "softmax", "kl_target": 0.7, "entropy_weight": "auto"},
+        {"target_refinement": "gradient"},
+        {"target_refinement": "guidance"},
     ],
     ids=str,
 )

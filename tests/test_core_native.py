@@ -70,7 +70,16 @@ def test_samples_and_values_equal_the_eager_ones(num_states, num_samples, shape)
         torch.testing.assert_close(q, min_q(nets.critic, obs, actions), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"k_target": 1, "q_weights": "qexp"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"k_target": 1, "q_weights": "qexp"},
+        {"q_weights": "softmax", "entropy_weight": "auto"},
+        {"target_refinement": "gradient"},
+        {"target_refinement": "guidance", "num_chosen_samples": 2},
+    ],
+)
 def test_updates_equal_eager_ones(options):
     mine = learner(**options, engine="native")
     assert mine.engine == "native"

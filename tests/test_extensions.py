@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.extensions import learnt
 from qvpo_rllib.core.extensions.learnt import LearntScale
+from qvpo_rllib.core.extensions.refinement import guided_actions, improved_actions, lower_twin
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.options import option_table
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
+from qvpo_rllib.core.sampler import min_q, sample_actions
 from qvpo_rllib.paper.single_state import SingleStatePolicy
 
 CPU = torch.device("cpu")
@@ -139,6 +141,117 @@ def test_the_spread_of_a_policy_comes_to_its_target(monkeypatch, target):
         spreads[weight] = float(torch.stack(found).mean())
     assert spreads["auto"] == pytest.approx(target, abs=0.02)
     assert abs(spreads[0.01] - target) > 0.04
+
+
+# --- Refinement --------------------------------------------------------------------------------
+
+OBS, ACT = 3, 2
+
+
+def random_networks(dtype=torch.float64, **options):
+    """Every parameter random, so that no mistake hides in zeros."""
+    nets = QVPONetworks(OBS, ACT, QVPOHyperparameters(**{**SMALL, **options}))
+    generator = torch.Generator().manual_seed(2)
+    for parameter in nets.parameters():
+        parameter.data.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return nets.to(dtype)
+
+
+def test_improved_actions_are_pytorchs_adam_to_the_last_bit():
+    nets, obs = random_networks(torch.float32), torch.randn(9, OBS)
+    start = torch.randn(9, ACT).clamp(-1, 1)
+    q_of = lower_twin(nets.critic)
+    expected = start.clone().requires_grad_()
+    adam = torch.optim.Adam([expected], lr=0.03, eps=1e-5)
+    for _ in range(20):
+        (expected.grad,) = torch.autograd.grad(-q_of(obs, expected).sum(), expected)
+        torch.nn.utils.clip_grad_norm_([expected], 0.2)
+        adam.step()
+        with torch.no_grad():
+            expected.clamp_(-1, 1)
+    found = improved_actions(q_of, obs, start, 20, 0.03, 0.2)
+    assert torch.equal(found, expected)
+    assert (found - start).abs().max() > 0.3
+    assert (found.abs() == 1).any()  # the clamp counts
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_improved_actions(rng, steps):
+    nets = random_networks()
+    obs, start = rng.normal(size=(4, OBS)), rng.uniform(-1, 1, (4, ACT))
+    expected = reference.improved_actions(
+        reference.weights_of(nets.critic), obs, start, steps, 0.03, 0.2
+    )
+    found = improved_actions(
+        lower_twin(nets.critic), torch.tensor(obs), torch.tensor(start), steps, 0.03, 0.2
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "vp"])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_guided_actions(rng, steps, schedule):
+    nets = random_networks(noise_schedule=schedule)
+    obs, noise = rng.normal(size=(5, OBS)), rng.normal(size=(3, 5, ACT))
+    actor, critic = reference.weights_of(nets.actor), reference.weights_of(nets.critic)
+    beta = reference.betas(schedule, 3)
+    expected = [
+        reference.guided_action(actor, critic, beta, obs[r], noise[:, r], steps, 0.7)
+        for r in range(5)
+    ]
+    tensors = torch.tensor(obs), torch.tensor(noise)
+    q_of = lower_twin(nets.critic)
+    found = guided_actions(nets.actor, nets.schedule, q_of, *tensors, steps, torch.tensor(0.7))
+    np.testing.assert_allclose(found, expected, atol=1e-6)  # √(1 - ᾱ) is rounded to float32
+    plain = sample_actions(nets.actor, nets.schedule, tensors[0], tensors[1][:, :, None])[:, :, 0]
+    assert (found - plain).abs().max() > 1e-3
+
+
+def test_guidance_without_strength_is_the_chain_itself():
+    nets, obs, noise = random_networks(), torch.randn(5, OBS), torch.randn(3, 5, ACT)
+    obs, noise = obs.double(), noise.double()
+    arguments = nets.actor, nets.schedule, lower_twin(nets.critic), obs, noise
+    plain = sample_actions(nets.actor, nets.schedule, obs, noise[:, :, None])[:, 0]
+    torch.testing.assert_close(guided_actions(*arguments, 3, torch.tensor(0.0)), plain)
+    torch.testing.assert_close(guided_actions(*arguments, 0, torch.tensor(9.0)), plain)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "guidance"])
+def test_refined_actions_have_a_higher_q_and_stay_in_the_box(kind):
+    learner, replay = learner_and_replay(target_refinement=kind, num_chosen_samples=2)
+    learner.train(replay, 5)
+    assert learner.pop_metrics()["refinement_gain"] > 0
+    nets, hp = learner.networks, learner.hp
+    obs, noise = torch.randn(200, OBS), torch.randn(3, 200, 8, ACT)
+    samples = sample_actions(nets.actor, nets.schedule, obs, noise)
+    q = min_q(nets.critic, obs, samples)
+    chosen_q, chosen = losses.best_of(q, samples, 2)
+    moved = learner.refinement.moved(nets, hp, obs, q, chosen, noise)
+    assert moved.abs().max() <= 1
+    assert not moved.requires_grad
+    gain = min_q(nets.critic, obs, moved) - chosen_q
+    assert float((gain >= -1e-6).float().mean()) > 0.9
+    assert float(gain.mean()) > 1e-4
+
+
+def test_guidance_does_not_know_the_scale_of_q():
+    """Q times 64, exactly: the very same targets."""
+    found = []
+    for factor in (1, 64):
+        learner, _ = learner_and_replay(target_refinement="guidance", guidance_scale=0.5)
+        nets = learner.networks
+        for twin in (nets.critic.q1, nets.critic.q2):
+            for parameter in twin.linears()[-1].parameters():
+                parameter.data.mul_(factor)
+        generator = torch.Generator().manual_seed(1)
+        obs = torch.randn(6, OBS, generator=generator)
+        noise = torch.randn(3, 6, 8, ACT, generator=generator)
+        samples = sample_actions(nets.actor, nets.schedule, obs, noise)
+        q = min_q(nets.critic, obs, samples)
+        _, chosen = losses.best_of(q, samples)
+        found.append(learner.refinement.moved(nets, learner.hp, obs, q, chosen, noise))
+        assert (found[-1] - chosen).abs().max() > 1e-3
+    torch.testing.assert_close(*found)
 
 
 # --- In a run ----------------------------------------------------------------------------------

@@ -265,6 +265,23 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         "KL*",
         range=POSITIVE,
     )
+    target_refinement: str = option(
+        "none",
+        "moves the chosen samples to a higher Q before they are trained; V stays that of the "
+        "unmoved ones. gradient: 20 steps of Adam, as in the authors' program with --gradient; "
+        "guidance: their chain once more, with its last steps guided by the critics",
+        choices=("none", "gradient", "guidance"),
+    )
+    guidance_scale: float = option(
+        0.1,
+        "guidance: its strength; the gradient of Q is divided by the root of the running mean of "
+        "(Q - V)², so that the scale of Q does not matter",
+        "λ",
+        range=NON_NEGATIVE,
+    )
+    guidance_steps: int = option(
+        10, "guidance: how many of the chain's last steps; all, if it has fewer", range=COUNT
+    )
     vlo_coefficient: bool = option(False, "keep Eq. 4's coefficient, which Eq. 5 drops")
     target_actor: bool = option(
         True, "TD targets use a moving average of the actor; false: the actor itself"
@@ -321,6 +338,19 @@ class QVPOHyperparameters(DiffusionHyperparameters):
                 self.kl_target < math.log(self.num_policy_samples),
                 f"below ln(num_policy_samples={self.num_policy_samples}) = "
                 f"{math.log(self.num_policy_samples):.4g}, where one sample has all the weight",
+            )
+            require(
+                "target_refinement",
+                self.target_refinement,
+                self.target_refinement == "none",
+                "'none' with q_weights='softmax', which trains all N_d samples as they are drawn",
+            )
+        if self.target_refinement == "guidance":
+            require(
+                "num_policy_samples",
+                self.num_policy_samples,
+                self.num_policy_samples >= 2,
+                "2 or more with target_refinement='guidance', which measures Q - V",
             )
         if self.entropy_weight == "auto":
             require(

@@ -35,11 +35,17 @@ def best_of(q: Tensor, actions: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     Args:
         q, actions: [B, N] and [B, N, A].
     """
+    top_q, index = top(q, k)
+    return top_q, actions.gather(1, index[..., None].expand(-1, -1, actions.shape[-1]))
+
+
+def top(q: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Returns the k highest q of each state, best first, and where they are: [B, N] → [B, k]."""
     if k == 1:
         top_q, index = q.max(dim=1, keepdim=True)
     else:
         top_q, index = q.topk(k, dim=1)
-    return top_q, actions.gather(1, index[..., None].expand(-1, -1, actions.shape[-1]))
+    return top_q, index
 
 
 def q_weights(

@@ -16,6 +16,7 @@ from qvpo_rllib.core.extensions.learnt import (
     LearntScale,
     follow_spread,
 )
+from qvpo_rllib.core.extensions.refinement import Refinement
 from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters, QVPOHyperparameters
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
@@ -40,6 +41,12 @@ POLICY_METRICS = (
     "sample_std",
     "nearest_sample_distance",
 )
+# Those that come with a word of an option.
+EXTRA_METRICS = {
+    "softmax": ("q_weight_kl",),
+    "gradient": ("refinement_gain",),
+    "guidance": ("refinement_gain",),
+}
 
 
 class UpdateNoise(NamedTuple):
@@ -104,10 +111,15 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
                 )
         self.entropy_weight = torch.full((), ENTROPY_WEIGHT_START, device=device)
         self.q_temperature = LearntScale(1.0, device)
+        self.refinement = Refinement(device)
         self.q_mean = torch.zeros((), device=device)
         self.q_std = torch.ones((), device=device)
         # Those of the last update of the policy, which `policy_interval` - 1 updates repeat.
-        names = POLICY_METRICS + (("q_weight_kl",) if hp.q_weights == "softmax" else ())
+        names = [
+            *POLICY_METRICS,
+            *EXTRA_METRICS.get(hp.q_weights, ()),
+            *EXTRA_METRICS.get(hp.target_refinement, ()),
+        ]
         self.policy_metrics = {n: torch.zeros((), device=device) for n in names}
         if hp.policy_interval > 1 and hp.engine == "auto" and device.type == "cuda":
             hp = dataclasses.replace(hp, engine="compiled")
@@ -266,6 +278,13 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         self.q_mean.lerp_(q.mean(), Q_STATISTICS_RATE)
         self.q_std.lerp_(q.std(correction=0), Q_STATISTICS_RATE)
         chosen_q, chosen = losses.best_of(q, samples, hp.num_trained_samples)  # [B, k], [B, k, A]
+        advantage, extra = (chosen_q[:, 0] - value).mean(), {}
+        if hp.target_refinement != "none":
+            assert isinstance(noise, UpdateNoise)
+            chosen = self.refinement.moved(nets, hp, obs, q, chosen, noise.policy)
+            moved_q = self._rank(obs, chosen)
+            extra["refinement_gain"] = (moved_q - chosen_q).mean()
+            chosen_q = moved_q
         weights = losses.q_weights(
             hp.q_weights,
             chosen_q,
@@ -295,18 +314,18 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             "denoising_error": mean_error,
             "actor_grad_norm": grad_norm,
             "value_mean": value.mean(),
-            "advantage_mean": (chosen_q[:, 0] - value).mean(),
+            "advantage_mean": advantage,
             "q_weight_mean": weights.mean(),
             "q_weight_zero_share": (weights <= 0).float().mean(),
             "sample_std": samples.std(dim=1, correction=0).mean(),
             "nearest_sample_distance": nearest_sample_distance(samples[:DISTANCE_STATES]),
         }
         if hp.q_weights == "softmax":
-            metrics["q_weight_kl"] = losses.soft_weight_kl(weights)
-            self.q_temperature.descend(hp.kl_target - metrics["q_weight_kl"])
+            extra["q_weight_kl"] = losses.soft_weight_kl(weights)
+            self.q_temperature.descend(hp.kl_target - extra["q_weight_kl"])
         if hp.entropy_weight == "auto":
             follow_spread(self.entropy_weight, metrics["sample_std"], hp.sample_std_target)
-        return metrics
+        return metrics | extra
 
     def _sample_actions(self, chain: Chain) -> Tensor:
         """Returns `sample_actions` in the sampling precision."""
@@ -331,6 +350,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         return {
             "entropy_weight": self.entropy_weight,
             "q_temperature": self.q_temperature.state,
+            "advantage_square": self.refinement.advantage_square,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
