@@ -366,6 +366,23 @@ def guided_action(actor, critic, beta, obs, noise, steps, scale):
     return np.clip(x, -1, 1)
 
 
+def log_density(actor, beta, obs, action, noise):
+    """ln p̂ of one action [A] by noise [T, M, A]: MaxEntDP's sum over the steps as printed."""
+    bar, act_dim = alphas_cumprod(beta), len(action)
+    total = -act_dim / 2 * math.log(2 * math.pi * math.e)
+    for t, noises in enumerate(noise):
+        before = bar[t - 1] if t > 0 else 1.0
+        errors = []
+        for e in noises:
+            x = math.sqrt(bar[t]) * action + math.sqrt(1 - bar[t]) * e
+            x0 = predict_x0(beta, x, t, predicted_noise(actor, x, t, obs))
+            found = (x - math.sqrt(bar[t]) * x0) / math.sqrt(1 - bar[t])
+            errors.append(sum((found - e) ** 2))
+        weight = (before - bar[t]) / (2 * bar[t] * (1 - bar[t]))
+        total += weight * (act_dim * bar[t] - sum(errors) / len(errors))
+    return total
+
+
 # --- One whole update ------------------------------------------------------------------------
 
 
@@ -384,6 +401,7 @@ class Update:
         self.entropy_weight = 0.01 if hp.entropy_weight == "auto" else hp.entropy_weight
         self.temperature = LearntScale(1.0)
         self.advantage_square = None
+        self.alpha = LearntScale(0.05)
         self.number = 0
 
     def update(self, critic_batch, policy_batch, noise):
@@ -394,19 +412,29 @@ class Update:
         self.number += 1
         policy_is_due = self.number % self.hp.policy_interval == 0
         if self.hp.update_order == "critic_then_policy":
-            metrics |= self.update_critic(batch, noise["target"])
+            metrics |= self.update_critic(batch, noise)
         if policy_is_due:
             metrics |= self.update_policy(policy_batch.obs.numpy(), noise)
         if self.hp.update_order == "policy_then_critic":
-            metrics |= self.update_critic(batch, noise["target"])
+            metrics |= self.update_critic(batch, noise)
         self.target_actor = moving_average(self.target_actor, self.actor, self.hp.tau)
         self.target_critic = moving_average(self.target_critic, self.critic, self.hp.tau)
         return metrics
 
     def update_critic(self, batch, noise):
         actor = self.target_actor if self.hp.target_actor else self.actor
-        actions = sample_actions(actor, self.beta, batch["next_obs"], noise)
-        next_q = min_q(self.target_critic, batch["next_obs"], actions).max(axis=1)
+        actions = sample_actions(actor, self.beta, batch["next_obs"], noise["target"])
+        q = min_q(self.target_critic, batch["next_obs"], actions)
+        next_q, metrics = q.max(axis=1), {}
+        if self.hp.entropy_in_target != 0:
+            log_p = [
+                log_density(actor, self.beta, state, best[0], noise["entropy"][:, b])
+                for b, (state, best) in enumerate(
+                    zip(batch["next_obs"], best_of(q, actions)[1], strict=True)
+                )
+            ]
+            metrics["policy_entropy"] = -sum(log_p) / len(log_p)
+            next_q = next_q - self.entropy_in_target(actions.shape[-1], metrics) * np.array(log_p)
         target = td_target(batch["reward"], batch["terminal"], next_q, self.hp.gamma)
         inputs = torch.tensor(np.concatenate([batch["obs"], batch["action"]], axis=1))
 
@@ -415,7 +443,17 @@ class Update:
             return critic_loss(q1, q2, target)
 
         loss, norm = self.descend("critic", self.critic_adam, loss_of)
-        return {"critic_loss": loss, "critic_grad_norm": norm, "td_target_mean": target.mean()}
+        metrics |= {"critic_loss": loss, "critic_grad_norm": norm}
+        return metrics | {"td_target_mean": target.mean()}
+
+    def entropy_in_target(self, act_dim, metrics):
+        """α of this update; a learnt one then takes a step."""
+        if self.hp.entropy_in_target != "auto":
+            return self.hp.entropy_in_target
+        alpha, wanted = self.alpha.value, self.hp.target_entropy
+        wanted = -act_dim if wanted is None else wanted
+        self.alpha.descend(metrics["policy_entropy"] - wanted)
+        return alpha
 
     def update_policy(self, obs, noise):
         hp = self.hp

@@ -34,6 +34,8 @@ OPTION_SETS = [
     {"sampling_precision": "bf16", **MOVING},
     {"q_weights": "softmax", "kl_target": 1.0, "entropy_weight": "auto"},
     {"target_refinement": "gradient"},
+    {"entropy_in_target": "auto", "entropy_noises": 3},
+    {"entropy_in_target": 0.1, "update_order": "policy_then_critic", "target_actor": False},
     {"target_refinement": "guidance", "num_chosen_samples": 2},
 ]
 READS_OF_THE_HOST = {"item", "tolist", "numpy", "cpu", "__array__", "__bool__", "__float__",

@@ -39,19 +39,26 @@ POSITIVE_INTEGERS = (
     "replay_capacity",
     "entropy_decay_steps",
     "guidance_steps",
+    "entropy_noises",
 )
 COUNTS = ("num_uniform_samples", "warmup_steps", "max_staleness")
 POSITIVE_NUMBERS = (
     *("actor_lr", "critic_lr", "adam_eps", "update_ratio", "q_cut", "grad_clip"),
     "kl_target",
 )
-WEIGHTS = ("entropy_weight", "entropy_weight_end", "entropy_weight_floor", "guidance_scale")
+WEIGHTS = (
+    "entropy_weight",
+    "entropy_weight_end",
+    "entropy_weight_floor",
+    "guidance_scale",
+    "entropy_in_target",
+)
 SHARES = ("tau", "sample_std_target")
 FLAGS = ("vlo_coefficient", "target_actor", "truncation_as_terminal")
 INTEGERS = POSITIVE_INTEGERS + COUNTS
-NUMBERS = (*POSITIVE_NUMBERS, *WEIGHTS, *SHARES, "gamma")
+NUMBERS = (*POSITIVE_NUMBERS, *WEIGHTS, *SHARES, "gamma", "target_entropy")
 NOT_OPTIONAL = sorted(
-    set(NAMES) - {"k_target", "grad_clip", "entropy_weight_end", "max_staleness"}
+    set(NAMES) - {"k_target", "grad_clip", "entropy_weight_end", "max_staleness", "target_entropy"}
 )  # None is a value of these alone
 
 BAD = [
@@ -109,6 +116,11 @@ def test_an_integer_beyond_every_float_is_refused_by_name():
             {"target_refinement": "guidance", "num_policy_samples": 1},
             *("num_policy_samples", "'guidance'"),
         ),
+        (
+            {"target_entropy": -2.0, "entropy_in_target": 0.1},
+            "target_entropy",
+            "entropy_in_target='auto'",
+        ),
         ({"entropy_weight": "auto", "entropy_weight_end": 0.1}, "entropy_weight_end", "'auto'"),
         ({"entropy_weight": "auto", "num_uniform_samples": 0}, "num_uniform_samples", "'auto'"),
         ({"entropy_weight": "auto", "num_policy_samples": 1}, "num_policy_samples", "'auto'"),
@@ -159,6 +171,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all_names(refuse, name,
         {"entropy_weight_end": None},
         {"num_uniform_samples": 0, "entropy_weight": 0},
         {"entropy_weight": "auto"},
+        {"entropy_in_target": "auto", "target_entropy": -3.0},
         {"gamma": 0, "tau": 1},
         {"num_policy_samples": 4, "num_chosen_samples": 4},
         {"replay_capacity": 10_000},
@@ -201,7 +214,8 @@ def test_defaults_are_the_documented_ones():
         "entropy_weight_end": None, "entropy_weight_floor": 0.0,
         "entropy_decay_steps": 1_000_000, "entropy_reduction": "sum", "q_weights": "qadv",
         "q_cut": 0.01, "kl_target": 2.0, "target_refinement": "none",
-        "guidance_scale": 0.1, "guidance_steps": 10, "sample_std_target": 0.2,
+        "guidance_scale": 0.1, "guidance_steps": 10, "entropy_in_target": 0.0, "entropy_noises": 10,
+        "target_entropy": None, "sample_std_target": 0.2,
         "diffusion_steps": 20, "noise_schedule": "cosine",
         "vlo_coefficient": False, "hidden": (256, 256, 256), "actor_lr": 1e-4,
         "critic_lr": 3e-4, "adam_eps": 1e-5, "grad_clip": 2.0, "gamma": 0.99, "tau": 0.005,

@@ -51,6 +51,14 @@ CASES = [
     {"q_weights": "qexp", "num_chosen_samples": 3, "update_order": "policy_then_critic"},
     {"q_weights": "softmax", "kl_target": 0.7},
     {"q_weights": "softmax", "kl_target": 1.5, "entropy_weight": "auto", "num_uniform_samples": 1},
+    {"entropy_in_target": 0.3, "entropy_noises": 3},
+    {"entropy_in_target": "auto", "k_target": 1, "update_order": "policy_then_critic"},
+    {
+        "entropy_in_target": "auto",
+        "target_entropy": 0.5,
+        "target_actor": False,
+        "noise_schedule": "vp",
+    },
     {"target_refinement": "gradient"},
     {"target_refinement": "gradient", "num_chosen_samples": 3, "q_weights": "qexp"},
     {"target_refinement": "guidance", "noise_schedule": "linear", "guidance_steps": 2},
@@ -261,7 +269,10 @@ def test_drawn_noise_has_the_documented_shapes_and_ranges(chosen, uniform):
     noise = learner(hp).draw_update_noise(64)
     rows = 64 * (chosen + uniform)
     shapes = [tuple(value.shape) for value in noise]
-    assert shapes == [(4, 64, 4, ACT), (4, 64, 6, ACT), (64, uniform, ACT), (rows,), (rows, ACT)]
+    assert shapes[:5] == [
+        *((4, 64, 4, ACT), (4, 64, 6, ACT), (64, uniform, ACT), (rows,), (rows, ACT)),
+    ]
+    assert shapes[5] == (4, 64, 0, ACT)
     assert set(noise.step.tolist()) == set(range(4))
     assert noise.forward.std().item() == pytest.approx(1, abs=0.2)
     if uniform:
@@ -310,6 +321,7 @@ def test_metrics_are_detached_finite_scalars():
         {"q_weights": "softmax", "kl_target": 0.7, "entropy_weight": "auto"},
         {"target_refinement": "gradient"},
         {"target_refinement": "guidance"},
+        {"entropy_in_target": "auto"},
     ],
     ids=str,
 )

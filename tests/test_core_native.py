@@ -77,6 +77,7 @@ def test_samples_and_values_equal_the_eager_ones(num_states, num_samples, shape)
         {"k_target": 1, "q_weights": "qexp"},
         {"q_weights": "softmax", "entropy_weight": "auto"},
         {"target_refinement": "gradient"},
+        {"entropy_in_target": "auto"},
         {"target_refinement": "guidance", "num_chosen_samples": 2},
     ],
 )

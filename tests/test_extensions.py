@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvpo_rllib.core import losses
+from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.extensions import learnt
+from qvpo_rllib.core.extensions.entropy import log_density, noise_predictor
 from qvpo_rllib.core.extensions.learnt import LearntScale
 from qvpo_rllib.core.extensions.refinement import guided_actions, improved_actions, lower_twin
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
@@ -252,6 +254,110 @@ def test_guidance_does_not_know_the_scale_of_q():
         found.append(learner.refinement.moved(nets, learner.hp, obs, q, chosen, noise))
         assert (found[-1] - chosen).abs().max() > 1e-3
     torch.testing.assert_close(*found)
+
+
+# --- Entropy in the TD target ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "vp"])
+def test_log_density(rng, schedule):
+    nets = random_networks(noise_schedule=schedule)
+    obs, action = rng.normal(size=(5, OBS)), rng.uniform(-1, 1, (5, ACT))
+    noise = rng.normal(size=(3, 5, 4, ACT))
+    actor, beta = reference.weights_of(nets.actor), reference.betas(schedule, 3)
+    expected = [
+        reference.log_density(actor, beta, obs[b], action[b], noise[:, b]) for b in range(5)
+    ]
+    with torch.no_grad():
+        predict = noise_predictor(nets.actor, torch.tensor(obs))
+        found = log_density(predict, nets.schedule, torch.tensor(action), torch.tensor(noise))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+class Mixture:
+    """Gaussians of equal weight and one deviation, with the exact predictor of their noise."""
+
+    def __init__(self, centres, deviation, schedule):
+        self.centres = torch.tensor(centres, dtype=torch.float64)  # [C, A]
+        self.deviation, self.schedule = deviation, schedule
+
+    def predict(self, noisy, t):
+        """√(1 - ᾱ)·(-∇ ln p_t), Tweedie's formula: p_t is a mixture, too."""
+        bar = self.schedule.reverse_steps[t, 0] ** -2
+        variance = bar * self.deviation**2 + 1 - bar
+        away = noisy[..., None, :] - bar.sqrt() * self.centres  # [B, M, C, A]
+        shares = torch.softmax(-away.square().sum(-1) / (2 * variance), dim=-1)
+        return (1 - bar).sqrt() * (shares[..., None] * away).sum(-2) / variance
+
+    def log_density(self, action):
+        away = (action[:, None] - self.centres).square().sum(-1)
+        norm = -action.shape[1] / 2 * math.log(2 * math.pi * self.deviation**2)
+        return (
+            norm + torch.logsumexp(-away / (2 * self.deviation**2), 1) - math.log(len(self.centres))
+        )
+
+    def draw(self, count):
+        which = torch.randint(len(self.centres), (count,))
+        spread = self.deviation * torch.randn(count, self.centres.shape[1], dtype=torch.float64)
+        return self.centres[which] + spread
+
+
+MIXTURES = {
+    "gaussian": ([[0.2]], 0.1),
+    "narrow": ([[-0.3, 0.4]], 0.05),
+    "two peaks": ([[0.5, 0.0], [-0.5, 0.2]], 0.1),
+    "three peaks": ([[0.6], [0.0], [-0.5]], 0.08),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_estimated_density_of_a_known_mixture(name):
+    """Over a long chain the estimate is the density itself; over one of 20 steps the density
+    blurred: too low on average, and the same order of likely and unlikely actions."""
+    torch.manual_seed(0)
+    found = {}
+    for steps in (20, 1000):
+        mixture = Mixture(*MIXTURES[name], NoiseSchedule("cosine", steps))
+        actions = mixture.draw(200)
+        noise = torch.randn(steps, 200, 50, actions.shape[1], dtype=torch.float64)
+        estimate = log_density(mixture.predict, mixture.schedule, actions, noise)
+        known = mixture.log_density(actions)
+        found[steps] = float((estimate - known).mean()) / actions.shape[1]
+        correlation = float(torch.corrcoef(torch.stack([estimate, known]))[0, 1])
+        assert correlation > (0.9 if steps == 1000 else 0.75)
+    assert abs(found[1000]) < 0.05
+    assert -1.0 < found[20] < -0.1
+
+
+def test_a_wider_policy_has_the_higher_entropy_and_a_learnt_weight_answers():
+    schedule, noise = NoiseSchedule("cosine", 20), torch.randn(20, 100, 20, 1).double()
+    entropies = []
+    for deviation in (0.03, 0.1, 0.3):
+        mixture = Mixture([[0.0]], deviation, schedule)
+        actions = mixture.draw(100)
+        entropies.append(-float(log_density(mixture.predict, schedule, actions, noise).mean()))
+    assert entropies == sorted(entropies)
+    for target, direction in ((-9.0, -1), (9.0, 1)):
+        learner, replay = learner_and_replay(entropy_in_target="auto", target_entropy=target)
+        learner.train(replay, 20)
+        moved = learner.settings_in_force()["entropy_in_target"] - 0.05
+        assert direction * moved > 1e-4
+
+
+def test_the_td_target_falls_with_the_density_of_its_action():
+    plain, replay = learner_and_replay()
+    soft, _ = learner_and_replay(entropy_in_target=0.4)
+    batch = replay.sample(8)
+    noise = soft.draw_update_noise(8)
+    nets = soft.networks
+    samples = sample_actions(nets.target_actor, nets.schedule, batch.next_obs, noise.target)
+    _, best = losses.best_of(min_q(nets.target_critic, batch.next_obs, samples), samples)
+    with torch.no_grad():
+        predict = noise_predictor(nets.target_actor, batch.next_obs)
+        log_p = log_density(predict, nets.schedule, best[:, 0], noise.entropy)
+        difference = plain._next_q(batch, noise) - soft._next_q(batch, noise)
+    torch.testing.assert_close(difference, 0.4 * log_p, atol=1e-6, rtol=1e-5)
+    assert log_p.std() > 0.01
 
 
 # --- In a run ----------------------------------------------------------------------------------

@@ -286,6 +286,21 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     target_actor: bool = option(
         True, "TD targets use a moving average of the actor; false: the actor itself"
     )
+    entropy_in_target: float | Literal["auto"] = option(
+        0.0,
+        "weight of the policy's entropy in the TD target: y = r + γ(1 - terminal)(min Q̄ - α ln p̂); "
+        "0: none; auto: it is learnt, from 0.05, so that the entropy comes to target_entropy",
+        "α",
+        range=NON_NEGATIVE,
+    )
+    entropy_noises: int = option(
+        10, "noises for each of the T steps from which ln p̂ of an action is estimated", range=COUNT
+    )
+    target_entropy: float | None = option(
+        None,
+        "entropy_in_target=auto: the policy's entropy in nats; none: minus the number of action "
+        "dimensions, as in SAC; uniform actions have 0.69 for each",
+    )
     update_order: str = option(
         "critic_then_policy",
         "critic_then_policy: each on a batch of its own, as in the authors' program; "
@@ -368,6 +383,12 @@ class QVPOHyperparameters(DiffusionHyperparameters):
                     f"{least} or more with entropy_weight='auto', which moves the entropy term by "
                     "the spread of the policy's samples",
                 )
+        require(
+            "target_entropy",
+            self.target_entropy,
+            self.target_entropy is None or self.entropy_in_target == "auto",
+            "none unless entropy_in_target='auto', which alone has a target",
+        )
         # A captured graph does the same in every update.
         require(
             "policy_interval",

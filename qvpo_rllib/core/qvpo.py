@@ -11,6 +11,7 @@ from qvpo_rllib.core import losses
 from qvpo_rllib.core.backends.fused import Chain, FusedSampler, fused_sampler
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import SecondStream, matmul_precision
+from qvpo_rllib.core.extensions.entropy import TargetEntropy
 from qvpo_rllib.core.extensions.learnt import (
     ENTROPY_WEIGHT_START,
     LearntScale,
@@ -58,10 +59,11 @@ class UpdateNoise(NamedTuple):
     # k is the number of trained samples per state.
     step: Tensor  # [B·(k + N_e)] int64 in [0, T): the diffusion step of each trained row
     forward: Tensor  # [B·(k + N_e), A] standard normal: the noise to be predicted
+    entropy: Tensor  # [T, B, M, A] standard normal: ln p̂ of the TD target's actions; M may be 0
 
 
 class ImprovementNoise(NamedTuple):
-    """The last three of `UpdateNoise`: what training the policy on given samples takes."""
+    """Three of `UpdateNoise`: what training the policy on given samples takes."""
 
     uniform: Tensor
     step: Tensor
@@ -112,6 +114,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         self.entropy_weight = torch.full((), ENTROPY_WEIGHT_START, device=device)
         self.q_temperature = LearntScale(1.0, device)
         self.refinement = Refinement(device)
+        self.target_entropy = TargetEntropy(device)
         self.q_mean = torch.zeros((), device=device)
         self.q_std = torch.ones((), device=device)
         # Those of the last update of the policy, which `policy_interval` - 1 updates repeat.
@@ -149,6 +152,8 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         found = {"entropy_weight": float(self.entropy_weight)}
         if self.hp.q_weights == "softmax":
             found["q_temperature"] = float(self.q_temperature.value)
+        if self.hp.entropy_in_target != 0:
+            found["entropy_in_target"] = float(self.target_entropy.weight_of(self.hp))
         return found
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
@@ -158,7 +163,12 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             draw_noise(hp.diffusion_steps, batch_size, n, act_dim, self.generator, self.device)
             for n in (hp.k_target, hp.num_policy_samples)
         )
-        return UpdateNoise(target, policy, *self.draw_improvement_noise(batch_size))
+        improvement = self.draw_improvement_noise(batch_size)
+        num_noises = 0 if hp.entropy_in_target == 0 else hp.entropy_noises
+        entropy = draw_noise(
+            hp.diffusion_steps, batch_size, num_noises, act_dim, self.generator, self.device
+        )
+        return UpdateNoise(target, policy, *improvement, entropy)
 
     def draw_improvement_noise(self, batch_size: int) -> ImprovementNoise:
         """Returns the random numbers of one `improve_policy`, from the learner's generator."""
@@ -236,6 +246,8 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             metrics |= self.fit_critics(critic_batch, next_q)
         self.move_target(nets.target_actor, nets.actor)
         self.move_target(nets.target_critic, nets.critic)
+        if hp.entropy_in_target != 0:
+            metrics["policy_entropy"] = self.target_entropy.estimate.clone()
         return metrics
 
     def _target_chain(self, batch: Transitions, noise: UpdateNoise) -> Chain:
@@ -247,10 +259,17 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         self, batch: Transitions, noise: UpdateNoise, samples: Tensor | None = None
     ) -> Tensor:
         """Returns the TD target's value of the next states, [B], by samples [B, K_t, A]."""
+        chain = self._target_chain(batch, noise)
         if samples is None:
-            samples = self._sample_actions(self._target_chain(batch, noise))
-        critic, kernels = self.networks.target_critic, self.kernels.sampler
-        return min_q(critic, batch.next_obs, samples, kernels).amax(dim=1)
+            samples = self._sample_actions(chain)
+        nets, kernels = self.networks, self.kernels.sampler
+        q = min_q(nets.target_critic, batch.next_obs, samples, kernels)
+        if self.hp.entropy_in_target == 0:
+            return q.amax(dim=1)
+        next_q, action = losses.best_of(q, samples)  # [B, 1], [B, 1, A]
+        return next_q[:, 0] - self.target_entropy.price(
+            chain.actor, nets.schedule, self.hp, batch.next_obs, action[:, 0], noise.entropy
+        )
 
     def _rank(self, obs: Tensor, samples: Tensor) -> Tensor:
         """Returns the samples' Q in the ranking precision: [B, O], [B, N_d, A] → [B, N_d]."""
@@ -351,6 +370,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             "entropy_weight": self.entropy_weight,
             "q_temperature": self.q_temperature.state,
             "advantage_square": self.refinement.advantage_square,
+            "entropy_in_target": self.target_entropy.weight.state,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
