@@ -12,8 +12,16 @@ TASKS = ["Hopper-v5", "Walker2d-v5", "Ant-v5", "HalfCheetah-v5", "Humanoid-v5"]
 ITERATIONS = 2  # before the checkpoint, and after it
 
 
-def config_of(tiny_config: Any, env: str, num_env_runners: int) -> Any:
-    config = tiny_config(env, update_ratio=0.25, warmup_steps=50, sampling_mode="sync")
+# Options with numbers of their own that updates learn.
+LEARNT = {
+    "softmax": {"q_weights": "softmax", "kl_target": 0.5, "entropy_weight": "auto"},
+    "guidance": {"target_refinement": "guidance", "entropy_in_target": "auto"},
+}
+
+
+def config_of(tiny_config: Any, env: str, num_env_runners: int, options: Any = None) -> Any:
+    steady = {"update_ratio": 0.25, "warmup_steps": 50, "sampling_mode": "sync"}
+    config = tiny_config(env, **steady, **(options or {}))
     config.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=2)
     return config.debugging(seed=4)
 
@@ -52,12 +60,17 @@ def assert_identical(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "num_env_runners"), [*((task, 0) for task in TASKS), ("Ant-v5", 2)]
+    ("env", "num_env_runners", "options"),
+    [
+        *((task, 0, None) for task in TASKS),
+        ("Ant-v5", 2, None),
+        *(("Hopper-v5", 0, name) for name in LEARNT),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
-    build: Any, tiny_config: Any, tmp_path: Path, env: str, num_env_runners: int
+    build: Any, tiny_config: Any, tmp_path: Path, env: str, num_env_runners: int, options: str
 ) -> None:
-    config = config_of(tiny_config, env, num_env_runners)
+    config = config_of(tiny_config, env, num_env_runners, LEARNT.get(options))
     original = build(config)
     for _ in range(ITERATIONS):
         original.train()

@@ -261,7 +261,8 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     )
     kl_target: float = option(
         2.0,
-        "softmax: λ is learnt so that the shares' KL divergence from equal ones is this, in nats",
+        "softmax: λ is learnt so that the shares' KL divergence from equal ones is this, in nats; "
+        "below ln N_d",
         "KL*",
         range=POSITIVE,
     )
@@ -340,6 +341,17 @@ class QVPOHyperparameters(DiffusionHyperparameters):
             self.num_chosen_samples <= self.num_policy_samples,
             f"at most num_policy_samples={self.num_policy_samples}",
         )
+        # A captured graph does the same in every update.
+        require(
+            "policy_interval",
+            self.policy_interval,
+            self.policy_interval == 1 or self.engine != "cuda_graph",
+            "1 with engine='cuda_graph'; engine='auto' and 'compiled' take any",
+        )
+        self._check_beyond_the_paper()
+        super().check()
+
+    def _check_beyond_the_paper(self) -> None:
         if self.q_weights == "softmax":
             require(
                 "num_chosen_samples",
@@ -389,14 +401,6 @@ class QVPOHyperparameters(DiffusionHyperparameters):
             self.target_entropy is None or self.entropy_in_target == "auto",
             "none unless entropy_in_target='auto', which alone has a target",
         )
-        # A captured graph does the same in every update.
-        require(
-            "policy_interval",
-            self.policy_interval,
-            self.policy_interval == 1 or self.engine != "cuda_graph",
-            "1 with engine='cuda_graph'; engine='auto' and 'compiled' take any",
-        )
-        super().check()
 
     @property
     def num_trained_samples(self) -> int:
