@@ -274,7 +274,7 @@ def quantile_loss(quantiles, target):
     return total / terms
 
 
-def q_weights(kind, chosen_q, value, *, q_cut=1.0, q_mean=0.0, q_std=1.0):
+def q_weights(kind, chosen_q, value, *, q_cut=1.0, q_mean=0.0, q_std=1.0, temperature=1.0):
     result = np.zeros_like(chosen_q)
     for b, row in enumerate(chosen_q):
         for j, q in enumerate(row):
@@ -286,7 +286,18 @@ def q_weights(kind, chosen_q, value, *, q_cut=1.0, q_mean=0.0, q_std=1.0):
                 result[b, j] = q if q > 0 else 0.0
             elif kind == "qexp":
                 result[b, j] = math.exp(min(8.0, max(-8.0, (q - q_mean) / q_std)))
+            elif kind == "softmax":  # k times the share of exp(Q/λ)
+                result[b, j] = len(row) / sum(math.exp((p - q) / temperature) for p in row)
     return result
+
+
+def soft_weight_kl(weights):
+    """ln N minus the entropy of the shares w = weight/N, mean over the states."""
+    total = 0.0
+    for row in weights:
+        shares = [weight / len(row) for weight in row]
+        total += math.log(len(row)) + sum(w * math.log(w) for w in shares if w > 0)
+    return total / len(weights)
 
 
 def entropy_weights(weights, entropy_weight):
@@ -337,6 +348,20 @@ class Adam:
             weights[name] = weights[name] - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
 
 
+class LearntScale:
+    """A positive number: Adam of rate 3e-4 on its logarithm, towards a lower number · excess."""
+
+    def __init__(self, start):
+        self.log, self.adam = {"x": math.log(start)}, Adam(3e-4, 1e-8)
+
+    @property
+    def value(self):
+        return math.exp(self.log["x"])
+
+    def descend(self, excess):
+        self.adam.descend(self.log, {"x": self.value * excess})
+
+
 def moving_average(target, online, tau):
     """θ̄ ← (1 - τ) θ̄ + τ θ."""
     return {name: (1 - tau) * target[name] + tau * online[name] for name in target}
@@ -367,6 +392,72 @@ def loss_and_gradients(loss_of, weights):
     return loss.item(), {name: g.numpy() for name, g in found if g is not None}
 
 
+# --- Beyond the paper ------------------------------------------------------------------------
+
+
+def torch_min_q(critic, obs, actions):
+    """The lower twin of every row, with gradients by the actions: both are torch tensors."""
+    inputs = torch.cat([obs, actions], dim=1)
+    weights = {name: torch.as_tensor(value) for name, value in critic.items()}
+    q1, q2 = (torch_mlp(weights, f"{q}.layers", inputs)[:, 0] for q in ("q1", "q2"))
+    return torch.minimum(q1, q2)
+
+
+def improved_actions(critic, obs, action, steps, lr, limit):
+    """Adam of eps 1e-5 on the sum of -min Q, its gradient's norm clipped, the box kept: [R, A]."""
+    adam, found = Adam(lr, 1e-5), {"action": np.array(action)}
+    for _ in range(steps):
+
+        def loss_of(leaves):
+            return -sum(torch_min_q(critic, torch.tensor(obs), leaves["action"]))
+
+        _, gradients = loss_and_gradients(loss_of, found)
+        adam.descend(found, clip_gradients(gradients, limit))
+        found["action"] = np.clip(found["action"], -1, 1)
+    return found["action"]
+
+
+def guided_action(actor, critic, beta, obs, noise, steps, scale):
+    """One chain [A] by noise [T, A]; the critics pull its last `steps` steps."""
+    bar, last = alphas_cumprod(beta), len(beta) - 1
+    state = torch.tensor(obs)[None]
+    weights = {name: torch.tensor(value) for name, value in actor.items()}
+    x = noise[0]
+    for t in range(last, -1, -1):
+        predicted = predicted_noise(actor, x, t, obs)
+        if t < steps:
+
+            def q_of(leaves, t=t):
+                time = torch.tensor(mlp(actor, "time_mlp", actor["time_table"][t]))[None]
+                inputs = torch.cat([leaves["x"][None], time, state], dim=1)
+                noise_in_x = torch_mlp(weights, "mlp.layers", inputs)
+                x0 = (leaves["x"] - math.sqrt(1 - bar[t]) * noise_in_x) / math.sqrt(bar[t])
+                return torch_min_q(critic, state, x0.clamp(-1, 1))[0]
+
+            _, gradients = loss_and_gradients(q_of, {"x": x})
+            predicted = predicted - scale * math.sqrt(1 - bar[t]) * gradients["x"]
+        mean, sigma = q_posterior(beta, predict_x0(beta, x, t, predicted), x, t)
+        x = mean + sigma * noise[last + 1 - t] if t > 0 else mean
+    return np.clip(x, -1, 1)
+
+
+def log_density(actor, beta, obs, action, noise):
+    """ln p̂ of one action [A] by noise [T, M, A]: MaxEntDP's sum over the steps as printed."""
+    bar, act_dim = alphas_cumprod(beta), len(action)
+    total = -act_dim / 2 * math.log(2 * math.pi * math.e)
+    for t, noises in enumerate(noise):
+        before = bar[t - 1] if t > 0 else 1.0
+        errors = []
+        for e in noises:
+            x = math.sqrt(bar[t]) * action + math.sqrt(1 - bar[t]) * e
+            x0 = predict_x0(beta, x, t, predicted_noise(actor, x, t, obs))
+            found = (x - math.sqrt(bar[t]) * x0) / math.sqrt(1 - bar[t])
+            errors.append(sum((found - e) ** 2))
+        weight = (before - bar[t]) / (2 * bar[t] * (1 - bar[t]))
+        total += weight * (act_dim * bar[t] - sum(errors) / len(errors))
+    return total
+
+
 # --- One whole update ------------------------------------------------------------------------
 
 
@@ -382,6 +473,10 @@ class Update:
         self.actor_adam = Adam(hp.actor_lr, hp.adam_eps)
         self.critic_adam = Adam(hp.critic_lr, hp.adam_eps)
         self.q_mean, self.q_std = 0.0, 1.0
+        self.entropy_weight = 0.01 if hp.entropy_weight == "auto" else hp.entropy_weight
+        self.temperature = LearntScale(1.0)
+        self.advantage_square = None
+        self.alpha = LearntScale(0.05)
         self.number = 0
 
     def update(self, critic_batch, policy_batch, noise):
@@ -392,21 +487,36 @@ class Update:
         self.number += 1
         policy_is_due = self.number % self.hp.policy_interval == 0
         if self.hp.update_order == "critic_then_policy":
-            metrics |= self.update_critic(batch, noise["target"])
+            metrics |= self.update_critic(batch, noise)
         if policy_is_due:
             metrics |= self.update_policy(policy_batch.obs.numpy(), noise)
         if self.hp.update_order == "policy_then_critic":
-            metrics |= self.update_critic(batch, noise["target"])
+            metrics |= self.update_critic(batch, noise)
         self.target_actor = moving_average(self.target_actor, self.actor, self.hp.tau)
         self.target_critic = moving_average(self.target_critic, self.critic, self.hp.tau)
         return metrics
 
     def update_critic(self, batch, noise):
         actor = self.target_actor if self.hp.target_actor else self.actor
-        actions = sample_actions(actor, self.beta, batch["next_obs"], noise)
-        if self.hp.critic == "quantile":
-            return self.update_quantiles(batch, actions)
-        next_q = min_q(self.target_critic, batch["next_obs"], actions).max(axis=1)
+        actions = sample_actions(actor, self.beta, batch["next_obs"], noise["target"])
+        quantiles = self.hp.critic == "quantile"
+        if quantiles:
+            q = truncated_q(self.target_critic, batch["next_obs"], actions, self.hp.dropped_quantiles)
+        else:
+            q = min_q(self.target_critic, batch["next_obs"], actions)
+        price, metrics = np.zeros(len(q)), {}
+        if self.hp.entropy_in_target != 0:
+            log_p = [
+                log_density(actor, self.beta, state, best[0], noise["entropy"][:, b])
+                for b, (state, best) in enumerate(
+                    zip(batch["next_obs"], best_of(q, actions)[1], strict=True)
+                )
+            ]
+            metrics["policy_entropy"] = -sum(log_p) / len(log_p)
+            price = self.entropy_in_target(actions.shape[-1], metrics) * np.array(log_p)
+        if quantiles:
+            return metrics | self.update_quantiles(batch, actions, q, price)
+        next_q = q.max(axis=1) - price
         target = td_target(batch["reward"], batch["terminal"], next_q, self.hp.gamma)
         inputs = torch.tensor(np.concatenate([batch["obs"], batch["action"]], axis=1))
 
@@ -415,15 +525,24 @@ class Update:
             return critic_loss(q1, q2, target)
 
         loss, norm = self.descend("critic", self.critic_adam, loss_of)
-        return {"critic_loss": loss, "critic_grad_norm": norm, "td_target_mean": target.mean()}
+        metrics |= {"critic_loss": loss, "critic_grad_norm": norm}
+        return metrics | {"td_target_mean": target.mean()}
 
-    def update_quantiles(self, batch, actions):
-        """The same for quantile critics; actions [B, K_t, A] for the next states."""
+    def entropy_in_target(self, act_dim, metrics):
+        """α of this update; a learnt one then takes a step."""
+        if self.hp.entropy_in_target != "auto":
+            return self.hp.entropy_in_target
+        alpha, wanted = self.alpha.value, self.hp.target_entropy
+        wanted = -act_dim if wanted is None else wanted
+        self.alpha.descend(metrics["policy_entropy"] - wanted)
+        return alpha
+
+    def update_quantiles(self, batch, actions, q, price):
+        """The same for quantile critics; actions [B, K_t, A] and q [B, K_t] for the next states."""
         dropped, targets = self.hp.dropped_quantiles, []
-        q = truncated_q(self.target_critic, batch["next_obs"], actions, dropped)
         for b, obs in enumerate(batch["next_obs"]):
             best = actions[b, np.argmax(q[b])]
-            z = kept_quantiles(self.target_critic, obs, best, dropped)
+            z = np.array(kept_quantiles(self.target_critic, obs, best, dropped)) - price[b]
             reward, terminal = batch["reward"][b], batch["terminal"][b]
             targets.append(td_target([reward] * len(z), [terminal] * len(z), z, self.hp.gamma))
         inputs = torch.tensor(np.concatenate([batch["obs"], batch["action"]], axis=1))
@@ -451,16 +570,21 @@ class Update:
         value = q.mean(axis=1)
         self.q_mean += 1e-3 * (q.mean() - self.q_mean)
         self.q_std += 1e-3 * (q.std() - self.q_std)
-        chosen_q, chosen = best_of(q, samples, hp.num_chosen_samples)
+        num_chosen = len(q[0]) if hp.q_weights == "softmax" else hp.num_chosen_samples
+        chosen_q, chosen = best_of(q, samples, num_chosen)
+        if hp.target_refinement != "none":
+            chosen = self.refined(obs, samples, q, chosen, noise["policy"])
+            chosen_q = min_q(self.critic, obs, chosen)
+        scalars = {"q_mean": self.q_mean, "q_std": self.q_std, "q_cut": hp.q_cut}
         weights = q_weights(
-            hp.q_weights, chosen_q, value, q_cut=hp.q_cut, q_mean=self.q_mean, q_std=self.q_std
+            hp.q_weights, chosen_q, value, temperature=self.temperature.value, **scalars
         )
-        uniform_weights = entropy_weights(weights, hp.entropy_weight)
+        uniform_weights = entropy_weights(weights, self.entropy_weight)
 
         # (observation, clean action, weight) of each trained row: all chosen, then all uniform.
         best, flat = [], []
         for b, state in enumerate(obs):
-            best += [(state, chosen[b, j], weights[b, j]) for j in range(hp.num_chosen_samples)]
+            best += [(state, chosen[b, j], weights[b, j]) for j in range(num_chosen)]
             flat += [(state, action, uniform_weights[b]) for action in noise["uniform"][b]]
         rows = best + flat
         # The package rounds the forward process' constants to float32.
@@ -484,7 +608,36 @@ class Update:
             return sum(policy_loss(pairs[: len(best)], pairs[len(best) :], hp.entropy_reduction))
 
         loss, norm = self.descend("actor", self.actor_adam, loss_of, skip="time_table")
-        return {"actor_loss": loss, "actor_grad_norm": norm, "q_weight_mean": weights.mean()}
+        metrics = {"actor_loss": loss, "actor_grad_norm": norm, "q_weight_mean": weights.mean()}
+        if hp.q_weights == "softmax":
+            metrics["q_weight_kl"] = soft_weight_kl(weights)
+            self.temperature.descend(hp.kl_target - metrics["q_weight_kl"])
+        if hp.entropy_weight == "auto":
+            spread = np.mean([column.std() for rows in samples for column in rows.T])
+            self.entropy_weight *= math.exp(3e-3 * (hp.sample_std_target - spread))
+        return metrics
+
+    def refined(self, obs, samples, q, chosen, noise):
+        hp, (num_states, num_chosen, act_dim) = self.hp, chosen.shape
+        if hp.target_refinement == "gradient":
+            rows = np.repeat(obs, num_chosen, axis=0)
+            moved = improved_actions(
+                self.critic, rows, chosen.reshape(-1, act_dim), 20, 0.03, 0.1 * act_dim
+            )
+            return moved.reshape(chosen.shape)
+        square = np.mean((q - q.mean(axis=1)[:, None]) ** 2)
+        known = self.advantage_square
+        self.advantage_square = square if known is None else known + 1e-3 * (square - known)
+        scale = hp.guidance_scale / math.sqrt(self.advantage_square)
+        moved = np.zeros_like(chosen)
+        for b in range(num_states):
+            for j in range(num_chosen):
+                own = [np.array_equal(sample, chosen[b, j]) for sample in samples[b]].index(True)
+                moved[b, j] = guided_action(
+                    *(self.actor, self.critic, self.beta, obs[b], noise[:, b, own]),
+                    *(hp.guidance_steps, scale),
+                )
+        return moved
 
     def descend(self, name, adam, loss_of, skip=None):
         weights = getattr(self, name)

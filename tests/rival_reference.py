@@ -9,6 +9,7 @@ from reference import (
     clip_gradients,
     constants,
     critic_loss,
+    improved_actions,
     loss_and_gradients,
     min_q,
     moving_average,
@@ -155,20 +156,11 @@ class DIPOUpdate(DiffusionUpdate):
         return improved, metrics
 
     def improve(self, obs, action):
-        hp, adam = self.hp, Adam(self.hp.action_lr, 1e-5)
-        critic = {n: torch.tensor(w) for n, w in self.critic.items()}
-        found = {"action": action.copy()}
-        for _ in range(hp.action_steps):
-
-            def loss_of(leaves):
-                q1, q2 = self.twins(critic, torch.cat([obs, leaves["action"]], dim=1))
-                return sum(-torch.minimum(a, b) for a, b in zip(q1, q2, strict=True))
-
-            _, gradients = loss_and_gradients(loss_of, found)
-            limit = hp.action_clip_ratio * action.shape[1]
-            adam.descend(found, clip_gradients(gradients, limit))
-            found["action"] = np.clip(found["action"], -1, 1)
-        return found["action"]
+        hp = self.hp
+        limit = hp.action_clip_ratio * action.shape[1]
+        return improved_actions(
+            self.critic, obs.numpy(), action, hp.action_steps, hp.action_lr, limit
+        )
 
 
 # --- QSM -------------------------------------------------------------------------------------

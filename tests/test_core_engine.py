@@ -131,6 +131,9 @@ def compiles():
             "entropy_reduction": "mean",
         },
         QUANTILES,
+        {"q_weights": "softmax", "entropy_weight": "auto", "entropy_in_target": "auto"},
+        {"target_refinement": "gradient"},
+        {"target_refinement": "guidance"},
     ],
 )
 def test_compiled_updates_equal_eager_ones(compiles, options):

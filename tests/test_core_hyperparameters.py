@@ -39,15 +39,27 @@ POSITIVE_INTEGERS = (
     "replay_capacity",
     "entropy_decay_steps",
     "num_quantiles",
+    "guidance_steps",
+    "entropy_noises",
 )
 COUNTS = ("num_uniform_samples", "warmup_steps", "max_staleness", "dropped_quantiles")
-POSITIVE_NUMBERS = ("actor_lr", "critic_lr", "adam_eps", "update_ratio", "q_cut", "grad_clip")
-WEIGHTS = ("entropy_weight", "entropy_weight_end", "entropy_weight_floor")
+POSITIVE_NUMBERS = (
+    *("actor_lr", "critic_lr", "adam_eps", "update_ratio", "q_cut", "grad_clip"),
+    "kl_target",
+)
+WEIGHTS = (
+    "entropy_weight",
+    "entropy_weight_end",
+    "entropy_weight_floor",
+    "guidance_scale",
+    "entropy_in_target",
+)
+SHARES = ("tau", "sample_std_target")
 FLAGS = ("vlo_coefficient", "target_actor", "truncation_as_terminal", "critic_layer_norm")
 INTEGERS = POSITIVE_INTEGERS + COUNTS
-NUMBERS = (*POSITIVE_NUMBERS, *WEIGHTS, "gamma", "tau")
+NUMBERS = (*POSITIVE_NUMBERS, *WEIGHTS, *SHARES, "gamma", "target_entropy")
 NOT_OPTIONAL = sorted(
-    set(NAMES) - {"k_target", "grad_clip", "entropy_weight_end", "max_staleness"}
+    set(NAMES) - {"k_target", "grad_clip", "entropy_weight_end", "max_staleness", "target_entropy"}
 )  # None is a value of these alone
 
 BAD = [
@@ -69,7 +81,9 @@ BAD = [
     *[(name, 3, "a word") for name in CHOICES],
     *[(name, None, "must be") for name in NOT_OPTIONAL],
     *[("gamma", value, "[0, 1)") for value in (-0.01, 1, 1.0, 1.5)],
-    *[("tau", value, "(0, 1]") for value in (0, -0.1, 1.01)],
+    *[(name, value, "(0, 1]") for name in SHARES for value in (0, -0.1, 1.01)],
+    ("entropy_weight", "Auto", "a finite number or auto"),
+    ("entropy_weight", -1, "0 or more, or auto"),
     *[("hidden", value, "[256, 256]") for value in ((), (0,), [256, -1])],
     *[("hidden", value, "integers") for value in (256, "256", (256.5,), ["256"], (True,))],
 ]
@@ -96,6 +110,21 @@ def test_an_integer_beyond_every_float_is_refused_by_name():
     ("values", "name", "other"),
     [
         ({"num_policy_samples": 4, "num_chosen_samples": 5}, "num_chosen_samples", "samples=4"),
+        ({"q_weights": "softmax", "num_chosen_samples": 2}, "num_chosen_samples", "softmax"),
+        ({"q_weights": "softmax", "kl_target": 4.2}, "kl_target", "num_policy_samples=64"),
+        ({"q_weights": "softmax", "target_refinement": "gradient"}, "target_refinement", "softmax"),
+        (
+            {"target_refinement": "guidance", "num_policy_samples": 1},
+            *("num_policy_samples", "'guidance'"),
+        ),
+        (
+            {"target_entropy": -2.0, "entropy_in_target": 0.1},
+            "target_entropy",
+            "entropy_in_target='auto'",
+        ),
+        ({"entropy_weight": "auto", "entropy_weight_end": 0.1}, "entropy_weight_end", "'auto'"),
+        ({"entropy_weight": "auto", "num_uniform_samples": 0}, "num_uniform_samples", "'auto'"),
+        ({"entropy_weight": "auto", "num_policy_samples": 1}, "num_policy_samples", "'auto'"),
         ({"replay_capacity": 100, "warmup_steps": 0}, "replay_capacity", "batch_size=256"),
         ({"replay_capacity": 9_999}, "replay_capacity", "warmup_steps=10000"),
         ({"critic": "quantile", "dropped_quantiles": 25}, "dropped_quantiles", "num_quantiles=25"),
@@ -109,7 +138,7 @@ def test_an_integer_beyond_every_float_is_refused_by_name():
     ],
 )
 def test_contradictions_are_refused_naming_both_sides(values, name, other):
-    with pytest.raises(ValueError, match=f"^{name}={values[name]} .*{other}"):
+    with pytest.raises(ValueError, match=f"^{name}={values[name]!r} .*{other}"):
         QVPOHyperparameters(**values)
 
 
@@ -150,6 +179,8 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all_names(refuse, name,
         {"grad_clip": None},
         {"entropy_weight_end": None},
         {"num_uniform_samples": 0, "entropy_weight": 0},
+        {"entropy_weight": "auto"},
+        {"entropy_in_target": "auto", "target_entropy": -3.0},
         {"gamma": 0, "tau": 1},
         {"num_policy_samples": 4, "num_chosen_samples": 4},
         {"replay_capacity": 10_000},
@@ -193,7 +224,10 @@ def test_defaults_are_the_documented_ones():
         "num_chosen_samples": 1, "num_uniform_samples": 10, "entropy_weight": 0.01,
         "entropy_weight_end": None, "entropy_weight_floor": 0.0,
         "entropy_decay_steps": 1_000_000, "entropy_reduction": "sum", "q_weights": "qadv",
-        "q_cut": 0.01, "diffusion_steps": 20, "noise_schedule": "cosine",
+        "q_cut": 0.01, "kl_target": 2.0, "target_refinement": "none",
+        "guidance_scale": 0.1, "guidance_steps": 10, "entropy_in_target": 0.0, "entropy_noises": 10,
+        "target_entropy": None, "sample_std_target": 0.2,
+        "diffusion_steps": 20, "noise_schedule": "cosine",
         "vlo_coefficient": False, "hidden": (256, 256, 256), "actor_lr": 1e-4,
         "critic_lr": 3e-4, "adam_eps": 1e-5, "grad_clip": 2.0, "gamma": 0.99, "tau": 0.005,
         "target_actor": True, "update_order": "critic_then_policy", "batch_size": 256,
@@ -230,6 +264,8 @@ def test_every_option_has_a_meaning_and_its_default_can_be_typed(option):
         ("target_actor", "false", False),
         ("vlo_coefficient", "True", True),
         ("q_weights", "qcut", "qcut"),
+        ("entropy_weight", " Auto ", "auto"),
+        ("entropy_weight", "0.5", 0.5),
         ("hidden", "256,128", (256, 128)),
         ("hidden", "[256, 128]", (256, 128)),
         ("hidden", "(64,)", (64,)),
@@ -251,6 +287,7 @@ def test_text_is_read_as_the_options_type(name, text, value):
         ("gamma", "0,99", "a finite number"),
         ("gamma", "none", "a finite number"),
         ("grad_clip", "off", "a finite number or none"),
+        ("entropy_weight", "automatic", "a finite number or auto"),
         ("target_actor", "maybe", "true or false"),
         ("target_actor", "1", "true or false"),
         ("hidden", "256x256", "a list of integers"),

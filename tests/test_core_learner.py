@@ -49,6 +49,25 @@ CASES = [
     {"q_weights": "qrelu", "num_chosen_samples": 3},
     {"q_weights": "qexp"},
     {"q_weights": "qexp", "num_chosen_samples": 3, "update_order": "policy_then_critic"},
+    {"q_weights": "softmax", "kl_target": 0.7},
+    {"q_weights": "softmax", "kl_target": 1.5, "entropy_weight": "auto", "num_uniform_samples": 1},
+    {"entropy_in_target": 0.3, "entropy_noises": 3},
+    {"entropy_in_target": "auto", "k_target": 1, "update_order": "policy_then_critic"},
+    {
+        "entropy_in_target": "auto",
+        "target_entropy": 0.5,
+        "target_actor": False,
+        "noise_schedule": "vp",
+    },
+    {"target_refinement": "gradient"},
+    {"target_refinement": "gradient", "num_chosen_samples": 3, "q_weights": "qexp"},
+    {"target_refinement": "guidance", "noise_schedule": "linear", "guidance_steps": 2},
+    {
+        "target_refinement": "guidance",
+        "num_chosen_samples": 3,
+        "update_order": "policy_then_critic",
+        "noise_schedule": "linear",  # with the others, samples share a corner of the box
+    },
     {"hidden": (10,), "diffusion_steps": 20},
     {"entropy_weight": 0.0},
     {"critic": "quantile", "num_quantiles": 5, "dropped_quantiles": 1},
@@ -254,7 +273,10 @@ def test_drawn_noise_has_the_documented_shapes_and_ranges(chosen, uniform):
     noise = learner(hp).draw_update_noise(64)
     rows = 64 * (chosen + uniform)
     shapes = [tuple(value.shape) for value in noise]
-    assert shapes == [(4, 64, 4, ACT), (4, 64, 6, ACT), (64, uniform, ACT), (rows,), (rows, ACT)]
+    assert shapes[:5] == [
+        *((4, 64, 4, ACT), (4, 64, 6, ACT), (64, uniform, ACT), (rows,), (rows, ACT)),
+    ]
+    assert shapes[5] == (4, 64, 0, ACT)
     assert set(noise.step.tolist()) == set(range(4))
     assert noise.forward.std().item() == pytest.approx(1, abs=0.2)
     if uniform:
@@ -297,7 +319,15 @@ def test_metrics_are_detached_finite_scalars():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"q_weights": "qexp"}, {"critic": "quantile", "critic_layer_norm": True}],
+    [
+        {},
+        {"q_weights": "qexp"},
+        {"critic": "quantile", "critic_layer_norm": True},
+        {"q_weights": "softmax", "kl_target": 0.7, "entropy_weight": "auto"},
+        {"target_refinement": "gradient"},
+        {"target_refinement": "guidance"},
+        {"entropy_in_target": "auto"},
+    ],
     ids=str,
 )
 def test_a_restored_learner_goes_on_bit_by_bit(options):
@@ -314,6 +344,7 @@ def test_a_restored_learner_goes_on_bit_by_bit(options):
         assert {k: v.item() for k, v in one.items()} == {k: v.item() for k, v in other.items()}
         restored.num_updates += 1
     assert_identical(original, restored)
+    assert restored.settings_in_force() == original.settings_in_force()
     assert restored.num_updates == 6
 
 

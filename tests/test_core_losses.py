@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qvpo_rllib.core import losses
 
-KINDS = ("qadv", "qcut", "qrelu", "qexp")
+KINDS = ("qadv", "qcut", "qrelu", "qexp", "softmax")
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 qs = npst.arrays(
     np.float64,
@@ -19,11 +19,12 @@ qs = npst.arrays(
 )
 
 
-def q_weights(kind, chosen_q, value, q_cut=1.0, q_mean=0.0, q_std=1.0):
+def q_weights(kind, chosen_q, value, q_cut=1.0, q_mean=0.0, q_std=1.0, temperature=1.0):
     """The package's function on numpy arrays."""
     scalars = {
         "q_mean": torch.as_tensor(np.float64(q_mean)),
         "q_std": torch.as_tensor(np.float64(q_std)),
+        "temperature": torch.as_tensor(np.float64(temperature)),
     }
     return losses.q_weights(
         kind, torch.as_tensor(chosen_q), torch.as_tensor(value), q_cut=q_cut, **scalars
@@ -62,10 +63,11 @@ def test_best_of(rng, k):
 @pytest.mark.parametrize("kind", KINDS)
 def test_q_weights(rng, kind, k):
     chosen_q, value = rng.normal(size=(30, k)) * 20, rng.normal(size=30) * 20
-    options = {"q_cut": 0.3, "q_mean": 1.7, "q_std": 0.9}
+    options = {"q_cut": 0.3, "q_mean": 1.7, "q_std": 0.9, "temperature": 8.0}
     result = q_weights(kind, chosen_q, value, **options)
     expected = reference.q_weights(kind, chosen_q, value, **options)
-    assert len(np.unique(expected)) > 10  # both branches and neither everywhere
+    if (kind, k) != ("softmax", 1):  # one sample has all the share
+        assert len(np.unique(expected)) > 10  # both branches and neither everywhere
     np.testing.assert_allclose(result, expected, rtol=1e-10)
 
 
@@ -79,7 +81,7 @@ def test_q_weights_at_the_edges():
 
 
 def test_unknown_q_weights_are_refused():
-    with pytest.raises(ValueError, match=r"'qmax'.*qadv, qcut, qrelu or qexp"):
+    with pytest.raises(ValueError, match=r"'qmax'.*qadv, qcut, qrelu, qexp or softmax"):
         q_weights("qmax", np.zeros((1, 1)), np.zeros(1))
 
 

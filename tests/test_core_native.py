@@ -132,7 +132,17 @@ def test_bfloat16_is_taken_only_where_it_is_faster(monkeypatch):
         assert torch.equal(actions, expected)
 
 
-@pytest.mark.parametrize("options", [*CRITICS, {"k_target": 1, "q_weights": "qexp"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *CRITICS,
+        {"k_target": 1, "q_weights": "qexp"},
+        {"q_weights": "softmax", "entropy_weight": "auto"},
+        {"target_refinement": "gradient"},
+        {"entropy_in_target": "auto"},
+        {"target_refinement": "guidance", "num_chosen_samples": 2},
+    ],
+)
 def test_updates_equal_eager_ones(options):
     mine = learner(**options, engine="native")
     assert mine.engine == "native"

@@ -12,11 +12,17 @@ TASKS = ["Hopper-v5", "Walker2d-v5", "Ant-v5", "HalfCheetah-v5", "Humanoid-v5"]
 ITERATIONS = 2  # before the checkpoint, and after it
 
 
-CRITICS = {"critic": "quantile", "critic_layer_norm": True}
+# Options with more state than the default: other critics, and numbers that updates learn.
+MORE_STATE = {
+    "critics": {"critic": "quantile", "critic_layer_norm": True},
+    "softmax": {"q_weights": "softmax", "kl_target": 0.5, "entropy_weight": "auto"},
+    "guidance": {"target_refinement": "guidance", "entropy_in_target": "auto"},
+}
 
 
-def config_of(tiny_config: Any, env: str, num_env_runners: int, **training: Any) -> Any:
-    config = tiny_config(env, update_ratio=0.25, warmup_steps=50, sampling_mode="sync", **training)
+def config_of(tiny_config: Any, env: str, num_env_runners: int, options: Any = None) -> Any:
+    steady = {"update_ratio": 0.25, "warmup_steps": 50, "sampling_mode": "sync"}
+    config = tiny_config(env, **steady, **(options or {}))
     config.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=2)
     return config.debugging(seed=4)
 
@@ -55,13 +61,17 @@ def assert_identical(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "num_env_runners", "training"),
-    [*((task, 0, {}) for task in TASKS), ("Ant-v5", 2, {}), ("Hopper-v5", 0, CRITICS)],
+    ("env", "num_env_runners", "options"),
+    [
+        *((task, 0, None) for task in TASKS),
+        ("Ant-v5", 2, None),
+        *(("Hopper-v5", 0, name) for name in MORE_STATE),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
-    build: Any, tiny_config: Any, tmp_path: Path, env: str, num_env_runners: int, training: Any
+    build: Any, tiny_config: Any, tmp_path: Path, env: str, num_env_runners: int, options: str
 ) -> None:
-    config = config_of(tiny_config, env, num_env_runners, **training)
+    config = config_of(tiny_config, env, num_env_runners, MORE_STATE.get(options))
     original = build(config)
     for _ in range(ITERATIONS):
         original.train()

@@ -53,9 +53,13 @@ def test_the_rivals_options_that_differ_are_listed(kind):
 
 # DIPO leaves these to the task; there is none here.
 DIPO = {"action_steps": 1, "action_clip_ratio": 0.1, "target_actor_interval": 1}
+SOFT = {"k_target": 1, "q_weights": "softmax", "entropy_weight": "auto"}
+REFINED = {"k_target": 1, "target_refinement": "gradient", "entropy_in_target": 0.1}
 LEARNERS = [
     (QVPOLearner, QVPONetworks, QVPOHyperparameters, {"k_target": 1}),
     (QVPOLearner, QVPONetworks, QVPOHyperparameters, {"k_target": 1, "critic": "quantile"}),
+    (QVPOLearner, QVPONetworks, QVPOHyperparameters, SOFT),
+    (QVPOLearner, QVPONetworks, QVPOHyperparameters, REFINED),
     (td3.TD3Learner, td3.TD3Networks, td3.TD3Hyperparameters, {}),
     (dipo.DIPOLearner, QVPONetworks, dipo.DIPOHyperparameters, DIPO),
     (qsm.QSMLearner, QVPONetworks, qsm.QSMHyperparameters, {}),

@@ -75,6 +75,11 @@ def test_an_option_without_effect_is_refused(name):
         toy_hyperparameters(SMALL, {name: 0.5})
 
 
+def test_a_weight_that_moves_by_itself_is_refused():
+    with pytest.raises(ValueError, match=r"entropy_weight='auto' is not allowed.*number"):
+        toy_hyperparameters(SMALL, {"entropy_weight": "auto"})
+
+
 def test_settings_win_over_the_experiments_own_values():
     assert toy_hyperparameters(SMALL, {"entropy_weight": 0.7}).entropy_weight == 0.7
     assert toy_hyperparameters(SMALL, {}).hidden == (16, 16)

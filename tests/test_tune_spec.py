@@ -104,6 +104,14 @@ def test_defaults_are_the_presets_and_the_hyperparameters() -> None:
     assert {name: config[name] for name in expected} == expected
 
 
+def test_a_word_may_stand_for_a_number_in_training_and_in_a_sweep() -> None:
+    training = {"entropy_weight": "auto"}
+    assert fixed_config(spec_of(training=training), "qvpo")["entropy_weight"] == "auto"
+    sweep = {"grid": {"entropy_in_target": ["auto", 0.1]}}
+    trials = planned_trials(spec_of(sweep=sweep), "qvpo")
+    assert {trial["entropy_in_target"] for trial in trials} == {"auto", 0.1}
+
+
 def test_moving_entropy_weight_moves_over_the_whole_run() -> None:
     training = {"entropy_weight_end": 0.0}
     assert fixed_config(spec_of(training=training), "qvpo")["entropy_decay_steps"] == 15_000

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from ray.tune.registry import register_trainable
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK, DiffusionRivalHyperparameters
 from qvpo_rllib.core.engine import CPU
+from qvpo_rllib.core.extensions.refinement import improved_actions, q_function
 from qvpo_rllib.core.learner import OffPolicyLearner
-from qvpo_rllib.core.networks import TwinQ
 from qvpo_rllib.core.options import COUNT, POSITIVE, Setting, option, with_default
 from qvpo_rllib.core.qvpo import QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
@@ -83,26 +83,6 @@ class UpdateNoise(NamedTuple):
     forward: Tensor  # [B, A] standard normal: the noise to be predicted
 
 
-def improved_actions(
-    critic: TwinQ, obs: Tensor, action: Tensor, steps: int, lr: float, max_norm: float
-) -> Tensor:
-    """Actions [B, A] after `steps` steps of Adam on -Σ min Q(s, a), clamped after each.
-
-    Args:
-        max_norm: of the gradient with respect to the whole batch of actions.
-    """
-    action = action.clone().requires_grad_()
-    adam = torch.optim.Adam([action], lr=lr, eps=1e-5)
-    for _ in range(steps):
-        lowest = critic(obs, action).amin(dim=0)
-        (action.grad,) = torch.autograd.grad(-lowest.sum(), action)
-        nn.utils.clip_grad_norm_([action], max_norm)
-        adam.step()
-        with torch.no_grad():
-            action.clamp_(-1, 1)
-    return action.detach()
-
-
 class DIPOLearner(OffPolicyLearner[QVPONetworks, DIPOHyperparameters, UpdateNoise]):
     """Fits critics to one batch, the actor to the improved actions of another, and writes these
     back to the replay."""
@@ -155,7 +135,9 @@ class DIPOLearner(OffPolicyLearner[QVPONetworks, DIPOHyperparameters, UpdateNois
         assert hp.action_steps is not None
         assert hp.target_actor_interval is not None
         limit = hp.action_clip_ratio * nets.act_dim
-        improved = improved_actions(nets.critic, obs, action, hp.action_steps, hp.action_lr, limit)
+        improved = improved_actions(
+            q_function(nets.critic), obs, action, hp.action_steps, hp.action_lr, limit
+        )
         loss = self.kernels.denoising_objective(
             nets.actor, nets.schedule, obs, improved, noise.step, noise.forward
         )

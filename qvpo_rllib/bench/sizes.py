@@ -76,7 +76,7 @@ def update_flops(task: Task, hp: QVPOHyperparameters) -> int:
     # layer's input needs none.
     critic_first = 2 * (task.obs_dim + task.act_dim) * width
     critic_fit = 2 * batch * (2 * critic_first + 3 * hidden_flops(hp.hidden, critic_outputs(hp)))
-    rows = batch * (hp.num_chosen_samples + hp.num_uniform_samples)
+    rows = batch * (hp.num_trained_samples + hp.num_uniform_samples)
     actor_fit = rows * (2 * 2 * task.act_dim * width + 3 * hidden_flops(hp.hidden, task.act_dim))
     actor_fit += 2 * batch * 2 * task.obs_dim * width
     return drawing + critic_fit + actor_fit

@@ -148,7 +148,7 @@ class Straightforward:
         actions = torch.cat([chosen, noise.uniform.reshape(-1, act_dim)])
         states = torch.cat([obs, obs.repeat_interleave(num_uniform, dim=0)])
         weights = torch.cat(
-            [weight, (hp.entropy_weight * weight).repeat_interleave(num_uniform, dim=0)]
+            [weight, (float(hp.entropy_weight) * weight).repeat_interleave(num_uniform, dim=0)]
         )
         t, s = noise.step, self.schedule
         noisy = s.sqrt_alphas_cumprod.gather(0, t)[:, None] * actions

@@ -1,8 +1,9 @@
 """Every hyperparameter once: default, allowed values, meaning; and the presets, sets of them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from qvpo_rllib.core.options import (
     BELOW_ONE,
@@ -214,6 +215,7 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         **DiffusionHyperparameters.smoke,
         "num_policy_samples": 4,
         "num_uniform_samples": 2,
+        "kl_target": 1.0,
         "k_eval": 4,
     }
 
@@ -240,11 +242,18 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         "N_e",
         range=NON_NEGATIVE_COUNT,
     )
-    entropy_weight: float = option(
+    entropy_weight: float | Literal["auto"] = option(
         0.01,
-        "weight of the diffusion entropy term, Eq. 10; 0 turns it off",
+        "weight of the diffusion entropy term, Eq. 10; 0 turns it off; auto: it starts at 0.01 and "
+        "follows the samples' spread, so that this stays at sample_std_target",
         "ω_ent",
         range=NON_NEGATIVE,
+    )
+    sample_std_target: float = option(
+        0.2,
+        "entropy_weight=auto: the standard deviation that the N_d samples of a state shall have in "
+        "[-1, 1], as the metric sample_std; uniform actions have 0.58",
+        range=SHARE,
     )
     entropy_weight_end: float | None = option(
         None,
@@ -268,16 +277,56 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     )
     q_weights: str = option(
         "qadv",
-        "transformation of Q to the weights of Eq. 6",
+        "transformation of Q to the weights of Eq. 6; softmax trains all N_d samples, each with "
+        "its share of exp(Q/λ)",
         "ω_eq",
-        choices=("qadv", "qcut", "qrelu", "qexp"),
+        choices=("qadv", "qcut", "qrelu", "qexp", "softmax"),
     )
     q_cut: float = option(
         0.01, "qcut: the weight of an action whose Q is negative", "ε", range=POSITIVE
     )
+    kl_target: float = option(
+        2.0,
+        "softmax: λ is learnt so that the shares' KL divergence from equal ones is this, in nats; "
+        "below ln N_d",
+        "KL*",
+        range=POSITIVE,
+    )
+    target_refinement: str = option(
+        "none",
+        "moves the chosen samples to a higher Q before they are trained; V stays that of the "
+        "unmoved ones. gradient: 20 steps of Adam, as in the authors' program with --gradient; "
+        "guidance: their chain once more, with its last steps guided by the critics",
+        choices=("none", "gradient", "guidance"),
+    )
+    guidance_scale: float = option(
+        0.1,
+        "guidance: its strength; the gradient of Q is divided by the root of the running mean of "
+        "(Q - V)², so that the scale of Q does not matter",
+        "λ",
+        range=NON_NEGATIVE,
+    )
+    guidance_steps: int = option(
+        10, "guidance: how many of the chain's last steps; all, if it has fewer", range=COUNT
+    )
     vlo_coefficient: bool = option(False, "keep Eq. 4's coefficient, which Eq. 5 drops")
     target_actor: bool = option(
         True, "TD targets use a moving average of the actor; false: the actor itself"
+    )
+    entropy_in_target: float | Literal["auto"] = option(
+        0.0,
+        "weight of the policy's entropy in the TD target: y = r + γ(1 - terminal)(min Q̄ - α ln p̂); "
+        "0: none; auto: it is learnt, from 0.05, so that the entropy comes to target_entropy",
+        "α",
+        range=NON_NEGATIVE,
+    )
+    entropy_noises: int = option(
+        10, "noises for each of the T steps from which ln p̂ of an action is estimated", range=COUNT
+    )
+    target_entropy: float | None = option(
+        None,
+        "entropy_in_target=auto: the policy's entropy in nats; none: minus the number of action "
+        "dimensions, as in SAC; uniform actions have 0.69 for each",
     )
     update_order: str = option(
         "critic_then_policy",
@@ -356,10 +405,72 @@ class QVPOHyperparameters(DiffusionHyperparameters):
             self.policy_interval == 1 or self.engine != "cuda_graph",
             "1 with engine='cuda_graph'; engine='auto' and 'compiled' take any",
         )
+        self._check_beyond_the_paper()
         super().check()
 
-    def entropy_weight_at(self, env_steps: int) -> float:
-        """ω_ent after `env_steps` environment steps: constant, or linear with a floor."""
+    def _check_beyond_the_paper(self) -> None:
+        if self.q_weights == "softmax":
+            require(
+                "num_chosen_samples",
+                self.num_chosen_samples,
+                self.num_chosen_samples == 1,
+                "1 with q_weights='softmax', which trains all N_d samples",
+            )
+            require(
+                "kl_target",
+                self.kl_target,
+                self.kl_target < math.log(self.num_policy_samples),
+                f"below ln(num_policy_samples={self.num_policy_samples}) = "
+                f"{math.log(self.num_policy_samples):.4g}, where one sample has all the weight",
+            )
+            require(
+                "target_refinement",
+                self.target_refinement,
+                self.target_refinement == "none",
+                "'none' with q_weights='softmax', which trains all N_d samples as they are drawn",
+            )
+        if self.target_refinement == "guidance":
+            require(
+                "num_policy_samples",
+                self.num_policy_samples,
+                self.num_policy_samples >= 2,
+                "2 or more with target_refinement='guidance', which measures Q - V",
+            )
+        if self.entropy_weight == "auto":
+            require(
+                "entropy_weight_end",
+                self.entropy_weight_end,
+                self.entropy_weight_end is None,
+                "none with entropy_weight='auto': the spread moves the weight, no schedule",
+            )
+            for name, least in (("num_uniform_samples", 1), ("num_policy_samples", 2)):
+                value = getattr(self, name)
+                require(
+                    name,
+                    value,
+                    value >= least,
+                    f"{least} or more with entropy_weight='auto', which moves the entropy term by "
+                    "the spread of the policy's samples",
+                )
+        require(
+            "target_entropy",
+            self.target_entropy,
+            self.target_entropy is None or self.entropy_in_target == "auto",
+            "none unless entropy_in_target='auto', which alone has a target",
+        )
+
+    @property
+    def num_trained_samples(self) -> int:
+        """The policy samples per state that Eq. 6 trains: all N_d with soft weights."""
+        return self.num_policy_samples if self.q_weights == "softmax" else self.num_chosen_samples
+
+    def entropy_weight_at(self, env_steps: int) -> float | None:
+        """ω_ent after `env_steps` environment steps: constant, or linear with a floor.
+
+        None where no schedule knows it, with "auto".
+        """
+        if self.entropy_weight == "auto":
+            return None
         if self.entropy_weight_end is None:
             return self.entropy_weight
         share = min(1.0, env_steps / self.entropy_decay_steps)

@@ -160,8 +160,8 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         with matmul_precision("fp32", self.device):
             metrics = self.update_from(replay)
         values = [value.float() for value in metrics.values()]
-        if self._metric_sums is None:
-            self._metric_names = list(metrics)
+        if self._metric_sums is None or self._metric_names != list(metrics):
+            self._metric_names, self._num_summed = list(metrics), 0  # options may have changed
             self._metric_sums = torch.zeros(len(values), dtype=torch.float32, device=self.device)
         torch._foreach_add_(list(self._metric_sums.unbind()), values)  # one kernel
 

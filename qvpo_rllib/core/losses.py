@@ -64,11 +64,17 @@ def best_of(q: Tensor, actions: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     Args:
         q, actions: [B, N] and [B, N, A].
     """
+    top_q, index = top(q, k)
+    return top_q, actions.gather(1, index[..., None].expand(-1, -1, actions.shape[-1]))
+
+
+def top(q: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Returns the k highest q of each state, best first, and where they are: [B, N] → [B, k]."""
     if k == 1:
         top_q, index = q.max(dim=1, keepdim=True)
     else:
         top_q, index = q.topk(k, dim=1)
-    return top_q, actions.gather(1, index[..., None].expand(-1, -1, actions.shape[-1]))
+    return top_q, index
 
 
 def q_weights(
@@ -79,15 +85,20 @@ def q_weights(
     q_cut: float,
     q_mean: Tensor,
     q_std: Tensor,
+    temperature: Tensor,
 ) -> Tensor:
     """Returns the weights ω_eq(s, a) of Eq. 6 for the chosen actions of each state.
 
     Args:
         kind: `qadv` max(Q - V, 0), Eq. 9; `qcut` Q where Q ≥ 0 and `q_cut` (ε) below, section 4.2;
-            `qrelu` max(Q, 0), Eq. 7 without its denominator; `qexp` exp of the normalised Q.
+            `qrelu` max(Q, 0), Eq. 7 without its denominator; `qexp` exp of the normalised Q;
+            `softmax` k·softmax(Q/λ): the shares of a policy that maximises Q within a KL
+            divergence from the samples' own (REPS, Peters et al. 2010; MPO, Abdolmaleki et al.
+            2018), times k, so that their mean is 1 and Eq. 6 is the shares' mean error.
         chosen_q: [B, k], the lower of the twins' estimates.
         value: V(s) [B], the mean Q of the state's N_d samples.
         q_mean, q_std: running statistics of Q over all samples, scalars; used by `qexp` alone.
+        temperature: λ, a scalar; used by `softmax` alone.
 
     Returns:
         [B, k], never negative.
@@ -100,7 +111,18 @@ def q_weights(
         return chosen_q.clamp(min=0)
     if kind == "qexp":
         return ((chosen_q - q_mean) / q_std).clamp(-Q_EXP_RANGE, Q_EXP_RANGE).exp()
-    raise ValueError(f"q_weights={kind!r} does not exist: use qadv, qcut, qrelu or qexp.")
+    if kind == "softmax":
+        return chosen_q.shape[1] * torch.softmax(chosen_q / temperature, dim=1)
+    raise ValueError(f"q_weights={kind!r} does not exist: use qadv, qcut, qrelu, qexp or softmax.")
+
+
+def soft_weight_kl(weights: Tensor) -> Tensor:
+    """Returns ln N - H(w), the KL divergence of the shares w from equal ones: [B, N] → [].
+
+    Args:
+        weights: N·w, of mean 1 in each state; the result is the mean over the states, in nats.
+    """
+    return torch.xlogy(weights, weights).mean()
 
 
 def entropy_weights(weights: Tensor, entropy_weight: Tensor | float) -> Tensor:

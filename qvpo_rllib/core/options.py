@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ def option(
     choices: tuple[str, ...] = (),
 ) -> Any:
     """Returns a field of `Options`.
+
+    Its declared type may have words beside a number: `float | Literal["auto"]`.
 
     Args:
         meaning: its line in the table of a README.
@@ -215,6 +218,8 @@ def parse_option(name: str, text: str, kind: type[Options]) -> OptionValue:
     text = text.strip()
     if declared.optional and text.lower() in ("none", "null"):
         return None
+    if text.lower() in declared.words:
+        return text.lower()
     try:
         if declared.base is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -269,25 +274,26 @@ class _Type(NamedTuple):
 
     base: type
     optional: bool
+    words: tuple[str, ...] = ()  # allowed beside values of `base`
 
     def __str__(self) -> str:
-        words = {
+        names = {
             int: "an integer",
             float: "a finite number",
             bool: "true or false",
             str: "a word",
             tuple: "a list of integers, such as [256, 256]",
         }
-        return words[self.base] + (" or none" if self.optional else "")
+        return " or ".join([names[self.base], *self.words, *(["none"] if self.optional else [])])
 
 
 def _types(kind: type[Options]) -> dict[str, _Type]:
     found = {}
     for name, hint in typing.get_type_hints(kind).items():
-        members = typing.get_args(hint)
-        optional = type(None) in members
-        base = members[0] if optional else hint
-        found[name] = _Type(typing.get_origin(base) or base, optional)
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        base, *others = typing.get_args(hint) if is_union else (hint,)
+        words = [word for other in others for word in typing.get_args(other)]
+        found[name] = _Type(typing.get_origin(base) or base, type(None) in others, tuple(words))
     return found
 
 
@@ -297,8 +303,8 @@ def _checked(name: str, value: Any, declared: _Type, metadata: Mapping[str, Any]
     Raises:
         ValueError: the value is of another type, or not one that the option may take.
     """
-    if value is None and declared.optional:
-        return None
+    if (value is None and declared.optional) or value in declared.words:
+        return value
     value = _converted(value, declared.base)
     valid = isinstance(value, declared.base) and (declared.base is bool or type(value) is not bool)
     if declared.base is float:
@@ -309,7 +315,7 @@ def _checked(name: str, value: Any, declared: _Type, metadata: Mapping[str, Any]
         raise ValueError(f"{name}={value!r} is not valid: it must be {declared}.")
     allowed: Range | None = metadata["range"]
     if allowed is not None:
-        text = allowed.text + (", or none" if declared.optional else "")
+        text = ", or ".join([allowed.text, *declared.words, *["none"] * declared.optional])
         require(name, value, allowed.holds(value), text)
     choices = metadata["choices"]
     if choices and value not in choices:

@@ -11,6 +11,13 @@ from qvpo_rllib.core import losses
 from qvpo_rllib.core.backends.fused import Chain, FusedSampler, fused_sampler
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import SecondStream, matmul_precision
+from qvpo_rllib.core.extensions.entropy import TargetEntropy
+from qvpo_rllib.core.extensions.learnt import (
+    ENTROPY_WEIGHT_START,
+    LearntScale,
+    follow_spread,
+)
+from qvpo_rllib.core.extensions.refinement import Refinement
 from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters, QVPOHyperparameters
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ, new_critic
@@ -36,6 +43,12 @@ POLICY_METRICS = (
     "sample_std",
     "nearest_sample_distance",
 )
+# Those that come with a word of an option.
+EXTRA_METRICS = {
+    "softmax": ("q_weight_kl",),
+    "gradient": ("refinement_gain",),
+    "guidance": ("refinement_gain",),
+}
 
 
 class UpdateNoise(NamedTuple):
@@ -44,12 +57,14 @@ class UpdateNoise(NamedTuple):
     target: Tensor  # [T, B, K_t, A] standard normal: the TD target's actions
     policy: Tensor  # [T, B, N_d, A] standard normal: the policy samples
     uniform: Tensor  # [B, N_e, A] uniform in [-1, 1]
+    # k is the number of trained samples per state.
     step: Tensor  # [B·(k + N_e)] int64 in [0, T): the diffusion step of each trained row
     forward: Tensor  # [B·(k + N_e), A] standard normal: the noise to be predicted
+    entropy: Tensor  # [T, B, M, A] standard normal: ln p̂ of the TD target's actions; M may be 0
 
 
 class ImprovementNoise(NamedTuple):
-    """The last three of `UpdateNoise`: what training the policy on given samples takes."""
+    """Three of `UpdateNoise`: what training the policy on given samples takes."""
 
     uniform: Tensor
     step: Tensor
@@ -100,11 +115,19 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
                     f"{name}='tf32' needs an NVIDIA GPU; the learner is on {str(device)!r}. Use "
                     "'fp32'; sampling_precision has 'bf16' too, which CPUs know."
                 )
-        self.entropy_weight = torch.zeros((), device=device)
+        self.entropy_weight = torch.full((), ENTROPY_WEIGHT_START, device=device)
+        self.q_temperature = LearntScale(1.0, device)
+        self.refinement = Refinement(device)
+        self.target_entropy = TargetEntropy(device)
         self.q_mean = torch.zeros((), device=device)
         self.q_std = torch.ones((), device=device)
         # Those of the last update of the policy, which `policy_interval` - 1 updates repeat.
-        self.policy_metrics = {n: torch.zeros((), device=device) for n in POLICY_METRICS}
+        names = [
+            *POLICY_METRICS,
+            *EXTRA_METRICS.get(hp.q_weights, ()),
+            *EXTRA_METRICS.get(hp.target_refinement, ()),
+        ]
+        self.policy_metrics = {n: torch.zeros((), device=device) for n in names}
         if hp.policy_interval > 1 and hp.engine == "auto" and device.type == "cuda":
             hp = dataclasses.replace(hp, engine="compiled")
         super().__init__(networks, hp, seed=seed, device=device)
@@ -117,7 +140,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
     def graph_constants(self, hp: QVPOHyperparameters) -> QVPOHyperparameters:
         return dataclasses.replace(
             super().graph_constants(hp),
-            entropy_weight=0.0,
+            entropy_weight="auto" if hp.entropy_weight == "auto" else 0.0,
             entropy_weight_end=None,
             entropy_weight_floor=0.0,
         )
@@ -125,10 +148,17 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
     def set_env_steps(self, env_steps: int) -> None:
         """Moves ω_ent to its value after `env_steps` environment steps."""
         super().set_env_steps(env_steps)
-        self.entropy_weight.fill_(self.hp.entropy_weight_at(env_steps))
+        scheduled = self.hp.entropy_weight_at(env_steps)
+        if scheduled is not None:
+            self.entropy_weight.fill_(scheduled)
 
     def settings_in_force(self) -> dict[str, float]:
-        return {"entropy_weight": float(self.entropy_weight)}
+        found = {"entropy_weight": float(self.entropy_weight)}
+        if self.hp.q_weights == "softmax":
+            found["q_temperature"] = float(self.q_temperature.value)
+        if self.hp.entropy_in_target != 0:
+            found["entropy_in_target"] = float(self.target_entropy.weight_of(self.hp))
+        return found
 
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
         hp, act_dim = self.hp, self.networks.act_dim
@@ -137,12 +167,17 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             draw_noise(hp.diffusion_steps, batch_size, n, act_dim, self.generator, self.device)
             for n in (hp.k_target, hp.num_policy_samples)
         )
-        return UpdateNoise(target, policy, *self.draw_improvement_noise(batch_size))
+        improvement = self.draw_improvement_noise(batch_size)
+        num_noises = 0 if hp.entropy_in_target == 0 else hp.entropy_noises
+        entropy = draw_noise(
+            hp.diffusion_steps, batch_size, num_noises, act_dim, self.generator, self.device
+        )
+        return UpdateNoise(target, policy, *improvement, entropy)
 
     def draw_improvement_noise(self, batch_size: int) -> ImprovementNoise:
         """Returns the random numbers of one `improve_policy`, from the learner's generator."""
         hp, act_dim, device, generator = self.hp, self.networks.act_dim, self.device, self.generator
-        rows = batch_size * (hp.num_chosen_samples + hp.num_uniform_samples)
+        rows = batch_size * (hp.num_trained_samples + hp.num_uniform_samples)
         uniform = torch.empty(batch_size, hp.num_uniform_samples, act_dim, device=device)
         return ImprovementNoise(
             uniform=uniform.uniform_(-1, 1, generator=generator),
@@ -215,6 +250,8 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             metrics |= self.fit_critics(critic_batch, next_q)
         self.move_target(nets.target_actor, nets.actor)
         self.move_target(nets.target_critic, nets.critic)
+        if hp.entropy_in_target != 0:
+            metrics["policy_entropy"] = self.target_entropy.estimate.clone()
         return metrics
 
     def _target_chain(self, batch: Transitions, noise: UpdateNoise) -> Chain:
@@ -229,11 +266,18 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
 
         Of quantile critics it is quantiles, [m, B].
         """
+        chain = self._target_chain(batch, noise)
         if samples is None:
-            samples = self._sample_actions(self._target_chain(batch, noise))
-        critic, kernels = self.networks.target_critic, self.kernels.sampler
-        q = min_q(critic, batch.next_obs, samples, kernels)
-        return critic.target(batch.next_obs, samples, q)
+            samples = self._sample_actions(chain)
+        nets, kernels = self.networks, self.kernels.sampler
+        q = min_q(nets.target_critic, batch.next_obs, samples, kernels)
+        next_q = nets.target_critic.target(batch.next_obs, samples, q)
+        if self.hp.entropy_in_target == 0:
+            return next_q
+        action = losses.best_of(q, samples)[1][:, 0]
+        return next_q - self.target_entropy.price(
+            chain.actor, nets.schedule, self.hp, batch.next_obs, action, noise.entropy
+        )
 
     def _rank(self, obs: Tensor, samples: Tensor) -> Tensor:
         """Returns the samples' Q in the ranking precision: [B, O], [B, N_d, A] → [B, N_d]."""
@@ -260,9 +304,22 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         value = q.mean(dim=1)
         self.q_mean.lerp_(q.mean(), Q_STATISTICS_RATE)
         self.q_std.lerp_(q.std(correction=0), Q_STATISTICS_RATE)
-        chosen_q, chosen = losses.best_of(q, samples, hp.num_chosen_samples)  # [B, k], [B, k, A]
+        chosen_q, chosen = losses.best_of(q, samples, hp.num_trained_samples)  # [B, k], [B, k, A]
+        advantage, extra = (chosen_q[:, 0] - value).mean(), {}
+        if hp.target_refinement != "none":
+            assert isinstance(noise, UpdateNoise)
+            chosen = self.refinement.moved(nets, hp, obs, q, chosen, noise.policy)
+            moved_q = self._rank(obs, chosen)
+            extra["refinement_gain"] = (moved_q - chosen_q).mean()
+            chosen_q = moved_q
         weights = losses.q_weights(
-            hp.q_weights, chosen_q, value, q_cut=hp.q_cut, q_mean=self.q_mean, q_std=self.q_std
+            hp.q_weights,
+            chosen_q,
+            value,
+            q_cut=hp.q_cut,
+            q_mean=self.q_mean,
+            q_std=self.q_std,
+            temperature=self.q_temperature.value,
         )
         loss, entropy_term, mean_error = self.kernels.actor_objective(
             nets.actor,
@@ -278,18 +335,24 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             hp.vlo_coefficient,
         )
         grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)
-        return {
+        metrics = {
             "actor_loss": loss.detach(),
             "entropy_loss": entropy_term,
             "denoising_error": mean_error,
             "actor_grad_norm": grad_norm,
             "value_mean": value.mean(),
-            "advantage_mean": (chosen_q[:, 0] - value).mean(),
+            "advantage_mean": advantage,
             "q_weight_mean": weights.mean(),
             "q_weight_zero_share": (weights <= 0).float().mean(),
             "sample_std": samples.std(dim=1, correction=0).mean(),
             "nearest_sample_distance": nearest_sample_distance(samples[:DISTANCE_STATES]),
         }
+        if hp.q_weights == "softmax":
+            extra["q_weight_kl"] = losses.soft_weight_kl(weights)
+            self.q_temperature.descend(hp.kl_target - extra["q_weight_kl"])
+        if hp.entropy_weight == "auto":
+            follow_spread(self.entropy_weight, metrics["sample_std"], hp.sample_std_target)
+        return metrics | extra
 
     def _sample_actions(self, chain: Chain) -> Tensor:
         """Returns `sample_actions` in the sampling precision."""
@@ -305,12 +368,25 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             **super().state_dict(),
             "q_mean": self.q_mean.clone(),
             "q_std": self.q_std.clone(),
+            **{name: tensor.clone() for name, tensor in self._learnt().items()},
             "policy_metrics": dict(self.policy_metrics),
+        }
+
+    def _learnt(self) -> dict[str, Tensor]:
+        """Returns the tensors of numbers that updates learn, by their name in a checkpoint."""
+        return {
+            "entropy_weight": self.entropy_weight,
+            "q_temperature": self.q_temperature.state,
+            "advantage_square": self.refinement.advantage_square,
+            "entropy_in_target": self.target_entropy.weight.state,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.q_mean.copy_(state["q_mean"])
         self.q_std.copy_(state["q_std"])
+        for name, tensor in self._learnt().items():
+            if name in state:  # earlier checkpoints have learnt none
+                tensor.copy_(state[name])
         kept = state.get("policy_metrics", {})  # earlier checkpoints have none, nor need any
         self.policy_metrics |= {n: value.to(self.device) for n, value in kept.items()}
         super().load_state_dict(state)

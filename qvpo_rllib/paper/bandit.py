@@ -138,7 +138,7 @@ def train(
         if updates < num_updates:
             samples = policy.sample(hp.batch_size, hp.num_policy_samples)
             policy.improve(samples, reward(BOX * samples, variance))
-    return BanditRun(hp.entropy_weight, seed, variance, tuple(measurements))
+    return BanditRun(float(hp.entropy_weight), seed, variance, tuple(measurements))
 
 
 def measure(samples: Tensor, updates: int, variance: float) -> Measurement:

@@ -29,6 +29,7 @@ APPLICABLE = (
     "entropy_reduction",
     "q_weights",
     "q_cut",
+    "kl_target",
     "diffusion_steps",
     "noise_schedule",
     "vlo_coefficient",
@@ -63,7 +64,12 @@ def toy_hyperparameters(
                 f"{name} has no effect on this experiment, which has one state and a known Q. "
                 f"The options that have: {', '.join(APPLICABLE)}."
             )
-    return QVPOHyperparameters(**{**base, **settings})
+    hp = QVPOHyperparameters(**{**base, **settings})
+    if hp.entropy_weight == "auto":
+        raise ValueError(
+            "entropy_weight='auto' is not allowed here, where it is compared: give a number."
+        )
+    return hp
 
 
 def applicable(hp: QVPOHyperparameters, *, fixed: Sequence[str] = ()) -> dict[str, Any]:
