@@ -501,7 +501,9 @@ class Update:
         actions = sample_actions(actor, self.beta, batch["next_obs"], noise["target"])
         quantiles = self.hp.critic == "quantile"
         if quantiles:
-            q = truncated_q(self.target_critic, batch["next_obs"], actions, self.hp.dropped_quantiles)
+            q = truncated_q(
+                self.target_critic, batch["next_obs"], actions, self.hp.dropped_quantiles
+            )
         else:
             q = min_q(self.target_critic, batch["next_obs"], actions)
         price, metrics = np.zeros(len(q)), {}

@@ -17,7 +17,11 @@ from test_serving_cli import serving
 from qvpo_rllib import cli
 from qvpo_rllib.bench.http_load import fresh_bundle
 from qvpo_rllib.checkpoints.metadata import Metadata
-from qvpo_rllib.core.hyperparameters import CRITIC_OPTIONS
+from qvpo_rllib.core.hyperparameters import (
+    CRITIC_OPTIONS,
+    QVPOHyperparameters,
+    resolved_hyperparameters,
+)
 from qvpo_rllib.core.networks import QuantileTwinQ
 from qvpo_rllib.play.trained_policy import TrainedPolicy
 from qvpo_rllib.serving import ServedPolicy, load
@@ -35,8 +39,8 @@ CRITICS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(build_shared: Any, tiny_config: Any, tmp_path_factory: Any) -> Path:
-    # Rates so high that the ranking is far from that of new networks.
-    algo = build_shared(tiny_config(MODEL, **CRITICS, critic_lr=0.03, actor_lr=0.03))
+    # A rate so high that the ranking is far from that of new networks.
+    algo = build_shared(tiny_config(MODEL, **CRITICS, critic_lr=0.03))
     algo.train()
     directory = tmp_path_factory.mktemp("critics") / "checkpoint"
     algo.save(str(directory))
@@ -155,6 +159,13 @@ def test_a_bundle_that_contradicts_its_critics_is_refused(
     change(copy, **changes)
     with pytest.raises(ValueError, match=words):
         load(copy)
+
+
+def test_a_policy_from_before_these_options_has_twins() -> None:
+    given = {**QVPOHyperparameters().to_dict(), "env": "Hopper-v5", "hidden": (8,)}
+    before = {name: value for name, value in given.items() if name not in CRITIC_OPTIONS}
+    expected = QVPOHyperparameters.for_task({"hidden": given["hidden"]}, "Hopper-v5")
+    assert resolved_hyperparameters(before, QVPOHyperparameters) == expected
 
 
 @pytest.mark.parametrize("name", CRITIC_OPTIONS)

@@ -484,6 +484,8 @@ H = TypeVar("H", bound=Options)
 def resolved_hyperparameters(config: Any, kind: type[H]) -> H:
     """Returns the options in a mapping that also has "env", whose values replace those left none.
 
-    RLlib's `AlgorithmConfig` and a policy's config dict are such mappings.
+    RLlib's `AlgorithmConfig` and a policy's config dict are such mappings. One of an earlier
+    version may lack an option, which then has its default.
     """
-    return kind.for_task({name: config[name] for name in options_of(kind)}, str(config["env"]))
+    given = {name: config[name] for name in options_of(kind) if name in config}
+    return kind.for_task(given, str(config["env"]))
