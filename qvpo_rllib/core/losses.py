@@ -4,9 +4,7 @@ The objectives at the end compose them into what the two optimisers descend. An 
 these: they are functions of modules and tensors alone.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +12,23 @@ from torch import Tensor
 
 from qvpo_rllib.core.diffusion import NoiseSchedule
 
-if TYPE_CHECKING:
-    from qvpo_rllib.core.networks import NoisePredictor
-
 Q_EXP_RANGE = 8.0  # qexp clips its normalised Q to ±8 before the exponential
+
+
+class Denoiser(Protocol):
+    """What the objectives need of `networks.NoisePredictor`."""
+
+    def obs_part(self, obs: Tensor) -> Tensor: ...
+
+    def __call__(self, noisy_action: Tensor, t: Tensor, obs_part: Tensor) -> Tensor: ...
+
+
+class Critic(Protocol):
+    """What they need of `networks.TwinQ`."""
+
+    def __call__(self, obs: Tensor, action: Tensor) -> Tensor: ...
+
+    def loss(self, estimates: Tensor, target: Tensor) -> Tensor: ...
 
 
 def td_target(reward: Tensor, terminal: Tensor, next_q: Tensor, gamma: float) -> Tensor:
@@ -169,19 +180,15 @@ def policy_loss(
 
 
 def critic_objective(
-    critic: Any, obs: Tensor, action: Tensor, target: Tensor
+    critic: Critic, obs: Tensor, action: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns the critics' loss and mean estimate: obs [B, O], action [B, A], target [..., B].
-
-    Args:
-        critic: a `TwinQ`, or what gives estimates and their `loss` as it does.
-    """
+    """Returns the critics' loss and mean estimate: obs [B, O], action [B, A], target [..., B]."""
     q = critic(obs, action)
     return critic.loss(q, target), q.detach().mean()
 
 
 def denoising_objective(
-    actor: NoisePredictor,
+    actor: Denoiser,
     schedule: NoiseSchedule,
     obs: Tensor,
     action: Tensor,
@@ -194,7 +201,7 @@ def denoising_objective(
 
 
 def actor_objective(
-    actor: NoisePredictor,
+    actor: Denoiser,
     schedule: NoiseSchedule,
     obs: Tensor,
     chosen: Tensor,
