@@ -49,6 +49,13 @@ def add(commands: Any) -> None:
     )
     train.add_argument("--env", metavar="ID", help="Gymnasium environment, such as Ant-v5")
     train.add_argument(
+        "--env-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an argument of the environment, its value in YAML; repeatable",
+    )
+    train.add_argument(
         "--preset",
         choices=tuple(RUN_DEFAULTS),
         help="quick: the quick start; light: locomotion on a laptop CPU; default: the paper's "

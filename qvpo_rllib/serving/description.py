@@ -6,12 +6,14 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
 
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.observation_parts import ObservationParts
 
 FORMAT = "qvpo-policy"
 FORMAT_VERSION = 1
@@ -21,6 +23,8 @@ MAX_STEPS = 10_000  # diffusion steps, and actions per observation
 MAX_BYTES = 16 * 2**20  # a policy.json; Humanoid's takes 10 kB
 MAX_NESTING = 32  # of a policy.json
 MAX_NOISE = 2**26  # numbers drawn at once, T × K × A for an observation: 256 MiB
+# Fields that the first bundles of this format version do not have: they have the defaults.
+ADDED_SINCE = frozenset({"frame_skip", "wrappers", "obs_parts"})
 FLOATS = ("float16", "float32", "float64")
 
 
@@ -47,6 +51,10 @@ class Description:
     noise_schedule: str
     k_behavior: int
     k_eval: int  # K unless a caller asks for another
+    frame_skip: int = 1  # env steps that each action is repeated for
+    wrappers: list[str] = field(default_factory=list)  # of the environment, "module:function"
+    # Of a Dict or Tuple observation, in the vector's order: `ObservationParts.to_json`.
+    obs_parts: list[dict[str, Any]] | None = None
     source: dict[str, Any] = field(default_factory=dict)  # run, env steps, updates, seed, …
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that wrote it
     created: str = ""  # ISO 8601, UTC
@@ -60,6 +68,8 @@ class Description:
         for name, size in sizes.items():
             if len(getattr(self, name)) != size:
                 raise ValueError(f"{name} has {len(getattr(self, name))} numbers, not {size}.")
+        if self.parts is not None and self.parts.size != self.obs_dim:
+            raise ValueError(f"obs_parts have {self.parts.size} numbers, not {self.obs_dim}.")
         scale = self.action_scale
         if not (np.isfinite(scale.low).all() and np.isfinite(scale.high).all()):
             raise ValueError(f"act_low and act_high must be finite as {self.act_dtype}.")
@@ -83,7 +93,23 @@ class Description:
             noise_schedule=self.noise_schedule,
             k_behavior=self.k_behavior,
             k_eval=self.k_eval,
+            frame_skip=self.frame_skip,
+            wrappers=tuple(self.wrappers),
         )
+
+    @cached_property
+    def parts(self) -> ObservationParts | None:
+        """What flattens the environment's Dict or Tuple observation; None if it is a vector.
+
+        Raises:
+            ValueError: `obs_parts` contradict one another.
+        """
+        if self.obs_parts is None:
+            return None
+        try:
+            return ObservationParts.from_json(self.obs_parts)
+        except ValueError as error:
+            raise ValueError(f"obs_parts are not allowed: {error}.") from None
 
     @property
     def act_dim(self) -> int:
@@ -145,7 +171,7 @@ def decode(text: bytes) -> tuple[Description, dict[str, str]]:
         raise ValueError("sha256 must map names of files to hexadecimal digests")
     del content["format"], content["format_version"]
     names = {f.name for f in fields(Description)}
-    wrong = sorted(names ^ content.keys())
+    wrong = sorted((names ^ content.keys()) - (ADDED_SINCE - content.keys()))
     if wrong:
         raise ValueError(f"these fields are missing or unknown: {', '.join(map(_short, wrong))}")
     return Description(**content), files
@@ -223,6 +249,15 @@ _RULES: dict[str, _Rule] = {
     "noise_schedule": _TEXT,
     "k_behavior": _COUNT,
     "k_eval": _COUNT,
+    "frame_skip": _COUNT,
+    "wrappers": (
+        lambda value: _is_list(value, 64, lambda v: isinstance(v, str)),
+        "a list of texts",
+    ),
+    "obs_parts": (
+        lambda value: value is None or _is_list(value, MAX_DIMS, lambda v: isinstance(v, dict)),
+        "null or a list of objects",
+    ),
     "source": _OBJECT,
     "versions": _OBJECT,
     "created": _TEXT,

@@ -82,6 +82,7 @@ def fixed_config(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
     return {
         **spec.options(algorithm).to_json(),
         "env": spec.tasks[0],
+        "env_config": spec.env_config,
         "seed": spec.seeds[0],
         "num_env_runners": spec.num_env_runners,
         "num_envs_per_env_runner": spec.num_envs_per_env_runner,
