@@ -190,6 +190,7 @@ def test_defaults_are_the_documented_ones():
         "truncation_as_terminal": False, "engine": "auto", "sampling_precision": "fp32",
         "ranking_precision": "fp32",
         "sampling_mode": "async", "max_staleness": None, "policy_interval": 1,
+        "frame_skip": 1, "wrappers": (),
     }  # fmt: skip
 
 
@@ -221,6 +222,8 @@ def test_every_option_has_a_meaning_and_its_default_can_be_typed(option):
         ("hidden", "256,128", (256, 128)),
         ("hidden", "[256, 128]", (256, 128)),
         ("hidden", "(64,)", (64,)),
+        ("wrappers", "a:b, c.d:e", ("a:b", "c.d:e")),
+        ("wrappers", "[]", ()),
     ],
 )
 def test_text_is_read_as_the_options_type(name, text, value):
