@@ -27,10 +27,13 @@ from qvpo_rllib.rollout import environments
 from qvpo_rllib.rollout.environments import filter_warnings
 from qvpo_rllib.rollout.episodes import try_a_step
 from qvpo_rllib.runtime.ray_private import environment_maker
+from qvpo_rllib.training.trackers import check_loggers
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_EPISODES = 10
+# Fields of a plan whose type `isinstance` does not take.
+OF_COLLECTIONS = {"hyperparameters": Mapping, "env_config": Mapping, "log": list | tuple}
 INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(min)?")
 
 
@@ -53,6 +56,7 @@ class TrainingPlan:
     checkpoint_minutes: float | None = None
     keep_checkpoints: int = 1
     env_config: dict[str, Any] = field(default_factory=dict)  # as `encode_env_config` gives it
+    log: Sequence[str] = ()  # trackers (`trackers.LOGGERS`)
 
     def __post_init__(self) -> None:
         entry_of(self.algo)
@@ -72,7 +76,7 @@ class TrainingPlan:
         try:
             for declared in fields(cls):
                 name = declared.name
-                kind: Any = Mapping if name in ("hyperparameters", "env_config") else declared.type
+                kind: Any = OF_COLLECTIONS.get(name, declared.type)
                 value = config.get(name, declared.default)
                 value = float(value) if kind is float and type(value) is int else value
                 if value is not MISSING and not isinstance(value, kind):
@@ -93,6 +97,7 @@ class TrainingPlan:
             wrapping.get("frame_skip", 1),
             wrapping.get("wrappers", ()),
         )
+        check_loggers(self.log)
         _ = self.config
 
     @property
@@ -165,6 +170,7 @@ def make_plan(
     checkpoint_interval: str | None = None,
     keep_checkpoints: int = 1,
     env_config: Sequence[str] = (),
+    log: Sequence[str] = (),
 ) -> TrainingPlan:
     """Returns a plan with presets, options and the task's own values resolved.
 
@@ -203,6 +209,7 @@ def make_plan(
         checkpoint_minutes=checkpoint_minutes,
         keep_checkpoints=keep_checkpoints,
         env_config=encode_env_config(parse_env_config(env_config)),
+        log=tuple(log),
     )
     plan.check()
     return plan

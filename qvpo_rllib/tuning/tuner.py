@@ -19,6 +19,7 @@ from ray.tune.search.sample import Domain
 from qvpo_rllib.algorithms import entry_of
 from qvpo_rllib.core.options import OptionValue, Setting
 from qvpo_rllib.runtime.base import SCORE
+from qvpo_rllib.training.trackers import require
 from qvpo_rllib.tuning.interruption import PausingASHA, PausingFIFO, PausingPBT
 from qvpo_rllib.tuning.spec import ExperimentSpec
 
@@ -226,17 +227,6 @@ def _optuna(spec: ExperimentSpec) -> Searcher:
     from ray.tune.search.optuna import OptunaSearch
 
     return OptunaSearch(metric=EVALUATION, mode="max", seed=spec.search.seed)
-
-
-def require(package: str, wanted_by: str) -> None:
-    """Raises `ValueError` with the command that installs it if `package` is missing."""
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise ValueError(
-            f"{wanted_by} needs the package {package!r}, which is not installed. Install it with: "
-            f"pip install 'qvpo_rllib[{package}]'"
-        )
 
 
 def _checkpoints(spec: ExperimentSpec) -> tune.CheckpointConfig:
