@@ -21,6 +21,7 @@ import torch
 from environments import PARTS, Counting, InParts, RecordingActions, Six, halved
 from gymnasium import spaces
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from readmes import ROOT
 from test_exact_resume import assert_identical, identity_of
 from test_seven_algorithms import TINY
 
@@ -147,6 +148,21 @@ def test_goal_environments_are_made_by_their_id_alone(build: Any, tiny_config: A
             pytest.skip(str(error))
         raise
     train_and_go_on("FetchReachDense-v4", build, tiny_config)
+
+
+def test_box2d_starts_new_episodes_on_resume_and_says_so(
+    build: Any, tiny_config: Any, caplog: Any
+) -> None:
+    pytest.importorskip("Box2D")
+    pytest.importorskip("pygame")
+    original = build(tiny_config("BipedalWalker-v3"))
+    original.train()
+    path = original.save().checkpoint.path
+    resumed = build(tiny_config("BipedalWalker-v3"))
+    resumed.restore(path)
+    assert "1 environments or workers start new episodes" in caplog.text
+    resumed.train()
+    assert resumed.ledger.ingested == 120
 
 
 def train_and_go_on(env: str, build: Any, tiny_config: Any, **options: Any) -> Any:
@@ -387,6 +403,37 @@ def test_a_video_keeps_the_speed_of_the_environment(run: Path, tmp_path: Path) -
     with imageio.get_reader(out) as reader:
         assert reader.get_meta_data()["fps"] == pytest.approx(100 / 3, abs=0.01)
         assert reader.count_frames() == 5
+
+
+FAMILIES = {
+    "pendulum": None,
+    "dm_control_cartpole": "dm_control",
+    "dm_control_walker": "dm_control",
+    "robotics_fetch_reach": "robotics",
+    "box2d_bipedal_walker": "box2d",
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_familys_example_says_what_it_needs(name: str, monkeypatch: Any) -> None:
+    import yaml
+
+    from qvpo_rllib.tuning import spec
+
+    file = ROOT / "tune_configs" / "families" / f"{name}.yaml"
+    head, values = file.read_text().split("\nname:")[0], yaml.safe_load(file.read_text())
+    for word in ("# Shows:", "# Costs:", f"qvpo tune tune_configs/families/{name}.yaml"):
+        assert word in head
+    extra = FAMILIES[name]
+    assert (f'pip install -e ".[{extra}]"' in head) == (extra is not None)
+    assert f"families/{name}.yaml" in (ROOT / "tune_configs" / "README.md").read_text()
+    monkeypatch.setattr(spec, "check_environment", lambda *args, **kwargs: None)  # without extras
+    assert spec.ExperimentSpec.from_dict(values).name == name
+
+
+def test_all_examples_are_known() -> None:
+    files = (ROOT / "tune_configs" / "families").iterdir()
+    assert {file.stem for file in files} == FAMILIES.keys()
 
 
 def test_an_experiment_file_says_it_all(tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def test_one_that_is_not_installed_says_how_to_install_it(
     monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == name else found(n))
     run = tmp_path / "run"
     assert cli.main(["train", "--log", name, "--run-dir", str(run)]) == cli.EXIT_BAD_INPUT
-    assert f"pip install 'qvpo_rllib[{name}]'" in capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"pip install 'qvpo_rllib[{name}]'" in error
     assert not run.exists()
     with pytest.raises(ValueError, match="pip install"):
         tune_callback(name, "x")
