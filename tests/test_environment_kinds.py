@@ -90,7 +90,6 @@ def test_the_vector_is_gymnasiums() -> None:
     [
         ("no_such_module:f", "no_such_module"),
         ("environments:nothing", "nothing"),
-        ("environments:PARTS.x", "x"),
         ("environments:LENGTHS", "LENGTHS"),
         ("environments:__name__", "is no function but str"),
     ],
@@ -319,6 +318,12 @@ def test_run_bundle_and_server_play_the_same_episodes(run: Path, bundle: Path, u
     # An untrained policy's rewards are about the offset, which the wrapper halves.
     for other in played[1:]:
         assert [e.rewards for e in other.episodes] == [e.rewards for e in first]
+
+
+def test_an_environment_with_other_parts_is_refused(url: str) -> None:
+    """As many numbers in all, but in another order."""
+    with pytest.raises(ValueError, match=r"parts 0\.at: 1, .* but the policy .* on goal\.at: 1"):
+        evaluate_server(url, "parts", "environments:InTuple-v0", modules=["environments"])
 
 
 def test_a_bundles_modules_are_imported_only_if_they_are_named(

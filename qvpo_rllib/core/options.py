@@ -38,7 +38,7 @@ WIDTHS = Range(
 )
 ENTRY_POINTS = Range(
     "a list of 'module:function', such as my_envs:scaled",
-    lambda value: all(re.fullmatch(r"[\w.]+:[\w.]+", path) for path in value),
+    lambda value: all(re.fullmatch(r"[\w.]+:\w+", path) for path in value),
 )
 
 

@@ -14,10 +14,12 @@ from ray.rllib.env.env_context import EnvContext
 
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.env_config import decode_env_config
+from qvpo_rllib.core.observation_parts import ObservationParts
 from qvpo_rllib.core.options import require_at_least
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.play.trained_policy import TrainedPolicy, is_bundle
 from qvpo_rllib.rollout.episodes import Episode, Hooks, run_episodes
+from qvpo_rllib.rollout.wrapping import observation_parts
 from qvpo_rllib.runtime.ray_private import environment_maker
 from qvpo_rllib.serving.client import Client, ServerError
 from qvpo_rllib.training.plan import check_environment
@@ -101,7 +103,7 @@ def evaluate_checkpoint(
     if is_bundle(policy.source):
         _check_modules(policy.env, policy.wrappers, modules)
     played = _play(
-        Task(policy.env, policy.env_config, policy.frame_skip, policy.wrappers),
+        Task(policy.env, policy.env_config, policy.frame_skip, policy.wrappers, policy.parts),
         (policy.obs_dim, policy.scale.low.tolist(), policy.scale.high.tolist()),
         lambda obs, noise_seed: policy.act(obs, k, torch.Generator().manual_seed(noise_seed)),
         episodes,
@@ -148,12 +150,18 @@ def evaluate_server(
                 )
             # One version to the end, whatever is replaced meanwhile.
             pinned = f"{found['name']}@{found['version']}"
-            wrappers = tuple(found["wrappers"])
+            wrappers, parts = tuple(found["wrappers"]), found["obs_parts"]
             _check_modules(found["env"] if env is None else "", wrappers, modules)
             env = env or found["env"]
             env_config = decode_env_config(found["env_config"]) if env == found["env"] else {}
             played = _play(
-                Task(env, env_config, found["frame_skip"], wrappers),
+                Task(
+                    env,
+                    env_config,
+                    found["frame_skip"],
+                    wrappers,
+                    None if parts is None else ObservationParts.from_json(parts),
+                ),
                 (found["obs_dim"], found["act_low"], found["act_high"]),
                 lambda obs, noise_seed: client.act(pinned, obs, k, noise_seed),
                 episodes,
@@ -196,13 +204,20 @@ class _InBox(ActionScale):
         return np.asarray(action, self.dtype)
 
 
+def _listed(parts: ObservationParts | None) -> str:
+    if parts is None:
+        return "none"
+    return ", ".join(f"{part.name}: {part.width}" for part in parts.parts)
+
+
 class Task(NamedTuple):
-    """What a policy plays."""
+    """What a policy plays, and the parts that it needs of a Dict or Tuple observation."""
 
     env: str
     env_config: dict[str, Any]
     frame_skip: int
     wrappers: tuple[str, ...]
+    parts: ObservationParts | None
 
 
 def _play(
@@ -220,7 +235,7 @@ def _play(
         act: called with observations [B, O] and the seed of this step's noise; gives actions
             [B, A] in the box.
     """
-    env_id, env_config, frame_skip, wrappers = task
+    env_id, env_config, frame_skip, wrappers, parts = task
     check_environment(env_id, env_config, frame_skip, wrappers)
     rendering = {} if record is None else {"render_mode": "rgb_array"}
     make = environment_maker(env_id, frame_skip, wrappers)
@@ -234,6 +249,13 @@ def _play(
             raise ValueError(
                 f"{env_id} has observation size and action bounds {found} here, but the policy was "
                 f"trained on {shapes}."
+            )
+
+        parts_here = observation_parts(envs[0])
+        if _listed(parts_here) != _listed(parts):
+            raise ValueError(
+                f"{env_id} has the observation parts {_listed(parts_here)} here, but the policy "
+                f"was trained on {_listed(parts)}."
             )
 
         def act_and_count(obs: NDArray[np.float32]) -> tuple[NDArray[np.floating], None]:

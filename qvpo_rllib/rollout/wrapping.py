@@ -50,9 +50,7 @@ def entry_point(path: str) -> Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]:
     """Returns the wrapper "module:function". Raises `ValueError` if there is none."""
     module, _, name = path.partition(":")
     try:
-        found = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
+        found: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"There is no wrapper {path!r} to be imported here ({error}). Give 'module:function', "
@@ -61,7 +59,8 @@ def entry_point(path: str) -> Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]:
         ) from None
     if not callable(found):
         raise ValueError(f"The wrapper {path!r} is no function but {type(found).__name__}.")
-    return found
+    wrap: Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]] = found
+    return wrap
 
 
 class Misfit(NamedTuple):
