@@ -62,7 +62,8 @@ def build_tuner(
             search_alg=search,
             scheduler=scheduler,
             num_samples=num_samples,
-            max_concurrent_trials=spec.max_concurrent,
+            # Tune limits a searcher so, but leaves `BasicVariantGenerator` to limit itself.
+            max_concurrent_trials=(spec.max_concurrent if spec.search.method == "optuna" else None),
             trial_name_creator=functools.partial(_trial_name, swept=spec.swept),
             trial_dirname_creator=functools.partial(_trial_name, swept=spec.swept),
         ),
@@ -170,7 +171,11 @@ def _search(
     for name in points[0]:
         # Tune takes points only for what varies; it keeps the order of the points.
         space[name] = tune.choice([point[name] for point in points])
-    search = BasicVariantGenerator(points_to_evaluate=points, random_state=spec.search.seed)
+    search = BasicVariantGenerator(
+        points_to_evaluate=points,
+        max_concurrent=spec.max_concurrent or 0,
+        random_state=spec.search.seed,
+    )
     return search, len(points), _scheduler(spec, algorithm)
 
 
