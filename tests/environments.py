@@ -220,11 +220,103 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), 0.0, True, False, {}
 
 
+PARTS = gym.spaces.Dict(
+    {
+        "velocity": gym.spaces.Box(-5, 5, (2,), np.float64),
+        "goal": gym.spaces.Dict(
+            {"kind": gym.spaces.Discrete(3, start=1), "at": gym.spaces.Box(-1, 1, (), np.float32)}
+        ),
+        "legs": gym.spaces.Tuple((gym.spaces.MultiBinary(2), gym.spaces.MultiDiscrete([2, 3]))),
+    }
+)
+
+
+class InParts(gym.Env):
+    """Observes `PARTS`, drawn at random; the reward is the step's number times the action.
+
+    Args:
+        length: steps of each episode, which a truncation ends.
+        broken_at: the step whose observation lacks the part "legs".
+        offset: added to each reward.
+    """
+
+    observation_space, action_space = PARTS, UNIT_ACTION
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 100}  # noqa: RUF012
+
+    def __init__(
+        self,
+        length: int = 10,
+        broken_at: int | None = None,
+        offset: float = 0.0,
+        render_mode: str | None = None,
+    ) -> None:
+        self.length, self.broken_at, self.offset = length, broken_at, offset
+        self.render_mode, self.step_number = render_mode, 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.step_number = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.step_number += 1
+        reward = self.step_number * float(action[0]) + self.offset
+        return self._observe(), reward, False, self.step_number == self.length, {}
+
+    def _observe(self) -> Any:
+        random = self.np_random
+        observation = {
+            "velocity": random.uniform(-5, 5, 2),
+            "goal": {"kind": random.integers(1, 4), "at": np.float32(random.uniform(-1, 1))},
+            "legs": (random.integers(2, size=2), random.integers([2, 3])),
+        }
+        if self.step_number == self.broken_at:
+            del observation["legs"]
+        return observation
+
+    def render(self) -> Any:
+        return np.zeros((32, 32, 3), np.uint8)
+
+
+class InTuple(InParts):
+    """The same as a tuple."""
+
+    observation_space = gym.spaces.Tuple(tuple(PARTS.spaces.values()))
+
+    def _observe(self) -> Any:
+        observation = super()._observe()
+        return tuple(observation[name] for name in PARTS.spaces)
+
+
+class Six(InParts):
+    """Episodes of 6 steps; RLlib calls a class with its arguments as one dict."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(length=6)
+
+
+def halved(env: gym.Env) -> gym.Env:
+    """A wrapper: rewards are half as large."""
+    return gym.wrappers.TransformReward(env, half)
+
+
+def half(reward: float) -> float:
+    return reward / 2
+
+
+def none_at_all(env: gym.Env) -> None:
+    """A wrapper that forgets to return the environment."""
+
+
 UNSUITED_SPACES = {
     "DiscreteActions": (VECTOR, gym.spaces.Discrete(3)),
     "UnboundedActions": (VECTOR, gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)),
     "MatrixActions": (VECTOR, gym.spaces.Box(-1, 1, (2, 2), np.float32)),
-    "DictObservations": (gym.spaces.Dict({"position": VECTOR}), UNIT_ACTION),
+    "PartlyImages": (
+        gym.spaces.Dict({"eye": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), "at": VECTOR}),
+        UNIT_ACTION,
+    ),
+    "PartlyText": (gym.spaces.Tuple((VECTOR, gym.spaces.Text(4))), UNIT_ACTION),
     "ImageObservations": (gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), UNIT_ACTION),
 }
 
@@ -241,6 +333,9 @@ _register("Traceable", Traceable)
 _register("Lasting", Lasting)
 _register("Elsewhere", Elsewhere, length=50)
 _register("Holding", Holding)
+_register("InParts", InParts)
+_register("InTuple", InTuple)
+_register("LateMisfit", InParts, broken_at=7)
 _register("Raising", Raising, length=100)
 _register("LateShape", LateShape, length=100)
 _register("InfiniteReward", NonFinite, quantity="reward", at_step=70, length=100)

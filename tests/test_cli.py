@@ -30,6 +30,7 @@ TRAIN_OPTIONS = [
     "--algo", "--env", "--preset", "--seed", "--env-steps", "--num-env-runners",
     "--num-envs-per-env-runner", "--num-gpus", "--run-dir", "--resume", "--eval-interval",
     "--checkpoint-interval", "--keep-checkpoints", "--set", "--or-resume", "--address",
+    "--env-config", "--log",
 ]  # fmt: skip
 EVALUATE_OPTIONS = [
     "--episodes", "--k", "--seed", "--import", "--json", "--server", "--model", "--env",
@@ -453,3 +454,18 @@ def test_modules_here_are_found_alike_but_not_for_a_bundle(
             monkeypatch.setattr(sys, "path", [first, *sys.path])
             cli._import_from_here(cli.build_parser().parse_args(arguments))
             assert (here in sys.path, "" in sys.path) == (found, False)
+
+
+def test_a_handler_of_a_library_repeats_no_message(capfd: Any) -> None:
+    """As absl adds one when dm_control is imported; warnings of others are still shown."""
+    program = """
+import logging
+from qvpo_rllib import cli
+cli._quiet()
+logging.basicConfig()
+logging.getLogger("qvpo_rllib.x").warning("ours")
+logging.getLogger("other").warning("theirs")
+logging.getLogger("other").info("hidden")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert capfd.readouterr().err.split() == ["ours", "theirs"]

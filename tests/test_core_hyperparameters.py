@@ -237,6 +237,7 @@ def test_defaults_are_the_documented_ones():
         "sampling_mode": "async", "max_staleness": None, "policy_interval": 1,
         "n_step": 1, "normalize_observations": False,
         "critic": "twin", "num_quantiles": 25, "dropped_quantiles": 2, "critic_layer_norm": False,
+        "frame_skip": 1, "wrappers": (),
     }  # fmt: skip
 
 
@@ -270,6 +271,8 @@ def test_every_option_has_a_meaning_and_its_default_can_be_typed(option):
         ("hidden", "256,128", (256, 128)),
         ("hidden", "[256, 128]", (256, 128)),
         ("hidden", "(64,)", (64,)),
+        ("wrappers", "a:b, c.d:e", ("a:b", "c.d:e")),
+        ("wrappers", "[]", ()),
     ],
 )
 def test_text_is_read_as_the_options_type(name, text, value):

@@ -94,6 +94,15 @@ def test_tuner_stops_at_the_env_steps_and_scores_checkpoints(tmp_path: Path) -> 
     assert Path(run.storage_path) == tmp_path / "x" / "qvpo"
 
 
+def test_no_more_trials_run_at_a_time_than_the_file_allows(tmp_path: Path) -> None:
+    """Tune ignores its own setting beside the search algorithm that a grid uses."""
+    values = {"name": "x", "preset": "quick", "seeds": [0, 1], "storage": str(tmp_path)}
+    for resources, limit in (({}, 0), ({"max_concurrent": 1}, 1)):
+        spec = ExperimentSpec.from_dict({**values, "resources": resources})
+        search = build_tuner(spec)._local_tuner._tune_config.search_alg
+        assert search.max_concurrent == limit
+
+
 def test_a_member_that_copies_another_gets_a_seed_of_its_own(tmp_path: Path) -> None:
     """PBT copies the whole configuration, the seed included: both would see the same episodes."""
     spec = ExperimentSpec.from_dict(

@@ -60,7 +60,12 @@ def test_the_readmes_experiment_file_is_valid(tmp_path: Path) -> None:
 
 
 def test_training_takes_every_hyperparameter() -> None:
-    values = {**QVPOHyperparameters().to_dict(), "hidden": [8], "k_target": 3}
+    values = {
+        **QVPOHyperparameters().to_dict(),
+        "hidden": [8],
+        "k_target": 3,
+        "wrappers": ["environments:halved"],
+    }
     config = fixed_config(spec_of(training=values), "qvpo")
     assert {name: config[name] for name in options_of(QVPOHyperparameters)} == values
 

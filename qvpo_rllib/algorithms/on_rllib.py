@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from qvpo_rllib.rollout.episodes import check_finite, environment_failure, run_e
 from qvpo_rllib.rollout.outcomes import OutcomeCheck
 from qvpo_rllib.rollout.policy import refuse_k
 from qvpo_rllib.rollout.worker import episode_metrics, restart_of
+from qvpo_rllib.rollout.wrapping import env_steps_of
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.runtime.config import BaseConfig
 from qvpo_rllib.runtime.ray_private import make_episodes
@@ -89,6 +91,7 @@ class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
         self._scale = action_scale(self.action_space)
         # Observation, action and info of each environment's last step.
         self._last: list[tuple[Any, Any, Any]] = [(None, None, None)] * self.num_envs
+        self.ended: deque[int] = deque()  # env steps of each episode that has ended
         self._seeds: dict[int, int] = {}  # of the next reset
         self._seed_of: Callable[[int, int], int] | None = None
         self._num_restarted = 0
@@ -151,6 +154,8 @@ class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
         check_finite(step[0], "observation", self._names[i], self._lengths[i])
         check_finite(step[1], "reward", self._names[i], self._lengths[i])
         self._last[i] = (step[0], action, step[4])
+        if step[2] or step[3]:
+            self.ended.append(env_steps_of(self._envs[i], self._lengths[i]))
         return step
 
     def _replace(self, i: int, error: Exception) -> None:
@@ -219,6 +224,19 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
         if index > 0 or env_steps > 0:  # the learner's process was seeded by the algorithm
             torch.manual_seed(actions)
             np.random.seed(actions % 2**32)  # noqa: NPY002  RLlib draws from it
+
+    def get_metrics(self) -> list[RolloutMetrics]:
+        """Returns RLlib's, in whose order episodes end, with lengths in env steps.
+
+        RLlib counts the policy's steps, which are fewer where `frame_skip` is above 1.
+        """
+        metrics: list[RolloutMetrics] = super().get_metrics()
+        if self.env is None or self.config.in_evaluation:
+            return metrics
+        ended = self.async_env.vector_env.ended
+        return [
+            m if m.episode_faulty else m._replace(episode_length=ended.popleft()) for m in metrics
+        ]
 
     def evaluate_episodes(
         self,

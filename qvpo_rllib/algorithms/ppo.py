@@ -17,6 +17,7 @@ from ray.rllib.policy.sample_batch import SampleBatch
 
 from qvpo_rllib.algorithms.normalization import NormalizedNetwork, ReturnTracker
 from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, OnRLlibAlgorithm, OnRLlibConfig
+from qvpo_rllib.core.hyperparameters import EnvironmentOptions
 from qvpo_rllib.core.normalization import CLIP, EPSILON, Moments
 from qvpo_rllib.core.options import (
     BELOW_ONE,
@@ -35,7 +36,7 @@ from qvpo_rllib.core.options import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOHyperparameters(Options):
+class PPOHyperparameters(EnvironmentOptions):
     """Table 2's values for PPO; what it leaves open is as in the program that the paper names."""
 
     presets: ClassVar[Mapping[str, Setting]] = {

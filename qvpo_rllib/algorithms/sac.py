@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, OnRLlibAlgorithm, OnRLlibConfig
 from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK
-from qvpo_rllib.core.hyperparameters import TINY_REPLAY
+from qvpo_rllib.core.hyperparameters import TINY_REPLAY, EnvironmentOptions
 from qvpo_rllib.core.normalization import Moments, RunningMoments
 from qvpo_rllib.core.options import (
     BELOW_ONE,
@@ -45,7 +45,7 @@ EXPLORATION = "qvpo_rllib.algorithms.sac.UniformWarmup"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SACHyperparameters(Options):
+class SACHyperparameters(EnvironmentOptions):
     """Table 2's values for SAC."""
 
     presets: ClassVar[Mapping[str, Setting]] = {

@@ -52,6 +52,8 @@ class Metadata:
         env_config: arguments of the environment, as `encode_env_config` gives them.
         shapes: numbers of observations and of action dimensions.
         action_box: lower and upper bounds of the actions.
+        observation_parts: of a Dict or Tuple observation, in the vector's order
+            (`ObservationParts.to_json`); None if it was a vector already.
         seed: of the run.
         fixed_by_checkpoint: hyperparameters that must stay as they are when a run goes on.
         ledger: env steps taken in ("ingested"), updates done ("done") and, with a replay, the rest
@@ -70,6 +72,7 @@ class Metadata:
     hyperparameters: dict[str, Any]
     fixed_by_checkpoint: list[str]
     ledger: dict[str, int]
+    observation_parts: list[dict[str, Any]] | None = None
     replay: dict[str, Any] = field(default_factory=lambda: {"segments": None})
     workers: list[int] = field(default_factory=list)
     files: dict[str, list[Any]] = field(default_factory=dict)
@@ -140,9 +143,14 @@ class Metadata:
 
     def check_fits(self, own: "Metadata", directory: Path) -> None:
         """Raises `ValueError` if the run `own` cannot go on from this checkpoint."""
-        pairs = [(n, getattr(self, n), getattr(own, n)) for n in ("algorithm", "env", "shapes")]
+        names = ("algorithm", "env", "shapes", "observation_parts")
+        pairs = [(n, getattr(self, n), getattr(own, n)) for n in names]
         # A checkpoint that lacks an option is older than it, and its default is what it was.
         made_with = {**defaults_of(QVPOHyperparameters), **self.hyperparameters}
+        pairs += [
+            (name, self.hyperparameters.get(name, default), own.hyperparameters.get(name, default))
+            for name, default in (("frame_skip", 1), ("wrappers", []))
+        ]
         pairs += [
             (name, made_with.get(name), own.hyperparameters[name])
             for name in own.fixed_by_checkpoint

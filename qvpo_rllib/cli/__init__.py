@@ -121,6 +121,8 @@ class _ToStderr(logging.Handler):
 
 
 TO_STDERR = _ToStderr()
+OTHERS_TO_STDERR = _ToStderr(logging.WARNING)
+OTHERS_TO_STDERR.addFilter(lambda record: not record.name.startswith("qvpo_rllib"))
 
 
 def _quiet() -> None:
@@ -131,6 +133,8 @@ def _quiet() -> None:
     own = logging.getLogger("qvpo_rllib")
     own.addHandler(TO_STDERR)  # once, however often it is called
     own.setLevel(logging.INFO)
+    if not logging.root.handlers:  # dm_control would add one, which repeats this package's messages
+        logging.root.addHandler(OTHERS_TO_STDERR)
     # Rollout workers see no GPU: Ray hides it from actors that ask for none if it is told to.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     warnings.filterwarnings("ignore", category=DeprecationWarning)

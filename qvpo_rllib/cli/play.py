@@ -27,9 +27,12 @@ def _add_episodes(parser: argparse.ArgumentParser, default: int) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
     parser.add_argument(
         "--import",
-        dest="module",
+        dest="modules",
+        action="append",
+        default=[],
         metavar="MODULE",
-        help="module of the environment of a bundle or server, imported only if it is named here",
+        help="module of the environment, or of a wrapper, of a bundle or server, imported only if "
+        "it is named here; repeatable",
     )
 
 
@@ -61,7 +64,7 @@ def _add_evaluate(commands: Any) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     from qvpo_rllib.play.evaluation import evaluate_checkpoint, evaluate_server
 
-    settings = {name: getattr(options, name) for name in ("episodes", "k", "seed", "module")}
+    settings = {name: getattr(options, name) for name in ("episodes", "k", "seed", "modules")}
     _check_source(options)
     if options.server is not None:
         result = evaluate_server(options.server, options.model, options.env, **settings)
@@ -117,6 +120,9 @@ def _record(options: argparse.Namespace) -> int:
 
     # Before anything imports MuJoCo, which reads it once.
     os.environ[VARIABLE] = choose_renderer()
+    # Before RLlib, which imports dm_control where it is installed, and that starts EGL: Mesa's LLVM
+    # and then Triton's, which this brings in, end the process.
+    import qvpo_rllib.core.qvpo  # noqa: F401
     from qvpo_rllib.play.recording import record_checkpoint
 
     out = options.out or Path(f"video-{time.strftime('%Y%m%d-%H%M%S')}.mp4")
@@ -127,7 +133,7 @@ def _record(options: argparse.Namespace) -> int:
             episodes=options.episodes,
             k=options.k,
             seed=options.seed,
-            module=options.module,
+            modules=options.modules,
             report=lambda episode, so_far: line.advance(episode, f"return {so_far:.1f}"),
         )
     for number, episode in enumerate(result.episodes):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qvpo_rllib.algorithms import ALGORITHMS
 from qvpo_rllib.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.options import RUN_DEFAULTS
+from qvpo_rllib.training.trackers import LOG_HELP, LOGGERS
 
 if TYPE_CHECKING:
     from qvpo_rllib.training.plan import TrainingPlan
@@ -48,6 +49,13 @@ def add(commands: Any) -> None:
         help="qvpo (default), or a rival: " + ", ".join(n for n in ALGORITHMS if n != "qvpo"),
     )
     train.add_argument("--env", metavar="ID", help="Gymnasium environment, such as Ant-v5")
+    train.add_argument(
+        "--env-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an argument of the environment, its value in YAML; repeatable",
+    )
     train.add_argument(
         "--preset",
         choices=tuple(RUN_DEFAULTS),
@@ -120,6 +128,7 @@ def add(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="any hyperparameter, such as k_behavior=8 or hidden=256,256; repeatable",
     )
+    train.add_argument("--log", choices=LOGGERS, action="append", default=[], help=LOG_HELP)
     train.set_defaults(run=_train)
 
 

@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any
 from qvpo_rllib.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED
 from qvpo_rllib.core.options import require_at_least
 from qvpo_rllib.ray_session import start_ray
+from qvpo_rllib.training.trackers import LOG_HELP, LOGGERS, require, tune_callback
 
 if TYPE_CHECKING:
-    from ray.tune import Callback
-
     from qvpo_rllib.tuning.spec import ExperimentSpec
-
-LOGGERS = ("wandb", "mlflow")
 
 
 def add(commands: Any) -> None:
@@ -51,7 +48,7 @@ def add(commands: Any) -> None:
         choices=LOGGERS,
         action="append",
         default=[],
-        help="log to Weights & Biases or MLflow too; repeatable (TensorBoard is always written)",
+        help=LOG_HELP,
     )
     tune.set_defaults(run=_tune)
 
@@ -62,7 +59,7 @@ def _tune(options: argparse.Namespace) -> int:
     from qvpo_rllib.tuning.tuner import check_trial_resources
 
     spec = _spec(options)
-    callbacks = [_logger(name, spec) for name in options.log]
+    callbacks = [tune_callback(name, spec.name) for name in options.log]
     command = ["qvpo", *sys.argv[1:]]
     experiment = Experiment(spec)
     if options.resume and not (experiment.directory / EXPERIMENT_FILE).exists():
@@ -111,7 +108,6 @@ def _spec(options: argparse.Namespace) -> "ExperimentSpec":
     """Returns the file's experiment with what the command line changes, checked."""
     from qvpo_rllib.tuning.smoke import shrink
     from qvpo_rllib.tuning.spec import ExperimentSpec
-    from qvpo_rllib.tuning.tuner import require
 
     spec = ExperimentSpec.load(options.file)
     for name in ("num_samples", "max_concurrent"):
@@ -148,19 +144,6 @@ def _check_gpu(spec: "ExperimentSpec", file: Path) -> None:
             f"{torch.__version__} finds no CUDA device here. Take a _light.yaml file, set "
             "resources.num_gpus to 0, give --smoke, or give the --address of a cluster with GPUs."
         )
-
-
-def _logger(name: str, spec: "ExperimentSpec") -> "Callback":
-    from qvpo_rllib.tuning.tuner import require
-
-    require(name, f"--log {name}")
-    if name == "wandb":
-        from ray.air.integrations.wandb import WandbLoggerCallback
-
-        return WandbLoggerCallback(project="qvpo_rllib", group=spec.name)
-    from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-    return MLflowLoggerCallback(experiment_name=spec.name, save_artifact=False)
 
 
 def _start_ray(address: str | None, spec: "ExperimentSpec") -> None:

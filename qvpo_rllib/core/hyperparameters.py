@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from qvpo_rllib.core.options import (
     BELOW_ONE,
     COUNT,
+    ENTRY_POINTS,
     NON_NEGATIVE,
     NON_NEGATIVE_COUNT,
     POSITIVE,
@@ -31,7 +32,25 @@ TINY_REPLAY: Setting = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffPolicyHyperparameters(Options):
+class EnvironmentOptions(Options):
+    """What every algorithm has: how its environment is wrapped."""
+
+    frame_skip: int = option(
+        1,
+        "env steps that each action is repeated for; rewards are summed, and returns and lengths "
+        "of episodes are the env steps' own",
+        range=COUNT,
+    )
+    wrappers: tuple[str, ...] = option(
+        (),
+        "functions, `module:function`, that wrap the environment, the first one innermost; "
+        "`frame_skip` is around them all",
+        range=ENTRY_POINTS,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffPolicyHyperparameters(EnvironmentOptions):
     """What every algorithm has that learns from a replay on this package's runtime."""
 
     fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "normalize_observations")

@@ -9,13 +9,14 @@ import dataclasses
 import difflib
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Self
 
-OptionValue = bool | int | float | str | Sequence[int] | None
+OptionValue = bool | int | float | str | Sequence[int] | Sequence[str] | None
 Setting = Mapping[str, OptionValue]  # values by option
 
 
@@ -35,6 +36,10 @@ BELOW_ONE = Range("a number in [0, 1)", lambda value: 0 <= value < 1)
 WIDTHS = Range(
     "a list of at least one width of 1 or more, such as [256, 256]",
     lambda value: len(value) >= 1 and all(width >= 1 for width in value),
+)
+ENTRY_POINTS = Range(
+    "a list of 'module:function', such as my_envs:scaled",
+    lambda value: all(re.fullmatch(r"[\w.]+:\w+", path) for path in value),
 )
 
 
@@ -231,7 +236,8 @@ def parse_option(name: str, text: str, kind: type[Options]) -> OptionValue:
         if declared.base is float:
             return float(text)
         if declared.base is tuple:
-            return tuple(int(part) for part in text.strip("[]() ").split(",") if part.strip())
+            parts = (part.strip() for part in text.strip("[]() ").split(","))
+            return tuple(declared.item(part) for part in parts if part)
     except (ValueError, KeyError, OverflowError):
         raise ValueError(f"{name}={text!r} is not valid: it must be {declared}.") from None
     return text
@@ -274,6 +280,7 @@ class _Type(NamedTuple):
 
     base: type
     optional: bool
+    item: type  # of a list's parts
     words: tuple[str, ...] = ()  # allowed beside values of `base`
 
     def __str__(self) -> str:
@@ -282,7 +289,9 @@ class _Type(NamedTuple):
             float: "a finite number",
             bool: "true or false",
             str: "a word",
-            tuple: "a list of integers, such as [256, 256]",
+            tuple: "a list of integers, such as [256, 256]"
+            if self.item is int
+            else "a list of words",
         }
         return " or ".join([names[self.base], *self.words, *(["none"] if self.optional else [])])
 
@@ -293,7 +302,9 @@ def _types(kind: type[Options]) -> dict[str, _Type]:
         is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         base, *others = typing.get_args(hint) if is_union else (hint,)
         words = [word for other in others for word in typing.get_args(other)]
-        found[name] = _Type(typing.get_origin(base) or base, type(None) in others, tuple(words))
+        item = next(iter(typing.get_args(base)), base)
+        origin, optional = typing.get_origin(base) or base, type(None) in others
+        found[name] = _Type(origin, optional, item, tuple(words))
     return found
 
 
@@ -310,7 +321,7 @@ def _checked(name: str, value: Any, declared: _Type, metadata: Mapping[str, Any]
     if declared.base is float:
         valid = valid and math.isfinite(value)
     if declared.base is tuple:
-        valid = valid and all(type(part) is int for part in value)
+        valid = valid and all(type(part) is declared.item for part in value)
     if not valid:
         raise ValueError(f"{name}={value!r} is not valid: it must be {declared}.")
     allowed: Range | None = metadata["range"]

@@ -1,10 +1,10 @@
 """Evaluating a policy, without a cluster: the code behind `qvpo evaluate`."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -14,10 +14,12 @@ from ray.rllib.env.env_context import EnvContext
 
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.env_config import decode_env_config
+from qvpo_rllib.core.observation_parts import ObservationParts
 from qvpo_rllib.core.options import require_at_least
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.play.trained_policy import TrainedPolicy, is_bundle
 from qvpo_rllib.rollout.episodes import Episode, Hooks, run_episodes
+from qvpo_rllib.rollout.wrapping import observation_parts
 from qvpo_rllib.runtime.ray_private import environment_maker
 from qvpo_rllib.serving.client import Client, ServerError
 from qvpo_rllib.training.plan import check_environment
@@ -77,7 +79,7 @@ def evaluate_checkpoint(
     episodes: int = 10,
     k: int | None = None,
     seed: int = 0,
-    module: str | None = None,
+    modules: Sequence[str] = (),
     record: Record | None = None,
 ) -> Evaluation:
     """Plays whole episodes with the best of k actions, scaled as in training.
@@ -89,7 +91,8 @@ def evaluate_checkpoint(
         k: actions drawn per state; the policy's `k_eval` if None. A policy that draws one takes
             none.
         seed: of environments and diffusion noise.
-        module: of the environment, which a bundle alone is not believed: importing it runs code.
+        modules: of the environment and its wrappers, which a bundle alone is not believed:
+            importing them runs code.
         record: what watches the episodes, which are then played one after the other.
 
     Raises:
@@ -98,10 +101,9 @@ def evaluate_checkpoint(
     _check(episodes, k, seed)
     policy = TrainedPolicy.load(path)
     if is_bundle(policy.source):
-        _check_module(policy.env, module)
+        _check_modules(policy.env, policy.wrappers, modules)
     played = _play(
-        policy.env,
-        policy.env_config,
+        Task(policy.env, policy.env_config, policy.frame_skip, policy.wrappers, policy.parts),
         (policy.obs_dim, policy.scale.low.tolist(), policy.scale.high.tolist()),
         lambda obs, noise_seed: policy.act(obs, k, torch.Generator().manual_seed(noise_seed)),
         episodes,
@@ -120,7 +122,7 @@ def evaluate_server(
     episodes: int = 10,
     k: int | None = None,
     seed: int = 0,
-    module: str | None = None,
+    modules: Sequence[str] = (),
 ) -> Evaluation:
     """Plays as `evaluate_checkpoint` does, with every action asked of a server (`qvpo serve`).
 
@@ -130,7 +132,8 @@ def evaluate_server(
     Args:
         model: name or name@version.
         env: environment; the model's own if None.
-        module: of the model's own, which the server alone is not believed.
+        modules: of the model's own environment and wrappers, which the server alone is not
+            believed.
 
     Raises:
         ValueError: no server or no such model, or the environment is missing or does not fit.
@@ -147,12 +150,18 @@ def evaluate_server(
                 )
             # One version to the end, whatever is replaced meanwhile.
             pinned = f"{found['name']}@{found['version']}"
-            if env is None:
-                _check_module(found["env"], module)
+            wrappers, parts = tuple(found["wrappers"]), found["obs_parts"]
+            _check_modules(found["env"] if env is None else "", wrappers, modules)
             env = env or found["env"]
+            env_config = decode_env_config(found["env_config"]) if env == found["env"] else {}
             played = _play(
-                env,
-                decode_env_config(found["env_config"]) if env == found["env"] else {},
+                Task(
+                    env,
+                    env_config,
+                    found["frame_skip"],
+                    wrappers,
+                    None if parts is None else ObservationParts.from_json(parts),
+                ),
                 (found["obs_dim"], found["act_low"], found["act_high"]),
                 lambda obs, noise_seed: client.act(pinned, obs, k, noise_seed),
                 episodes,
@@ -166,14 +175,20 @@ def evaluate_server(
     return Evaluation(env, k, seed, f"{url}/v1/models/{pinned}", played)
 
 
-def _check_module(env: str, module: str | None) -> None:
-    """Raises `ValueError` unless the user named the module that `env` would import."""
-    named = env.rpartition(":")[0]
-    if named and named != module:
+def _check_modules(env: str, wrappers: Sequence[str], modules: Sequence[str]) -> None:
+    """Raises `ValueError` unless the user named all modules that a policy's words would import."""
+    # Of "module.Class" too; an id such as "Hopper-v5" has no dot.
+    named = env.rpartition(":" if ":" in env else ".")[0]
+    wanted = {
+        module for module in (named, *(path.partition(":")[0] for path in wrappers)) if module
+    }
+    missing = sorted(wanted - set(modules))
+    if missing:
         raise ValueError(
-            f"The policy names the environment {env!r}, whose module {named!r} would be imported: "
-            "that runs the code that is in it. If it is your own or you trust it, give "
-            f"--import {named}."
+            f"The policy names the environment {env!r} with the wrappers {list(wrappers)}, for "
+            f"which {', '.join(map(repr, missing))} would be imported: that runs the code that is "
+            "in it. If it is your own or you trust it, give "
+            f"{' '.join(f'--import {module}' for module in missing)}."
         )
 
 
@@ -189,9 +204,24 @@ class _InBox(ActionScale):
         return np.asarray(action, self.dtype)
 
 
+def _listed(parts: ObservationParts | None) -> str:
+    if parts is None:
+        return "none"
+    return ", ".join(f"{part.name}: {part.width}" for part in parts.parts)
+
+
+class Task(NamedTuple):
+    """What a policy plays, and the parts that it needs of a Dict or Tuple observation."""
+
+    env: str
+    env_config: dict[str, Any]
+    frame_skip: int
+    wrappers: tuple[str, ...]
+    parts: ObservationParts | None
+
+
 def _play(
-    env_id: str,
-    env_config: dict[str, Any],
+    task: Task,
     shapes: tuple[int, list[float], list[float]],
     act: Callable[[NDArray[np.float32], int], NDArray[np.floating]],
     episodes: int,
@@ -205,9 +235,11 @@ def _play(
         act: called with observations [B, O] and the seed of this step's noise; gives actions
             [B, A] in the box.
     """
-    check_environment(env_id, env_config)
+    env_id, env_config, frame_skip, wrappers, parts = task
+    check_environment(env_id, env_config, frame_skip, wrappers)
     rendering = {} if record is None else {"render_mode": "rgb_array"}
-    make, context = environment_maker(env_id), EnvContext(env_config | rendering, worker_index=0)
+    make = environment_maker(env_id, frame_skip, wrappers)
+    context = EnvContext(env_config | rendering, worker_index=0)
     envs = [make(context) for _ in range(min(episodes, MAX_ENVS if record is None else 1))]
     step_number = itertools.count()
     try:
@@ -217,6 +249,13 @@ def _play(
             raise ValueError(
                 f"{env_id} has observation size and action bounds {found} here, but the policy was "
                 f"trained on {shapes}."
+            )
+
+        parts_here = observation_parts(envs[0])
+        if _listed(parts_here) != _listed(parts):
+            raise ValueError(
+                f"{env_id} has the observation parts {_listed(parts_here)} here, but the policy "
+                f"was trained on {_listed(parts)}."
             )
 
         def act_and_count(obs: NDArray[np.float32]) -> tuple[NDArray[np.floating], None]:

@@ -7,7 +7,7 @@ be set (see `renderer`) before this module is imported.
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from qvpo_rllib.files import replacing
 from qvpo_rllib.play.evaluation import Evaluation, evaluate_checkpoint
 from qvpo_rllib.rollout.episodes import Hooks
+from qvpo_rllib.rollout.wrapping import FrameSkip, env_steps_of
 
 FORMATS = (".mp4", ".gif")
 MAX_FPS = 50  # a GIF cannot be faster; environments that are (Hopper: 125) lose frames, not speed
@@ -54,7 +55,7 @@ def record_checkpoint(
     episodes: int = 1,
     k: int | None = None,
     seed: int = 0,
-    module: str | None = None,
+    modules: Sequence[str] = (),
     report: Callable[[int, float], None] | None = None,
 ) -> tuple[Evaluation, int]:
     """Plays episodes and writes them to the video `out`, one after the other.
@@ -62,7 +63,7 @@ def record_checkpoint(
     With one episode it is the episode of `evaluate_checkpoint(…, episodes=1)` with the same seed.
 
     Args:
-        module: as for `evaluate_checkpoint`.
+        modules: as for `evaluate_checkpoint`.
         report: called after each step with the episode (from 0) and its return so far.
 
     Returns:
@@ -77,7 +78,12 @@ def record_checkpoint(
         recorder = Recorder(temporary, episodes, report)
         try:
             result = evaluate_checkpoint(
-                checkpoint, episodes=episodes, k=k, seed=seed, module=module, record=recorder.watch
+                checkpoint,
+                episodes=episodes,
+                k=k,
+                seed=seed,
+                modules=modules,
+                record=recorder.watch,
             )
         finally:
             recorder.close()
@@ -91,7 +97,7 @@ class Recorder(Hooks):
         self, path: Path, num_episodes: int, report: Callable[[int, float], None] | None
     ) -> None:
         self._path, self._num_episodes, self._report = path, num_episodes, report
-        self._episode, self._step, self._return = -1, 0, 0.0
+        self._episode, self._acted, self._step, self._return = -1, 0, 0, 0.0
         self._writer: Any = None
         self.num_frames = 0
 
@@ -105,7 +111,9 @@ class Recorder(Hooks):
         import imageio.v2 as imageio
 
         self._env, self._env_id = env, env_id
-        fps = float(env.metadata.get("render_fps") or DEFAULT_FPS)
+        # A picture is made after each of the policy's steps.
+        frame_skip = env.frame_skip if isinstance(env, FrameSkip) else 1
+        fps = float(env.metadata.get("render_fps") or DEFAULT_FPS) / frame_skip
         self._stride = math.ceil(fps / MAX_FPS)
         shown_fps = fps / self._stride
         if self._path.suffix == ".gif":
@@ -119,16 +127,18 @@ class Recorder(Hooks):
 
     def start(self, i: int, reset: Callable[[], Any]) -> Any:
         first = reset()
-        self._episode, self._step, self._return = self._episode + 1, 0, 0.0
+        self._episode, self._acted, self._step = self._episode + 1, 0, 0
+        self._return = 0.0
         self._write_frame()
         return first
 
     def step(
         self, i: int, action: NDArray[np.floating], obs: Any, reward: float, info: dict[str, Any]
     ) -> None:
-        self._step += 1
+        self._acted += 1
+        self._step = env_steps_of(self._env, self._acted)
         self._return += reward
-        if self._step % self._stride == 0:
+        if self._acted % self._stride == 0:
             self._write_frame()
         if self._report is not None:
             self._report(self._episode, self._return)

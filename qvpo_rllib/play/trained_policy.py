@@ -19,6 +19,7 @@ from qvpo_rllib.checkpoints.metadata import POLICIES_DIRECTORY, Metadata
 from qvpo_rllib.checkpoints.staging import committed
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.env_config import decode_env_config
+from qvpo_rllib.core.observation_parts import ObservationParts
 from qvpo_rllib.serving.bundle import DESCRIPTION_FILE, load
 from qvpo_rllib.serving.policy import BestOfKPolicy
 
@@ -36,7 +37,8 @@ class TrainedPolicy:
 
     Attributes:
         source: the checkpoint or bundle that it was loaded from.
-        env, env_config: what it was trained on.
+        env, env_config, frame_skip, wrappers: what it was trained on.
+        parts: of a Dict or Tuple observation, which flatten it; None if it is a vector already.
         scale: to the environment's action box.
         k: actions drawn per state unless told otherwise; None if the policy draws just one.
     """
@@ -47,6 +49,9 @@ class TrainedPolicy:
     obs_dim: int
     scale: ActionScale
     k: int | None
+    frame_skip: int
+    wrappers: tuple[str, ...]
+    parts: ObservationParts | None
     _policy: BestOfKPolicy | Policy  # RLlib's draws one action
 
     @classmethod
@@ -63,7 +68,18 @@ class TrainedPolicy:
             served = load(source)
             d = served.description
             env_config = decode_env_config(d.env_config)
-            return cls(source, d.env, env_config, d.obs_dim, served.scale, d.k_eval, served)
+            return cls(
+                source,
+                d.env,
+                env_config,
+                d.obs_dim,
+                served.scale,
+                d.k_eval,
+                d.frame_skip,
+                tuple(d.wrappers),
+                served.parts,
+                served,
+            )
         metadata, policy = load_checkpoint(source)
         space = policy.action_space_struct
         scale, k = ActionScale(space.low, space.high), None
@@ -71,6 +87,7 @@ class TrainedPolicy:
             # As from a bundle: the same bits, whatever engine it was trained with.
             k = policy.hp.k_eval
             policy = BestOfKPolicy(policy.networks, scale, k)
+        parts = metadata.observation_parts
         return cls(
             source,
             metadata.env,
@@ -78,6 +95,10 @@ class TrainedPolicy:
             metadata.shapes[0],
             scale,
             k,
+            # An earlier version had neither.
+            metadata.hyperparameters.get("frame_skip", 1),
+            tuple(metadata.hyperparameters.get("wrappers", ())),
+            None if parts is None else ObservationParts.from_json(parts),
             policy,
         )
 

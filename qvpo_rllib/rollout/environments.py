@@ -9,6 +9,8 @@ import mujoco
 import numpy as np
 
 from qvpo_rllib.core.action_scale import ActionScale
+from qvpo_rllib.rollout.families import family_of
+from qvpo_rllib.rollout.observation_spaces import why_unsuited
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +44,18 @@ def check_environment(env: gym.Env[Any, Any], name: str) -> None:
         _refuse_running_statistics(env)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if not has_time_limit(env):
+    if not has_time_limit(env) and not _ends_itself(env):
         _warn_of_endless_episodes(name)
 
 
 def has_time_limit(env: gym.Env[Any, Any]) -> bool:
     """Returns whether a wrapper cuts episodes off; environments that do so themselves may not."""
     return any(isinstance(layer, gym.wrappers.TimeLimit) for layer in layers_of(env))
+
+
+def _ends_itself(env: gym.Env[Any, Any]) -> bool:
+    family = family_of(env.spec.id) if env.spec else None
+    return family is not None and family.ends_itself
 
 
 @functools.cache  # once in a process
@@ -88,6 +95,7 @@ def _instead_of(wrapper: gym.Env[Any, Any]) -> str:
 def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
     """Raises `ValueError` unless observations are a vector and actions a bounded vector.
 
+    Dict and Tuple observations have been flattened before (`wrapping`), where they can be.
     All algorithms of this package need that, so the messages name none of them.
     """
     if not isinstance(action_space, gym.spaces.Box):
@@ -115,9 +123,8 @@ def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:
         )
     if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
         raise ValueError(
-            f"The observation space {observation_space} is not supported: the networks take a "
-            "vector, a one-dimensional Box; flatten dict observations with "
-            "gymnasium.wrappers.FlattenObservation and encode images before training."
+            f"The observation space {observation_space} is not supported: "
+            f"{why_unsuited(observation_space)}."
         )
 
 

@@ -14,6 +14,7 @@ from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
 from qvpo_rllib.rollout.environments import MAX_EPISODE_STEPS, has_time_limit
 from qvpo_rllib.rollout.outcomes import OutcomeCheck
+from qvpo_rllib.rollout.wrapping import env_steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,10 @@ class Episode(NamedTuple):
     """A finished episode."""
 
     episode_return: float  # undiscounted sum of rewards
-    length: int  # env steps
+    length: int  # env steps: with `frame_skip` more than `rewards`
     extras: dict[str, Any]  # of `Hooks.end`
     terminated: bool  # else a time limit cut it off
-    rewards: list[float]
+    rewards: list[float]  # of each action
     q: list[float]  # of the actions taken; empty if it is not known
 
 
@@ -197,11 +198,12 @@ class _Player:
         if q is not None:
             self._q.append(q)
         self._hooks.step(self._i, action, obs, reward, info)
-        if terminated or truncated or number >= self._limit:
+        length = env_steps_of(self._envs[self._i], number)
+        if terminated or truncated or length >= self._limit:
             self.cut_off += not (terminated or truncated)
             extras = self._hooks.end(self._i)
             self.episodes.append(
-                Episode(sum(self.rewards), number, extras, terminated, self.rewards, self._q)
+                Episode(sum(self.rewards), length, extras, terminated, self.rewards, self._q)
             )
             if self.playing:
                 self._begin()

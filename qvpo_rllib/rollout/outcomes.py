@@ -7,13 +7,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from qvpo_rllib.core.errors import UnusableOutcome
+from qvpo_rllib.core.observation_parts import NUMBERS
+from qvpo_rllib.rollout.wrapping import Misfit
 
 # Observation, reward, terminated, truncated, info.
 Step = tuple[NDArray[Any], float, bool, bool, dict[str, Any]]
 
 RESET_API = "reset(seed=…, options=…) returns (observation, info), info a dict"
 STEP_API = "step(action) returns (observation, reward, terminated, truncated, info)"
-NUMBERS = "biuf"  # kinds of NumPy's dtypes: booleans, integers, floats
 
 
 class OutcomeCheck:
@@ -77,6 +78,12 @@ class OutcomeCheck:
             raise self._error(step, f"info as {_describe(info)}", f"{STEP_API}, info a dict")
 
     def _observation(self, observed: Any, when: str) -> NDArray[Any]:
+        if isinstance(observed, Misfit):
+            raise self._error(
+                when,
+                f"an observation that does not fit: {observed.why}",
+                "its space declares other parts",
+            )
         try:
             plain = np.array(observed)
         except (TypeError, ValueError):

@@ -32,6 +32,7 @@ from qvpo_rllib.rollout.episodes import (
 from qvpo_rllib.rollout.outcomes import OutcomeCheck
 from qvpo_rllib.rollout.policy import AnyPolicy
 from qvpo_rllib.rollout.stepper import EnvStepper, Outcome, allowed_threads
+from qvpo_rllib.rollout.wrapping import env_steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             os.nice(EVALUATION_NICENESS)
         self.restart_streams(0)
         if self.envs:
-            # Of the environment itself: RLlib would flatten dict observations for the policy.
+            # Of the environment itself: RLlib would change what it shows the policy.
             check_spaces(self.envs[0].observation_space, self.envs[0].action_space)
             self.scale = action_scale(self.envs[0].action_space)
 
@@ -320,9 +321,8 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
 
     def _finish(self, i: int) -> None:
         extras = self._hooks.end(i)
-        self._finished.append(
-            episode_metrics(int(self._lengths[i]), float(self._returns[i]), extras)
-        )
+        length = env_steps_of(self.envs[i], int(self._lengths[i]))
+        self._finished.append(episode_metrics(length, float(self._returns[i]), extras))
 
     def _begin(self, i: int, seed: int | None) -> NDArray[np.float32]:
         """Begins an episode in environment `i` and returns its first observation."""

@@ -41,6 +41,7 @@ from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.rollout.environments import check_environment, name_of
 from qvpo_rllib.rollout.episodes import try_a_step
+from qvpo_rllib.rollout.wrapping import observation_parts
 from qvpo_rllib.runtime.config import ALGORITHM_OF
 from qvpo_rllib.runtime.evaluation import Share, Summary, evaluate_shares, summarize
 from qvpo_rllib.runtime.ray_private import (
@@ -104,7 +105,8 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         if env_specifier is None:
             found: tuple[Any, Any] = Algorithm._get_env_id_and_creator(None, config)
             return found
-        return env_specifier, environment_maker(env_specifier)
+        hp = config.hyperparameters()
+        return env_specifier, environment_maker(env_specifier, hp.frame_skip, hp.wrappers)
 
     def setup(self, config: Any) -> None:
         if self.config.num_gpus and not torch.cuda.is_available():
@@ -136,6 +138,8 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         # Is set when the running evaluation no longer needs the learner.
         self._evaluation_is_underway = threading.Event()
         super().setup(config)
+        found = self.env_runner_group.foreach_env_runner(_observation_parts)
+        self._observation_parts = next((parts for parts in found if parts), None)
 
     # --- where it stands ---------------------------------------------------------------------
 
@@ -389,6 +393,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
             env_config=encode_env_config(self.config.env_config),
             shapes=[int(np.prod(policy.observation_space.shape)), box.shape[0]],
             action_box=[box.low.tolist(), box.high.tolist()],
+            observation_parts=self._observation_parts,
             seed=self.config.seed,
             hyperparameters=plain(self.config.hyperparameters().to_dict()),
             fixed_by_checkpoint=list(self.config.hyperparameters_class.fixed_by_checkpoint),
@@ -454,6 +459,12 @@ def _directory_of(saved: Any) -> Path:
     if isinstance(saved, tune.Checkpoint) and not isinstance(saved.filesystem, LocalFileSystem):
         return Path(saved.to_directory())
     return Path(getattr(saved, "path", saved)).expanduser().resolve()
+
+
+def _observation_parts(worker: Any) -> list[dict[str, Any]] | None:
+    """Returns the parts of a flattened observation, as checkpoints record them."""
+    parts = None if worker.env is None else observation_parts(worker.env)
+    return None if parts is None else parts.to_json()
 
 
 def _restart_streams(worker: Any, env_steps: int) -> None:

@@ -164,7 +164,7 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
             )
         self._refuse_unread_callbacks()
         if isinstance(self.env, str):
-            environment_maker(self.env)
+            environment_maker(self.env, wrappers=self.wrappers)
         encode_env_config(self.env_config)
 
     def callbacks(self, callbacks_class: Any = NotProvided, **functions: Any) -> Self:

@@ -32,6 +32,9 @@ from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.tune import Checkpoint
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
+from qvpo_rllib.rollout.families import register_family
+from qvpo_rllib.rollout.wrapping import entry_point, wrapped
+
 logger = logging.getLogger(__name__)
 
 KV_NAMESPACE = "qvpo_rllib"
@@ -165,24 +168,35 @@ def _amounts(resources: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
-def environment_maker(env: Any) -> Callable[[EnvContext], gym.Env[Any, Any]]:
+def environment_maker(
+    env: Any, frame_skip: int = 1, wrappers: Sequence[str] = ()
+) -> Callable[[EnvContext], gym.Env[Any, Any]]:
     """Returns what makes an environment of its arguments: the same in training and afterwards.
 
     Args:
         env: a class, which is called with the arguments as a dict; or a text: a name registered by
             `ray.tune.register_env`, an id of Gymnasium's, "module:Id-v0", or "module.Class".
+        frame_skip, wrappers: the options of these names.
 
     Raises:
-        ValueError: nobody knows the text here; it names the nearest ids.
+        ValueError: nobody knows the text or a wrapper here; it names the nearest ids.
     """
+    make = _maker(env)
+    for path in wrappers:
+        entry_point(path)
+    return lambda context: wrapped(make(context), frame_skip, wrappers)
+
+
+def _maker(env: Any) -> Callable[[EnvContext], gym.Env[Any, Any]]:
     if not isinstance(env, str):
         return lambda context: env(context)
     if _global_registry.contains(ENV_CREATOR, env):
         registered: Callable[[EnvContext], gym.Env[Any, Any]]
         registered = _global_registry.get(ENV_CREATOR, env)
         return registered
+    register_family(env)
     if env in gym.registry or ":" in env:
-        return lambda context: gym.make(env, **context)
+        return lambda context: _made(env, context)
     if "." in env:
         return lambda context: _class_at(env)(context)
     latest = {(spec.namespace, spec.name): spec.id for spec in gym.registry.values()}
@@ -194,6 +208,11 @@ def environment_maker(env: Any) -> Callable[[EnvContext], gym.Env[Any, Any]]:
         "with ray.tune.register_env: elsewhere use 'module:Id-v0', whose module calls "
         "gymnasium.register."
     )
+
+
+def _made(env_id: str, context: EnvContext) -> gym.Env[Any, Any]:
+    register_family(env_id)  # a worker is another process
+    return gym.make(env_id, **context)
 
 
 def _class_at(path: str) -> Callable[[EnvContext], gym.Env[Any, Any]]:

@@ -241,10 +241,11 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _check(policy: ServedPolicy, observations: list[list[float]]) -> Tensor:
+def _check(policy: ServedPolicy, observations: Sequence[list[float] | dict[str, Any]]) -> Tensor:
     """Returns the observations as [B, O]; 422 for those that do not fit the policy."""
     dim = policy.description.obs_dim
-    for row, numbers in enumerate(observations):
+    rows = [_vector(policy, row, found) for row, found in enumerate(observations)]
+    for row, numbers in enumerate(rows):
         if len(numbers) != dim:
             raise HTTPException(
                 422,
@@ -252,9 +253,25 @@ def _check(policy: ServedPolicy, observations: list[list[float]]) -> Tensor:
                 f"{policy.description.name} needs {dim}.",
             )
     try:
-        return policy.check(np.array(observations))
+        return policy.check(np.array(rows))
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
+
+
+def _vector(policy: ServedPolicy, row: int, found: list[float] | dict[str, Any]) -> Any:
+    """Returns an observation as a vector; 422 for parts that the policy does not have."""
+    if not isinstance(found, dict):
+        return found
+    if policy.parts is None:
+        raise HTTPException(
+            422,
+            f"observations[{row}] is an object, but {policy.description.name} has no parts: send a "
+            f"list of {policy.description.obs_dim} numbers.",
+        )
+    try:
+        return policy.parts.flatten(found)
+    except ValueError as error:
+        raise HTTPException(422, f"observations[{row}]: {error}.") from None
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:

@@ -4,6 +4,7 @@ import http.client
 import json
 import time
 import urllib.parse
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +19,15 @@ class ServerError(RuntimeError):
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(f"The server replied {status}: {sentence}")
         self.status = status
+
+
+def _plain(value: Any) -> Any:
+    """Returns an observation as JSON has it; a tuple's parts are named "0", "1", …"""
+    if isinstance(value, tuple):
+        value = {str(number): part for number, part in enumerate(value)}
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return np.asarray(value).tolist()
 
 
 class Client:
@@ -42,7 +52,7 @@ class Client:
     def act(
         self,
         model: str,
-        observations: NDArray[np.floating],
+        observations: NDArray[np.floating] | Sequence[Any],
         k: int | None = None,
         seed: int | None = None,
     ) -> NDArray[np.float64]:
@@ -50,12 +60,14 @@ class Client:
 
         Args:
             model: name or name@version.
+            observations: [B, O], or of a model with parts B observations as its environment gives
+                them, dicts or tuples.
 
         Raises:
             ServerError: the server refused.
             OSError: it cannot be reached.
         """
-        body = {"observations": np.asarray(observations).tolist(), "k": k, "seed": seed}
+        body = {"observations": [_plain(obs) for obs in observations], "k": k, "seed": seed}
         path = f"/v1/models/{urllib.parse.quote(model, safe='@')}/act"
         return np.array(self._call("POST", path, body)["actions"])
 

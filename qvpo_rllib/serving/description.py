@@ -5,13 +5,15 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
 
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.hyperparameters import CRITIC_OPTIONS, QVPOHyperparameters
+from qvpo_rllib.core.observation_parts import ObservationParts
 from qvpo_rllib.core.options import defaults_of
 
 FORMAT = "qvpo-policy"
@@ -23,9 +25,10 @@ MAX_BYTES = 16 * 2**20  # a policy.json; Humanoid's takes 10 kB
 MAX_NESTING = 32  # of a policy.json
 MAX_NOISE = 2**26  # numbers drawn at once, T × K × A for an observation: 256 MiB
 CRITIC_DEFAULTS = {name: defaults_of(QVPOHyperparameters)[name] for name in CRITIC_OPTIONS}
+# Fields that the first bundles of this format version do not have: they have the defaults, which a
+# bundle leaves out.
+ADDED_SINCE = ("frame_skip", "wrappers", "obs_parts", "normalize_observations", *CRITIC_OPTIONS)
 FLOATS = ("float16", "float32", "float64")
-# What earlier bundles do not say, and mean; a bundle leaves it out where it means it too.
-UNSAID = CRITIC_DEFAULTS | {"normalize_observations": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,10 @@ class Description:
     num_quantiles: int = CRITIC_DEFAULTS["num_quantiles"]
     dropped_quantiles: int = CRITIC_DEFAULTS["dropped_quantiles"]
     critic_layer_norm: bool = CRITIC_DEFAULTS["critic_layer_norm"]
+    frame_skip: int = 1  # env steps that each action is repeated for
+    wrappers: list[str] = field(default_factory=list)  # of the environment, "module:function"
+    # Of a Dict or Tuple observation, in the vector's order: `ObservationParts.to_json`.
+    obs_parts: list[dict[str, Any]] | None = None
     source: dict[str, Any] = field(default_factory=dict)  # run, env steps, updates, seed, …
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that wrote it
     created: str = ""  # ISO 8601, UTC
@@ -69,6 +76,8 @@ class Description:
         for name, size in sizes.items():
             if len(getattr(self, name)) != size:
                 raise ValueError(f"{name} has {len(getattr(self, name))} numbers, not {size}.")
+        if self.parts is not None and self.parts.size != self.obs_dim:
+            raise ValueError(f"obs_parts have {self.parts.size} numbers, not {self.obs_dim}.")
         scale = self.action_scale
         if not (np.isfinite(scale.low).all() and np.isfinite(scale.high).all()):
             raise ValueError(f"act_low and act_high must be finite as {self.act_dtype}.")
@@ -93,7 +102,23 @@ class Description:
             k_behavior=self.k_behavior,
             k_eval=self.k_eval,
             **{name: getattr(self, name) for name in CRITIC_OPTIONS},
+            frame_skip=self.frame_skip,
+            wrappers=tuple(self.wrappers),
         )
+
+    @cached_property
+    def parts(self) -> ObservationParts | None:
+        """What flattens the environment's Dict or Tuple observation; None if it is a vector.
+
+        Raises:
+            ValueError: `obs_parts` contradict one another.
+        """
+        if self.obs_parts is None:
+            return None
+        try:
+            return ObservationParts.from_json(self.obs_parts)
+        except ValueError as error:
+            raise ValueError(f"obs_parts are not allowed: {error}.") from None
 
     @property
     def act_dim(self) -> int:
@@ -112,13 +137,23 @@ class Description:
             return ActionScale(np.array(self.act_low, dtype), np.array(self.act_high, dtype))
 
 
+def unsaid() -> dict[str, Any]:
+    """Returns the values of the fields that a bundle leaves out."""
+    found = {f.name: f for f in fields(Description)}
+    return {
+        n: [] if found[n].default is MISSING else found[n].default  # a list is made by a function
+        for n in ADDED_SINCE
+    }
+
+
 def encode(description: Description, files: dict[str, str]) -> bytes:
     """Returns the text of `policy.json`.
 
     Args:
         files: SHA-256 in hexadecimal of every other file of the bundle, by name.
     """
-    said = {n: v for n, v in asdict(description).items() if n not in UNSAID or v != UNSAID[n]}
+    defaults = unsaid()
+    said = {n: v for n, v in asdict(description).items() if n not in defaults or v != defaults[n]}
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **said, "sha256": files}
     content["digest"] = _digest(content)
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
@@ -150,7 +185,7 @@ def decode(text: bytes) -> tuple[Description, dict[str, str]]:
     if not isinstance(files, dict) or not all(isinstance(value, str) for value in files.values()):
         raise ValueError("sha256 must map names of files to hexadecimal digests")
     del content["format"], content["format_version"]
-    content = UNSAID | content
+    content = unsaid() | content
     names = {f.name for f in fields(Description)}
     wrong = sorted(names ^ content.keys())
     if wrong:
@@ -235,6 +270,15 @@ _RULES: dict[str, _Rule] = {
     "num_quantiles": _COUNT,
     "dropped_quantiles": (lambda value: value == 0 or _is_count(value, MAX_STEPS), "0 or more"),
     "critic_layer_norm": (lambda value: isinstance(value, bool), "true or false"),
+    "frame_skip": _COUNT,
+    "wrappers": (
+        lambda value: _is_list(value, 64, lambda v: isinstance(v, str)),
+        "a list of texts",
+    ),
+    "obs_parts": (
+        lambda value: value is None or _is_list(value, MAX_DIMS, lambda v: isinstance(v, dict)),
+        "null or a list of objects",
+    ),
     "source": _OBJECT,
     "versions": _OBJECT,
     "created": _TEXT,

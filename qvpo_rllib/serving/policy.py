@@ -186,6 +186,9 @@ class BestOfKPolicy:
 class ServedPolicy(BestOfKPolicy):
     """The policy of a bundle.
 
+    Attributes:
+        parts: what flattens the environment's Dict or Tuple observation; None if it is a vector.
+
     Args:
         engine: as for `BestOfKPolicy`.
     """
@@ -195,3 +198,4 @@ class ServedPolicy(BestOfKPolicy):
     ) -> None:
         super().__init__(networks, description.action_scale, description.k_eval, engine)
         self.description = description
+        self.parts = description.parts

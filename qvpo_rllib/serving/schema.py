@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 # They bound memory and the time that one client can make others wait.
 MAX_BODY_BYTES = 4 * 2**20
@@ -13,6 +13,18 @@ MAX_SAMPLES = 8_192  # observations × k of a request: about a second at the pap
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Row = Annotated[list[Number], Field(min_length=1)]
+Named = Annotated[dict[str, Any], Field(min_length=1)]
+
+
+def _kind_of(row: Any) -> str:
+    return NAMED if isinstance(row, dict) else FLAT
+
+
+# A row's kind is decided first, so that a refusal speaks of that kind alone.
+FLAT, NAMED = "vector", "parts"
+Observation = Annotated[
+    Annotated[Row, Tag(FLAT)] | Annotated[Named, Tag(NAMED)], Discriminator(_kind_of)
+]
 
 
 class ActRequest(BaseModel):
@@ -20,8 +32,9 @@ class ActRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    observations: Annotated[list[Row], Field(min_length=1, max_length=MAX_ROWS)] = Field(
-        description="One observation per row, each as long as the model's obs_dim."
+    observations: Annotated[list[Observation], Field(min_length=1, max_length=MAX_ROWS)] = Field(
+        description="One observation per row: a vector as long as the model's obs_dim or, for a "
+        "model with obs_parts, an object with the parts by name."
     )
     k: Annotated[int, Field(ge=1, le=MAX_K)] | None = Field(
         default=None,
@@ -61,7 +74,10 @@ class ModelInfo(BaseModel):
     default: bool  # answers to the name alone
     env: str
     env_config: dict[str, Any]
+    frame_skip: int
+    wrappers: list[str]
     obs_dim: int
+    obs_parts: list[dict[str, Any]] | None  # of a Dict or Tuple observation, in order
     act_low: list[float]
     act_high: list[float]
     k_eval: int
@@ -84,7 +100,7 @@ def sentence_of(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     place = ""
     for part in first["loc"]:
-        if part == "function-after":
+        if part in ("function-after", FLAT, NAMED):
             continue
         place += f"[{part}]" if isinstance(part, int) else str(part)[:60]
     message = first["msg"].removesuffix(".")

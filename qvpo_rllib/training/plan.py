@@ -4,15 +4,17 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 import torch
+import yaml
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.env.env_context import EnvContext
 
 from qvpo_rllib.algorithms import AlgorithmEntry, entry_of
+from qvpo_rllib.core.env_config import decode_env_config, encode_env_config
 from qvpo_rllib.core.errors import EnvironmentFailure, UnusableOutcome
 from qvpo_rllib.core.options import (
     Options,
@@ -25,10 +27,13 @@ from qvpo_rllib.rollout import environments
 from qvpo_rllib.rollout.environments import filter_warnings
 from qvpo_rllib.rollout.episodes import try_a_step
 from qvpo_rllib.runtime.ray_private import environment_maker
+from qvpo_rllib.training.trackers import check_loggers
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_EPISODES = 10
+# Fields of a plan whose type `isinstance` does not take.
+OF_COLLECTIONS = {"hyperparameters": Mapping, "env_config": Mapping, "log": list | tuple}
 INTERVAL = re.compile(r"(\d+(?:\.\d+)?)(min)?")
 
 
@@ -50,6 +55,8 @@ class TrainingPlan:
     checkpoint_env_steps: int | None = None
     checkpoint_minutes: float | None = None
     keep_checkpoints: int = 1
+    env_config: dict[str, Any] = field(default_factory=dict)  # as `encode_env_config` gives it
+    log: Sequence[str] = ()  # trackers (`trackers.LOGGERS`)
 
     def __post_init__(self) -> None:
         entry_of(self.algo)
@@ -67,12 +74,13 @@ class TrainingPlan:
     def from_config(cls, config: Mapping[str, Any]) -> "TrainingPlan":
         """Returns the plan in the content of a `config.json`. Raises `ValueError`."""
         try:
-            for field in fields(cls):
-                kind: Any = Mapping if field.name == "hyperparameters" else field.type
-                value = config.get(field.name, field.default)
+            for declared in fields(cls):
+                name = declared.name
+                kind: Any = OF_COLLECTIONS.get(name, declared.type)
+                value = config.get(name, declared.default)
                 value = float(value) if kind is float and type(value) is int else value
                 if value is not MISSING and not isinstance(value, kind):
-                    raise TypeError(f"{field.name}={value!r} is not of the type {kind}")
+                    raise TypeError(f"{name}={value!r} is not of the type {kind}")
             return cls(**config)
         except TypeError as error:
             raise ValueError(
@@ -82,7 +90,14 @@ class TrainingPlan:
 
     def check(self) -> None:
         """Raises `ValueError` for an environment or options with which it would not run."""
-        check_environment(self.env)
+        wrapping: Any = self.hyperparameters
+        check_environment(
+            self.env,
+            decode_env_config(self.env_config),
+            wrapping.get("frame_skip", 1),
+            wrapping.get("wrappers", ()),
+        )
+        check_loggers(self.log)
         _ = self.config
 
     @property
@@ -113,7 +128,8 @@ class TrainingPlan:
     def config(self) -> AlgorithmConfig:
         """The validated RLlib configuration; env steps, not iterations, say when to evaluate."""
         config: AlgorithmConfig = self.algorithm.load().get_default_config()
-        config.environment(self.env).training(**self.hyperparameters)
+        config.environment(self.env, env_config=decode_env_config(self.env_config))
+        config.training(**self.hyperparameters)
         config.env_runners(
             num_env_runners=self.num_env_runners,
             num_envs_per_env_runner=self.num_envs_per_env_runner,
@@ -153,6 +169,8 @@ def make_plan(
     settings: Sequence[str],
     checkpoint_interval: str | None = None,
     keep_checkpoints: int = 1,
+    env_config: Sequence[str] = (),
+    log: Sequence[str] = (),
 ) -> TrainingPlan:
     """Returns a plan with presets, options and the task's own values resolved.
 
@@ -160,6 +178,7 @@ def make_plan(
         algo: a name in `ALGORITHMS`.
         settings: "key=value" strings, each an option of the algorithm.
         checkpoint_interval: "20000" (env steps) or "10min".
+        env_config: "key=value" strings, arguments of the environment; a value is YAML.
 
     Raises:
         ValueError: anything that would not run, named with what is allowed.
@@ -189,6 +208,8 @@ def make_plan(
         checkpoint_env_steps=checkpoint_env_steps,
         checkpoint_minutes=checkpoint_minutes,
         keep_checkpoints=keep_checkpoints,
+        env_config=encode_env_config(parse_env_config(env_config)),
+        log=tuple(log),
     )
     plan.check()
     return plan
@@ -218,7 +239,27 @@ def parse_settings(settings: Sequence[str], kind: type[Options]) -> dict[str, Op
     return values
 
 
-def check_environment(env: str, env_config: Mapping[str, Any] | None = None) -> None:
+def parse_env_config(settings: Sequence[str]) -> dict[str, Any]:
+    """Returns `["xml_file=ant.xml", "limits=[0, 1]"]` as a dict; values are read as YAML."""
+    values = {}
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator or not name.strip():
+            raise ValueError(f"--env-config {setting!r} is not of the form key=value.")
+        try:
+            values[name.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            what = " ".join(str(error).split())
+            raise ValueError(f"--env-config {setting!r}: the value is no YAML ({what}).") from None
+    return values
+
+
+def check_environment(
+    env: str,
+    env_config: Mapping[str, Any] | None = None,
+    frame_skip: int = 1,
+    wrappers: Sequence[str] = (),
+) -> None:
     """Makes the environment once and takes a step in it, before anything else starts.
 
     Raises:
@@ -226,7 +267,7 @@ def check_environment(env: str, env_config: Mapping[str, Any] | None = None) -> 
             returns what Gymnasium's API rules out.
     """
     filter_warnings()
-    make = environment_maker(env)
+    make = environment_maker(env, frame_skip, wrappers)
     try:
         made = make(EnvContext(env_config or {}, worker_index=0))
     except Exception as error:  # an environment's own code may raise anything

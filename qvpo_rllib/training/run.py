@@ -16,6 +16,7 @@ from qvpo_rllib.training.plan import TrainingPlan
 from qvpo_rllib.training.rows import RETURN, Row, evaluation_columns, metrics_row, number, points
 from qvpo_rllib.training.run_directory import RunDirectory
 from qvpo_rllib.training.status import TrainingStatus
+from qvpo_rllib.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class TrainingRun:
         self.last: float | None = None
         self._time_before_s = 0.0
         self._evaluating = False
+        self._trackers = Trackers(plan.log, directory.path, plan.to_dict())
         if resume:
             last = directory.checkpoint("last")
             _say_what_has_changed(Metadata.read(committed(last)), self.algorithm.metadata())
@@ -79,7 +81,7 @@ class TrainingRun:
                         next_evaluation = self._next_evaluation()
                         self._record_evaluation(row)
                     else:
-                        self.directory.metrics.append(row)
+                        self._append(row)
                         if self._clock.is_due(self.env_steps, time.monotonic()):
                             self._save(is_best=False)
             except KeyboardInterrupt:
@@ -89,7 +91,12 @@ class TrainingRun:
                 raise
 
     def close(self) -> None:
+        self._trackers.close(finished=self.env_steps >= self.plan.env_steps)
         self.algorithm.stop()
+
+    def _append(self, row: Row) -> None:
+        self.directory.metrics.append(row)
+        self._trackers.log(row)
 
     def _next_evaluation(self) -> int:
         """Returns the env steps of the next evaluation, at most the run's."""
@@ -129,7 +136,7 @@ class TrainingRun:
 
     def _record_evaluation(self, row: Row) -> None:
         is_best = self._evaluate(row)
-        self.directory.metrics.append(row)
+        self._append(row)
         self._save(is_best=is_best)
         self._draw()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.algorithms import ALGORITHMS, entry_of
+from qvpo_rllib.core.env_config import encode_env_config
 from qvpo_rllib.core.options import RUN_DEFAULTS, Options, Range, Setting
 from qvpo_rllib.training.plan import check_environment
 from qvpo_rllib.tuning.search_space import Distribution, parse_space
@@ -98,6 +99,7 @@ class ExperimentSpec:
     checkpoint_every: int  # evaluations
     checkpoint_replay: bool
     storage: str
+    env_config: dict[str, Any]  # arguments of every task's environment
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ExperimentSpec":
@@ -137,6 +139,10 @@ class ExperimentSpec:
         """As JSON has it; equal for equal experiments, wherever they are kept."""
         values = asdict(self)
         del values["storage"]
+        if not self.env_config:  # as experiments of earlier versions are recorded
+            del values["env_config"]
+        else:
+            values["env_config"] = encode_env_config(self.env_config)
         values["space"] = {name: str(d) for name, d in self.space.items()}
         return values
 
@@ -165,7 +171,7 @@ def _read(root: Section) -> ExperimentSpec:
         spec = ExperimentSpec(
             name=root.take("name", allow=NAME),
             algorithms=tuple(algorithms),
-            tasks=_tasks(root, defaults.env),
+            tasks=tuple(root.items("task", defaults.env)),
             seeds=seeds,
             env_steps=env_steps,
             preset=preset,
@@ -188,21 +194,28 @@ def _read(root: Section) -> ExperimentSpec:
             checkpoint_every=max(1, checkpoint_interval // interval),
             checkpoint_replay=checkpoints.flag("replay", True),
             storage=root.take("storage", "results", DIRECTORY),
+            env_config=dict(root.section("env_config").take_all()),
         )
     _check_steps(spec, checkpoint_interval)
     _check_search(spec)
     _check_options(spec)
+    _check_tasks(spec)
     return spec
 
 
-def _tasks(root: Section, default: str) -> tuple[str, ...]:
-    tasks = root.items("task", default)
-    for task in tasks:
-        try:
-            check_environment(task)
-        except ValueError as error:
-            raise SpecError((*root.key, "task"), str(error)) from error
-    return tuple(tasks)
+def _check_tasks(spec: ExperimentSpec) -> None:
+    """Every task must be an environment that suits, wrapped as its trials wrap it."""
+    try:
+        encode_env_config(spec.env_config)
+    except ValueError as error:
+        raise SpecError(("env_config",), str(error)) from error
+    every = [spec.options(a, s).to_dict() for a in spec.algorithms for s in spec.settings]
+    for task in spec.tasks:
+        for wrappers in dict.fromkeys(options["wrappers"] for options in every):
+            try:
+                check_environment(task, spec.env_config, wrappers=wrappers)
+            except ValueError as error:
+                raise SpecError(("task",), str(error)) from error
 
 
 def _per_algorithm(section: Section, algorithms: Sequence[str]) -> dict[str, Setting]:

@@ -21,6 +21,7 @@ from qvpo_rllib.algorithms import entry_of
 from qvpo_rllib.core.options import OptionValue, Setting
 from qvpo_rllib.runtime.base import SCORE
 from qvpo_rllib.runtime.ray_private import check_resources
+from qvpo_rllib.training.trackers import require
 from qvpo_rllib.tuning.interruption import PausingASHA, PausingFIFO, PausingPBT
 from qvpo_rllib.tuning.search_space import Planned
 from qvpo_rllib.tuning.spec import ExperimentSpec
@@ -64,7 +65,8 @@ def build_tuner(
             search_alg=search,
             scheduler=scheduler,
             num_samples=num_samples,
-            max_concurrent_trials=spec.max_concurrent,
+            # Tune limits a searcher so, but leaves `BasicVariantGenerator` to limit itself.
+            max_concurrent_trials=(spec.max_concurrent if spec.search.method == "optuna" else None),
             trial_name_creator=functools.partial(_trial_name, swept=spec.swept),
             trial_dirname_creator=functools.partial(_trial_name, swept=spec.swept),
         ),
@@ -85,6 +87,7 @@ def fixed_config(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
     return {
         **spec.options(algorithm).to_json(),
         "env": spec.tasks[0],
+        "env_config": spec.env_config,
         "seed": spec.seeds[0],
         "num_env_runners": spec.num_env_runners,
         "num_envs_per_env_runner": spec.num_envs_per_env_runner,
@@ -192,7 +195,11 @@ def _search(
     for name in points[0]:
         # Tune takes points only for what varies; it keeps the order of the points.
         space[name] = Planned([point[name] for point in points])
-    search = BasicVariantGenerator(points_to_evaluate=points, random_state=spec.search.seed)
+    search = BasicVariantGenerator(
+        points_to_evaluate=points,
+        max_concurrent=spec.max_concurrent or 0,
+        random_state=spec.search.seed,
+    )
     return search, len(points), _scheduler(spec, algorithm)
 
 
@@ -251,17 +258,6 @@ def _optuna(spec: ExperimentSpec) -> Searcher:
     # Optuna's own storage could not keep a list. Here Ray Tune pickles the search.
     warnings.filterwarnings("ignore", "Choices for a categorical distribution")
     return OptunaSearch(metric=EVALUATION, mode="max", seed=spec.search.seed)
-
-
-def require(package: str, wanted_by: str) -> None:
-    """Raises `ValueError` with the command that installs it if `package` is missing."""
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise ValueError(
-            f"{wanted_by} needs the package {package!r}, which is not installed. Install it with: "
-            f"pip install 'qvpo_rllib[{package}]'"
-        )
 
 
 def _checkpoints(spec: ExperimentSpec) -> tune.CheckpointConfig:
