@@ -105,7 +105,8 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         if env_specifier is None:
             found: tuple[Any, Any] = Algorithm._get_env_id_and_creator(None, config)
             return found
-        return env_specifier, environment_maker(env_specifier)
+        number = config.num_envs_per_env_runner if config.takes_vectors else None
+        return env_specifier, environment_maker(env_specifier, number)
 
     def setup(self, config: Any) -> None:
         if self.config.num_gpus and not torch.cuda.is_available():

@@ -6,6 +6,7 @@ An upgrade of Ray fails here in one place: `tests/test_private_ray.py` asserts w
 import contextlib
 import difflib
 import importlib
+import inspect
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,9 @@ from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.tune import Checkpoint
 from ray.tune.registry import ENV_CREATOR, _global_registry
+
+from qvpo_rllib.rollout.env_batch import as_batch
+from qvpo_rllib.rollout.environments import name_of
 
 logger = logging.getLogger(__name__)
 
@@ -119,26 +123,36 @@ def check_resources(needed: Mapping[str, float], advice: str) -> None:
     logger.warning("The Ray cluster is too small now: %s. This waits for more. %s", text, advice)
 
 
-def environment_maker(env: Any) -> Callable[[EnvContext], gym.Env[Any, Any]]:
+def environment_maker(env: Any, num_envs: int | None = None) -> Callable[[EnvContext], Any]:
     """Returns what makes an environment of its arguments: the same in training and afterwards.
+
+    A vector environment is made as an `EnvBatch`.
 
     Args:
         env: a class, which is called with the arguments as a dict; or a text: a name registered by
             `ray.tune.register_env`, an id of Gymnasium's, "module:Id-v0", or "module.Class".
+        num_envs: the sub-environments of a vector environment; what takes no argument `num_envs`
+            has its own number. None: of an id that makes both kinds, the single one.
 
     Raises:
         ValueError: nobody knows the text here; it names the nearest ids.
     """
+    create = _creator_of(env, num_envs)
+    return lambda context: as_batch(
+        create(context), f"{name_of(env)} (worker {context.worker_index})"
+    )
+
+
+def _creator_of(env: Any, num_envs: int | None) -> Callable[[EnvContext], Any]:
     if not isinstance(env, str):
-        return lambda context: env(context)
+        return lambda context: env(context, **_number_for(env, num_envs))
     if _global_registry.contains(ENV_CREATOR, env):
-        registered: Callable[[EnvContext], gym.Env[Any, Any]]
         registered = _global_registry.get(ENV_CREATOR, env)
-        return registered
+        return lambda context: registered(context, **_number_for(registered, num_envs))
     if env in gym.registry or ":" in env:
-        return lambda context: gym.make(env, **context)
+        return lambda context: _make_id(env, context, num_envs)
     if "." in env:
-        return lambda context: _class_at(env)(context)
+        return lambda context: (found := _class_at(env))(context, **_number_for(found, num_envs))
     latest = {(spec.namespace, spec.name): spec.id for spec in gym.registry.values()}
     close = difflib.get_close_matches(env, latest.values(), n=3, cutoff=0.5)
     suggestion = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
@@ -150,10 +164,47 @@ def environment_maker(env: Any) -> Callable[[EnvContext], gym.Env[Any, Any]]:
     )
 
 
-def _class_at(path: str) -> Callable[[EnvContext], gym.Env[Any, Any]]:
+def makes_vectors(env: Any) -> bool:
+    """Returns whether a class or an id makes vector environments alone.
+
+    What a registered function makes is known only when it has made one.
+
+    Raises:
+        ValueError: as `environment_maker`'s environments do.
+    """
+    if isinstance(env, str):
+        spec = gym.registry.get(env.rpartition(":")[2])
+        if _global_registry.contains(ENV_CREATOR, env) or spec is not None or ":" in env:
+            return spec is not None and spec.entry_point is None
+        env = _class_at(env)
+    return isinstance(env, type) and issubclass(env, gym.vector.VectorEnv)
+
+
+def _number_for(create: Any, num_envs: int | None) -> dict[str, int]:
+    """Returns the argument `num_envs` for a class or a function that takes one."""
+    try:
+        takes_it = "num_envs" in inspect.signature(create).parameters
+    except (TypeError, ValueError):  # not all that is written in C says
+        takes_it = False
+    return {"num_envs": num_envs or 1} if takes_it else {}
+
+
+def _make_id(env: str, context: EnvContext, num_envs: int | None) -> Any:
+    module, _, name = env.rpartition(":")
+    if module:
+        with contextlib.suppress(ImportError):  # which `gym.make` explains
+            importlib.import_module(module)
+    spec = gym.registry.get(name)
+    has_vector = spec is not None and spec.vector_entry_point is not None
+    if has_vector and (num_envs is not None or spec.entry_point is None):
+        return gym.make_vec(env, **{"num_envs": num_envs or 1, **context})
+    return gym.make(env, **context)
+
+
+def _class_at(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
-        found: Callable[[EnvContext], gym.Env[Any, Any]]
+        found: Callable[..., Any]
         found = getattr(importlib.import_module(module), name)
         return found
     except (ImportError, AttributeError) as error:

@@ -22,6 +22,7 @@ from qvpo_rllib.core.options import (
     require_at_least,
 )
 from qvpo_rllib.rollout import environments
+from qvpo_rllib.rollout.env_batch import EnvBatch, wrong_number
 from qvpo_rllib.rollout.environments import filter_warnings
 from qvpo_rllib.rollout.episodes import try_a_step
 from qvpo_rllib.runtime.ray_private import environment_maker
@@ -82,7 +83,9 @@ class TrainingPlan:
 
     def check(self) -> None:
         """Raises `ValueError` for an environment or options with which it would not run."""
-        check_environment(self.env)
+        takes_vectors = self.algorithm.load().config_class.takes_vectors
+        number = self.num_envs_per_env_runner if takes_vectors else None
+        check_environment(self.env, num_envs=number)
         _ = self.config
 
     @property
@@ -218,15 +221,20 @@ def parse_settings(settings: Sequence[str], kind: type[Options]) -> dict[str, Op
     return values
 
 
-def check_environment(env: str, env_config: Mapping[str, Any] | None = None) -> None:
+def check_environment(
+    env: str, env_config: Mapping[str, Any] | None = None, num_envs: int | None = None
+) -> None:
     """Makes the environment once and takes a step in it, before anything else starts.
+
+    Args:
+        num_envs: the sub-environments that a vector environment must have; None: any number.
 
     Raises:
         ValueError: it does not exist, cannot be made, raises, does not suit any algorithm here, or
             returns what Gymnasium's API rules out.
     """
     filter_warnings()
-    make = environment_maker(env)
+    make = environment_maker(env, num_envs)
     try:
         made = make(EnvContext(env_config or {}, worker_index=0))
     except Exception as error:  # an environment's own code may raise anything
@@ -234,6 +242,8 @@ def check_environment(env: str, env_config: Mapping[str, Any] | None = None) -> 
             f"The environment {env!r} could not be made: {type(error).__name__}: {error}"
         ) from error
     try:
+        if isinstance(made, EnvBatch) and num_envs not in (None, made.num_envs):
+            raise ValueError(wrong_number(made, num_envs))
         environments.check_environment(made, env)
         try_a_step(made, env)
     except (UnusableOutcome, EnvironmentFailure) as error:
