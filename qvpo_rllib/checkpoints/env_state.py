@@ -72,7 +72,11 @@ def _has_own_state(layer: Environment) -> bool:
 
 
 def _state_of(layer: Environment) -> Any:
-    return layer.__getstate__() if _has_own_state(layer) else dict(vars(layer))
+    if _has_own_state(layer):
+        return layer.__getstate__()
+    # Raises for an object whose state is, in part, not in its attributes but in C or C++.
+    object.__reduce_ex__(layer, 2)
+    return dict(vars(layer))
 
 
 def _set_state(layer: Environment, state: Any) -> None:

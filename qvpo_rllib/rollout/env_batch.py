@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from ray.rllib.env.vector_env import VectorEnv
@@ -94,8 +95,9 @@ class EnvBatch(VectorEnv):  # type: ignore[misc]
         return self.env.unwrapped
 
     @property
-    def spec(self) -> Any:
-        return self.env.spec
+    def spec(self) -> EnvSpec | None:
+        """Gymnasium's, if it was made by an id; what others call so is something else."""
+        return self.env.spec if isinstance(self.env.spec, EnvSpec) else None
 
     def get_sub_environments(self) -> list[Any]:
         """Returns the vector environment in the place of each sub-environment."""
