@@ -20,6 +20,7 @@ from vector_environments import MODES, Drawn, Own, singles
 from qvpo_rllib import QVPOConfig
 from qvpo_rllib.algorithms import ALGORITHMS
 from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
+from qvpo_rllib.checkpoints import worker_state
 from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError, UnusableOutcome
 from qvpo_rllib.core.seeding import environment_seed
 from qvpo_rllib.play.evaluation import evaluate_checkpoint
@@ -475,6 +476,21 @@ def test_a_run_goes_on_to_the_last_bit(
     expected = columns_of(original)
     for name, column in columns_of(restored).items():
         np.testing.assert_array_equal(column, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["sync", "own"])
+def test_resets_that_are_due_are_saved(kind: str) -> None:
+    """In the mode NEXT_STEP an episode that has ended begins with the next step."""
+    options = {"rollout_fragment_length": 1}
+    original, restored = (worker_of(lambda: vector("NEXT_STEP", kind), **options) for _ in range(2))
+    while not 0 < original.batch.waiting.sum() < NUM_ENVS:
+        original.collect(random_actions=True)
+    saved = worker_state.capture(original)
+    assert worker_state.restore(restored, saved.state, env_steps=9) == saved.not_captured == []
+    for _ in range(20):
+        expected, found = (w.collect(random_actions=True) for w in (original, restored))
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
 
 def test_a_run_whose_simulator_cannot_be_saved_begins_new_episodes(

@@ -121,16 +121,16 @@ class Elsewhere(Own):
 
 def sync(config: Any = None, num_envs: int = 3) -> SyncVectorEnv:
     """Gymnasium's own vector of `Drawn`, for `tune.register_env`."""
-    return _of(SyncVectorEnv, config, num_envs)
+    makers = (Drawn for _ in range(num_envs))  # cannot be pickled; `make_vec` gives such too
+    return SyncVectorEnv(makers, autoreset_mode=_mode(config))
 
 
 def processes(config: Any = None, num_envs: int = 3) -> AsyncVectorEnv:
-    return _of(AsyncVectorEnv, config, num_envs)
+    return AsyncVectorEnv([Drawn] * num_envs, autoreset_mode=_mode(config))
 
 
-def _of(kind: Any, config: Any, num_envs: int) -> Any:
-    mode = MODES[(config or {}).get("mode", "NEXT_STEP")]
-    return kind([Drawn] * num_envs, autoreset_mode=mode)
+def _mode(config: Any) -> AutoresetMode:
+    return MODES[(config or {}).get("mode", "NEXT_STEP")]
 
 
 def singles(number: int) -> Sequence[Drawn]:
