@@ -1,5 +1,6 @@
 """Environments in mid-episode as bytes, and back: the next steps are the same to the last bit."""
 
+import threading
 from typing import Any
 
 import gymnasium as gym
@@ -104,9 +105,18 @@ class WithGenerator(gym.Wrapper):
         self.frames = (i for i in range(3))
 
 
+class InC(gym.Wrapper, threading.local):
+    """A part of its state is where C put it, as of EnvPool's."""
+
+
 @pytest.mark.parametrize(
     ("wrapper", "reason"),
-    [(Handle, "in another process"), (Holding, "another environment"), (WithGenerator, "pickle")],
+    [
+        (Handle, "in another process"),
+        (Holding, "another environment"),
+        (WithGenerator, "pickle"),
+        (InC, "cannot pickle 'InC'"),
+    ],
 )
 def test_what_cannot_be_captured_says_why(wrapper: Any, reason: str) -> None:
     env = wrapper(gym.make("Pendulum-v1"))

@@ -19,6 +19,7 @@ from torch import Generator
 from qvpo_rllib.core.errors import ENDS_TRAINING, NonFiniteError
 from qvpo_rllib.core.seeding import Stream, environment_seed, spawn_seed
 from qvpo_rllib.rollout.callbacks import EpisodeCallbacks, LastStep, TrainingEpisode
+from qvpo_rllib.rollout.env_batch import EnvBatch
 from qvpo_rllib.rollout.environments import action_scale, name_of
 from qvpo_rllib.rollout.episodes import check_finite, environment_failure, run_episodes
 from qvpo_rllib.rollout.outcomes import OutcomeCheck
@@ -27,7 +28,7 @@ from qvpo_rllib.rollout.worker import episode_metrics, restart_of
 from qvpo_rllib.rollout.wrapping import env_steps_of
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.runtime.config import BaseConfig
-from qvpo_rllib.runtime.ray_private import make_episodes
+from qvpo_rllib.runtime.ray_private import make_episodes, makes_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -270,6 +271,7 @@ class OnRLlibConfig(BaseConfig):
     """Its `derive` turns the hyperparameters into RLlib's own settings."""
 
     honoured_too = frozenset({"metrics_episode_collection_timeout_s", "ignore_env_runner_failures"})
+    takes_vectors = False
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class)
@@ -277,6 +279,19 @@ class OnRLlibConfig(BaseConfig):
         # New minibatches in every epoch; RLlib's loader for several GPUs cuts a batch up once.
         self.simple_optimizer = True
         self.env_runners(env_runner_cls=SeededRolloutWorker)
+
+    def validate(self) -> None:
+        super().validate()
+        if makes_vectors(self.env):
+            raise _refuse_vector(name_of(self.env))
+
+
+def _refuse_vector(env: str) -> ValueError:
+    return ValueError(
+        f"{env} is a vector environment (gymnasium.vector.VectorEnv), which RLlib's own rollout "
+        "workers cannot step: they make num_envs_per_env_runner single environments. PPO, SPO and "
+        "SAC need a single environment; QVPO, DIPO, QSM and TD3 take this one."
+    )
 
 
 class OnRLlibAlgorithm(BaseAlgorithm):
@@ -286,6 +301,12 @@ class OnRLlibAlgorithm(BaseAlgorithm):
         super().setup(config)
         group = self.env_runner_group
         group.foreach_env_runner = _raising(group.foreach_env_runner)
+
+    @staticmethod
+    def validate_env(env: Any, env_context: Any) -> None:
+        if isinstance(env, EnvBatch):
+            raise _refuse_vector(env.where)
+        BaseAlgorithm.validate_env(env, env_context)
 
     @property
     def updates(self) -> int:

@@ -64,11 +64,11 @@ def restore(worker: ColumnarRolloutWorker, packed: bytes, env_steps: int) -> lis
         pa.decompress(packed[LENGTH_BYTES:], num_bytes, CODEC, asbytes=True)
     )
     envs = state["envs"]
-    if len(envs) != len(worker.envs):
+    before = len(state["progress"]["lengths"])
+    if (len(envs), before) != (len(worker.envs), worker.num_envs):
         worker.restart_streams(env_steps)
         return [
-            f"worker {worker.worker_index}: it has {len(worker.envs)} environments, but had "
-            f"{len(envs)}"
+            f"worker {worker.worker_index}: it has {worker.num_envs} environments, but had {before}"
         ]
     worker.set_progress(state["progress"])
     restore_generator(worker.policy.generator, state["actions"])
@@ -87,4 +87,5 @@ def restore(worker: ColumnarRolloutWorker, packed: bytes, env_steps: int) -> lis
 
 
 def _name(worker: ColumnarRolloutWorker, i: int) -> str:
-    return f"worker {worker.worker_index}, environment {i}"
+    which = f"environment {i}" if worker.batch is None else "vector environment"
+    return f"worker {worker.worker_index}, {which}"

@@ -18,6 +18,7 @@ from qvpo_rllib.core.observation_parts import ObservationParts
 from qvpo_rllib.core.options import require_at_least
 from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.play.trained_policy import TrainedPolicy, is_bundle
+from qvpo_rllib.rollout.env_batch import EnvBatch
 from qvpo_rllib.rollout.episodes import Episode, Hooks, run_episodes
 from qvpo_rllib.rollout.wrapping import observation_parts
 from qvpo_rllib.runtime.ray_private import environment_maker
@@ -238,13 +239,24 @@ def _play(
     env_id, env_config, frame_skip, wrappers, parts = task
     check_environment(env_id, env_config, frame_skip, wrappers)
     rendering = {} if record is None else {"render_mode": "rgb_array"}
-    make = environment_maker(env_id, frame_skip, wrappers)
+    number = min(episodes, MAX_ENVS if record is None else 1)
+    make = environment_maker(
+        env_id, frame_skip, wrappers, num_envs=number if record is None else None
+    )
     context = EnvContext(env_config | rendering, worker_index=0)
-    envs = [make(context) for _ in range(min(episodes, MAX_ENVS if record is None else 1))]
+    first = make(context)
+    envs = [first]
     step_number = itertools.count()
     try:
-        space = envs[0].action_space
-        found = (envs[0].observation_space.shape[0], space.low.tolist(), space.high.tolist())
+        if isinstance(first, EnvBatch) and record is not None:
+            raise ValueError(
+                f"{env_id} cannot be recorded: it is a vector environment, which has no picture of "
+                "one episode. qvpo evaluate plays it."
+            )
+        if not isinstance(first, EnvBatch):
+            envs += [make(context) for _ in range(number - 1)]
+        space = first.action_space
+        found = (first.observation_space.shape[0], space.low.tolist(), space.high.tolist())
         if found != shapes:
             raise ValueError(
                 f"{env_id} has observation size and action bounds {found} here, but the policy was "
@@ -263,12 +275,12 @@ def _play(
             return act(obs, noise_seed), None
 
         return run_episodes(
-            envs,
+            first if isinstance(first, EnvBatch) else envs,
             act_and_count,
             _InBox(space.low, space.high),
             episode_seeds(seed, 0, episodes),
             env_id,
-            record(envs[0], env_id) if record is not None else None,
+            record(first, env_id) if record is not None else None,
         )
     finally:
         for env in envs:

@@ -9,6 +9,7 @@ import mujoco
 import numpy as np
 
 from qvpo_rllib.core.action_scale import ActionScale
+from qvpo_rllib.rollout.env_batch import EnvBatch
 from qvpo_rllib.rollout.families import family_of
 from qvpo_rllib.rollout.observation_spaces import why_unsuited
 
@@ -22,11 +23,19 @@ def name_of(env: Any) -> str:
     return f"{env.__module__}.{env.__qualname__}" if isinstance(env, type) else str(env)
 
 
-def layers_of(env: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
-    """Returns the environment's wrappers, outermost first, and the environment itself."""
-    layers: list[gym.Env[Any, Any]] = [env]
-    while isinstance(layers[-1], gym.Wrapper):
+def layers_of(env: Any) -> list[Any]:
+    """Returns the environment's wrappers, outermost first, and the environment itself.
+
+    Those of a vector environment are followed by the layers of its sub-environments, if it holds
+    them in this process.
+    """
+    layers = [env.env if isinstance(env, EnvBatch) else env]
+    while isinstance(layers[-1], gym.Wrapper | gym.vector.VectorWrapper):
         layers.append(layers[-1].env)
+    if isinstance(layers[-1], gym.vector.VectorEnv):
+        held = getattr(layers[-1], "envs", None)
+        held = held if isinstance(held, list | tuple) else []
+        layers += [layer for e in held if isinstance(e, gym.Env) for layer in layers_of(e)]
     return layers
 
 
@@ -49,7 +58,12 @@ def check_environment(env: gym.Env[Any, Any], name: str) -> None:
 
 
 def has_time_limit(env: gym.Env[Any, Any]) -> bool:
-    """Returns whether a wrapper cuts episodes off; environments that do so themselves may not."""
+    """Returns whether a wrapper cuts episodes off, or a vector environment's id says that it does.
+
+    Environments may do so without either.
+    """
+    if isinstance(env, EnvBatch) and env.spec and env.spec.max_episode_steps:
+        return True
     return any(isinstance(layer, gym.wrappers.TimeLimit) for layer in layers_of(env))
 
 
@@ -69,7 +83,12 @@ def _warn_of_endless_episodes(name: str) -> None:
     )
 
 
-RUNNING_STATISTICS = (gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward)
+RUNNING_STATISTICS = (
+    gym.wrappers.NormalizeObservation,
+    gym.wrappers.NormalizeReward,
+    gym.wrappers.vector.NormalizeObservation,
+    gym.wrappers.vector.NormalizeReward,
+)
 
 
 def _refuse_running_statistics(env: gym.Env[Any, Any]) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qvpo_rllib.core.action_scale import ActionScale
 from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
+from qvpo_rllib.rollout.env_batch import EnvBatch, info_of
 from qvpo_rllib.rollout.environments import MAX_EPISODE_STEPS, has_time_limit
 from qvpo_rllib.rollout.outcomes import OutcomeCheck
 from qvpo_rllib.rollout.wrapping import env_steps_of
@@ -25,6 +26,11 @@ Act = Callable[[NDArray[np.float32]], tuple[NDArray[np.floating], NDArray[np.flo
 
 
 Reset = Callable[[], tuple[Any, dict[str, Any]]]  # of an environment: observation and info
+
+
+def already(obs: NDArray[np.float32], info: dict[str, Any]) -> Reset:
+    """Returns the reset of a sub-environment that its vector environment has reset already."""
+    return lambda: (obs, info)
 
 
 class Hooks:
@@ -82,18 +88,23 @@ def environment_failure(where: str, error: Exception, env_steps: int) -> Environ
     )
 
 
-def try_a_step(env: gym.Env[Any, Any], where: str) -> None:
+def try_a_step(env: gym.Env[Any, Any] | EnvBatch, where: str) -> None:
     """Resets `env` and takes a step in the middle of its box, to see what it returns.
 
     Raises:
         UnusableOutcome, EnvironmentFailure: as `run_episodes` does.
     """
-    space, check = env.action_space, OutcomeCheck(env, where)
+    space = env.action_space
     assert isinstance(space, gym.spaces.Box)
-    step = 0
+    middle = ActionScale(space.low, space.high).to_env(np.zeros(space.shape))
+    if isinstance(env, EnvBatch):
+        env.reset_all(list(range(env.num_envs)))
+        env.step(np.stack([middle] * env.num_envs))
+        return
+    check, step = OutcomeCheck(env, where), 0
     try:
         first, step = env.reset(seed=0), 1
-        second = env.step(((space.low.astype(np.float64) + space.high) / 2).astype(space.dtype))
+        second = env.step(middle)
     except Exception as error:
         raise environment_failure(where, error, step) from error
     check.reset(first)
@@ -101,7 +112,7 @@ def try_a_step(env: gym.Env[Any, Any], where: str) -> None:
 
 
 def run_episodes(
-    envs: Sequence[gym.Env[Any, Any]],
+    envs: Sequence[gym.Env[Any, Any]] | EnvBatch,
     act: Act,
     scale: ActionScale,
     seeds: Sequence[int],
@@ -112,8 +123,9 @@ def run_episodes(
     """Returns one whole episode per seed, in the order of the seeds.
 
     Environment i plays a quota of them, i, i + E, i + 2E, …: if playing ended with the first N that
-    finish, short episodes would be favoured. An environment that declares no time limit is cut off
-    after `MAX_EPISODE_STEPS`.
+    finish, short episodes would be favoured. A vector environment is reset with E of the seeds, and
+    again with the next ones when each sub-environment has played one episode. An environment that
+    declares no time limit is cut off after `MAX_EPISODE_STEPS`.
 
     Args:
         name: of the environment, in messages.
@@ -124,6 +136,8 @@ def run_episodes(
         UnusableOutcome: an environment returned what its spaces or Gymnasium's API rule out.
         EnvironmentFailure: an environment raised anything, twice if it was restarted.
     """
+    if isinstance(envs, EnvBatch):
+        return _run_rounds(envs, act, scale, seeds, name, hooks or Hooks())
     players = [
         _Player(envs, i, seeds, name, hooks or Hooks(), restart)
         for i in range(min(len(envs), len(seeds)))
@@ -136,22 +150,119 @@ def run_episodes(
             player.step(actions[row], scale, None if q is None else float(q[row]))
         if time.monotonic() - reported_s > REPORT_EVERY_S:
             reported_s = time.monotonic()
-            done, longest = (
-                sum(len(p.episodes) for p in players),
-                max(len(p.rewards) for p in players),
-            )
-            logger.info(
-                f"{name}: {done} of {len(seeds)} episodes have ended; the longest under way is at "
-                f"step {longest:,}."
-            )
-    cut_off = sum(player.cut_off for player in players)
+            done = sum(len(p.episodes) for p in players)
+            _report(name, done, len(seeds), max(len(p.rewards) for p in players))
+    _warn_of_cut_off(name, sum(player.cut_off for player in players), len(seeds))
+    return [players[i % len(players)].episodes[i // len(players)] for i in range(len(seeds))]
+
+
+def _report(name: str, done: int, episodes: int, longest: int) -> None:
+    logger.info(
+        f"{name}: {done} of {episodes} episodes have ended; the longest under way is at step "
+        f"{longest:,}."
+    )
+
+
+def _warn_of_cut_off(name: str, cut_off: int, episodes: int) -> None:
     if cut_off:
         logger.warning(
-            f"{name}: {cut_off} of {len(seeds)} episodes were cut off after {MAX_EPISODE_STEPS:,} "
+            f"{name}: {cut_off} of {episodes} episodes were cut off after {MAX_EPISODE_STEPS:,} "
             "steps, since the environment declares no time limit. Register it with "
             "max_episode_steps, or wrap it in gymnasium.wrappers.TimeLimit."
         )
-    return [players[i % len(players)].episodes[i // len(players)] for i in range(len(seeds))]
+
+
+def _run_rounds(
+    batch: EnvBatch, act: Act, scale: ActionScale, seeds: Sequence[int], name: str, hooks: Hooks
+) -> list[Episode]:
+    """`run_episodes` in a vector environment: a round is one episode of each sub-environment.
+
+    Those that end first go on, unwatched, until the last has ended: only a reset of all takes
+    seeds in every autoreset mode.
+    """
+    episodes: list[Episode] = []
+    cut_off = 0
+    limit = math.inf if has_time_limit(batch) else MAX_EPISODE_STEPS
+    while len(episodes) < len(seeds):
+        own = seeds[len(episodes) : len(episodes) + batch.num_envs]
+        for_all = [own[i % len(own)] for i in range(batch.num_envs)]
+        round_ = _Round(batch, len(own), for_all, name, hooks, limit)
+        reported_s = time.monotonic()
+        while round_.live:
+            actions, q = act(round_.obs[round_.live])
+            round_.step(actions, scale, q)
+            if time.monotonic() - reported_s > REPORT_EVERY_S:
+                reported_s = time.monotonic()
+                done = len(episodes) + len(round_.ended)
+                _report(name, done, len(seeds), round_.step_number)
+        episodes += [round_.ended[i] for i in range(len(own))]
+        cut_off += round_.cut_off
+    _warn_of_cut_off(name, cut_off, len(seeds))
+    return episodes
+
+
+class _Round:
+    """One episode in each of the first `number` sub-environments of a vector environment.
+
+    Attributes:
+        live: sub-environments whose episode is under way; all are at the step `step_number`.
+        obs: [E, O], of all sub-environments.
+        ended: episodes by sub-environment.
+    """
+
+    def __init__(
+        self,
+        batch: EnvBatch,
+        number: int,
+        seeds: list[int],
+        name: str,
+        hooks: Hooks,
+        limit: float,
+    ) -> None:
+        self._batch, self._name, self._hooks, self._limit = batch, name, hooks, limit
+        space = batch.action_space
+        middle = ActionScale(space.low, space.high).to_env(np.zeros(space.shape))
+        self._idle = np.stack([middle] * batch.num_envs)  # actions of those that have ended
+        self.live, self.step_number = list(range(number)), 0
+        self.ended: dict[int, Episode] = {}
+        self.cut_off = 0
+        self._rewards: list[list[float]] = [[] for _ in self.live]
+        self._q: list[list[float]] = [[] for _ in self.live]
+        self.obs, infos = batch.reset_all(seeds)
+        for i in self.live:
+            check_finite(self.obs[i], "observation", name, 0)
+            hooks.start(i, already(self.obs[i], info_of(infos, i)))
+
+    def step(
+        self,
+        actions: NDArray[np.floating],
+        scale: ActionScale,
+        q: NDArray[np.floating] | None,
+    ) -> None:
+        """Takes a step with actions [live, A]; the other sub-environments go on unwatched."""
+        check_finite(actions, "action", self._name, self.step_number)
+        all_actions = self._idle.copy()
+        all_actions[self.live] = scale.to_env(actions)
+        step = self._batch.step(all_actions)
+        self.step_number += 1
+        self.obs = step.obs
+        for row, i in enumerate(self.live):
+            obs, reward = step.next_obs[i], float(step.rewards[i])
+            check_finite(obs, "observation", self._name, self.step_number)
+            check_finite(reward, "reward", self._name, self.step_number)
+            self._rewards[i].append(reward)
+            if q is not None:
+                self._q[i].append(float(q[row]))
+            self._hooks.step(i, actions[row], obs, reward, step.info(i))
+            if step.ended[i] or self.step_number >= self._limit:
+                self.cut_off += not step.ended[i]
+                self._end(i, bool(step.terminated[i]))
+        self.live = [i for i in self.live if i not in self.ended]
+
+    def _end(self, i: int, terminated: bool) -> None:
+        rewards, q = self._rewards[i], self._q[i]
+        extras = self._hooks.end(i)
+        self.ended[i] = Episode(sum(rewards), len(rewards), extras, terminated, rewards, q)
 
 
 class _Player:

@@ -12,9 +12,22 @@ from qvpo_rllib.rollout.wrapping import Misfit
 
 # Observation, reward, terminated, truncated, info.
 Step = tuple[NDArray[Any], float, bool, bool, dict[str, Any]]
+# The same of E sub-environments: [E, O], [E], [E], [E].
+BatchStep = tuple[
+    NDArray[np.float32],
+    NDArray[np.float64],
+    NDArray[np.bool_],
+    NDArray[np.bool_],
+    dict[str, Any],
+]
 
 RESET_API = "reset(seed=…, options=…) returns (observation, info), info a dict"
 STEP_API = "step(action) returns (observation, reward, terminated, truncated, info)"
+BATCH_RESET_API = "reset(seed=…, options=…) of a vector environment returns (observations, infos)"
+BATCH_STEP_API = (
+    "step(actions) of a vector environment returns (observations, rewards, terminations, "
+    "truncations, infos)"
+)
 
 
 class OutcomeCheck:
@@ -98,6 +111,79 @@ class OutcomeCheck:
             f"{self._where}: {when} returned {found}, but {wanted}. Correct the environment; "
             "gymnasium.utils.env_checker.check_env(env) looks for more of this kind."
         )
+
+
+class BatchCheck:
+    """Checks and copies what a vector environment returns, of all its sub-environments at once.
+
+    Args:
+        space: the observations' space of one sub-environment.
+        where: names the environment in messages.
+    """
+
+    def __init__(self, space: gym.Space, num_envs: int, where: str) -> None:
+        self._space, self._num_envs, self._where = space, num_envs, where
+
+    def reset(self, returned: Any) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Returns observations [E, O] and infos of a reset. Raises `UnusableOutcome`."""
+        two = isinstance(returned, tuple) and len(returned) == 2
+        if not two or not isinstance(returned[1], dict):
+            raise self.error("its reset", _describe(returned), f"{BATCH_RESET_API}, infos a dict")
+        return self._observations(returned[0], "its reset", self._num_envs), returned[1]
+
+    def step(self, returned: Any) -> BatchStep:
+        """Returns the parts of a step. Raises `UnusableOutcome`."""
+        when, number = "its step", self._num_envs
+        if not isinstance(returned, tuple) or len(returned) != 5:
+            raise self.error(when, _describe(returned), BATCH_STEP_API)
+        observed, *columns, infos = returned
+        obs = self._observations(observed, when, number)
+        numbers = []
+        names = ("rewards", "terminations", "truncations")
+        for name, column in zip(names, columns, strict=True):
+            found = _plain(column)
+            if found.shape != (number,) or found.dtype.kind not in NUMBERS:
+                wanted = f"{BATCH_STEP_API}, and {name} are {number} numbers, of shape ({number},)"
+                raise self.error(when, f"{name} as {_describe(column)}", wanted)
+            numbers.append(found)
+        if not isinstance(infos, dict):
+            wanted = f"{BATCH_STEP_API}, infos a dict"
+            raise self.error(when, f"infos as {_describe(infos)}", wanted)
+        return obs, numbers[0].astype(float), numbers[1] != 0, numbers[2] != 0, infos
+
+    def final_obs(self, infos: dict[str, Any], ended: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Returns the last observations of the sub-environments that have ended, [number, O]."""
+        rows, name = np.flatnonzero(ended), "infos['final_obs']"
+        try:
+            found = [infos["final_obs"][i] for i in rows]
+        except (KeyError, IndexError, TypeError):
+            raise self.error(
+                "its step",
+                f"infos with {', '.join(infos) or 'no names'} at an episode's end",
+                f"the autoreset mode is SAME_STEP, and {name} has the last observations",
+            ) from None
+        return self._observations(found, f"{name} of its step", len(rows))
+
+    def _observations(self, observed: Any, when: str, number: int) -> NDArray[np.float32]:
+        plain, shape = _plain(observed), (number, *(self._space.shape or ()))
+        if plain.shape != shape or plain.dtype.kind not in NUMBERS:
+            declared = f"{number} sub-environments with the space {self._space} have shape {shape}"
+            raise self.error(when, f"the observations {_describe(observed)}", declared)
+        return plain.astype(np.float32)
+
+    def error(self, when: str, found: str, wanted: str) -> UnusableOutcome:
+        """Returns the error for what the environment returned."""
+        return UnusableOutcome(
+            f"{self._where}: {when} returned {found}, but {wanted}. Correct the vector environment."
+        )
+
+
+def _plain(value: Any) -> NDArray[Any]:
+    """Returns an array, of objects where it is none of numbers."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        return np.array(None)
 
 
 def _number(value: Any) -> float:

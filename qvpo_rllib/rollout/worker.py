@@ -16,6 +16,7 @@ from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
 from qvpo_rllib.core.errors import ENDS_TRAINING
 from qvpo_rllib.core.seeding import Stream, environment_seed, sequence, spawn_seed
 from qvpo_rllib.rollout.callbacks import AGENT, EpisodeCallbacks
+from qvpo_rllib.rollout.env_batch import EnvBatch, check_number, info_of
 from qvpo_rllib.rollout.environments import (
     action_scale,
     check_spaces,
@@ -24,6 +25,7 @@ from qvpo_rllib.rollout.environments import (
 )
 from qvpo_rllib.rollout.episodes import (
     Episode,
+    already,
     check_finite,
     environment_failure,
     run_episodes,
@@ -48,25 +50,45 @@ class Fragment(NamedTuple):
     process: str  # `process_id` of the sender
 
 
+class _Rows(NamedTuple):
+    """Where the outcomes of one step of E environments go: views of a fragment's columns."""
+
+    next_obs: NDArray[np.float32]  # [E, O]
+    rewards: NDArray[np.float32]  # [E]
+    terminateds: NDArray[np.bool_]
+    truncateds: NDArray[np.bool_]
+
+
 class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
     """RLlib's `RolloutWorker` with a flat loop over its environments in place of the sampler.
 
     A fragment is `rollout_fragment_length` steps of each environment, ordered by time and then by
-    environment. Observations and rewards are float32, actions are in [-1, 1].
+    environment. Observations and rewards are float32, actions are in [-1, 1]. A vector environment
+    is stepped as one batch; a sub-environment that it resets in the place of a step has no row.
+
+    Attributes:
+        batch: the vector environment, if it is one; None: `envs` are stepped one by one.
+        envs: the environments whose state a checkpoint holds.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         filter_warnings()
         super().__init__(**kwargs)
         self.envs = self.async_env.get_sub_environments() if self.async_env is not None else []
-        self.stepper = EnvStepper(self.envs, allowed_threads())
+        self.num_envs = len(self.envs)
+        self.batch = self.env if isinstance(self.env, EnvBatch) else None
+        if self.batch is not None:
+            check_number(self.batch, self.config)
+            self.envs = [self.batch.env]
+        singles = self.envs if self.batch is None else []
+        self.stepper = EnvStepper(singles, allowed_threads())
         self.fragment_length: int = self.config.get_rollout_fragment_length(self.worker_index)
         self._obs: NDArray[np.float32] | None = None
-        self._returns = np.zeros(len(self.envs))
-        self._lengths = np.zeros(len(self.envs), dtype=np.int64)
+        self._returns = np.zeros(self.num_envs)
+        self._lengths = np.zeros(self.num_envs, dtype=np.int64)
         self._finished: list[RolloutMetrics] = []
         self._num_restarted = 0  # environments, since `restart_streams`
-        self._checks = [OutcomeCheck(env, self._where(i)) for i, env in enumerate(self.envs)]
+        self._checks = [OutcomeCheck(env, self._where(i)) for i, env in enumerate(singles)]
         self._hooks = EpisodeCallbacks(self)
         self._process_id = uuid.uuid4().hex
         self._failed = False
@@ -76,8 +98,9 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         self.restart_streams(0)
         if self.envs:
             # Of the environment itself: RLlib would change what it shows the policy.
-            check_spaces(self.envs[0].observation_space, self.envs[0].action_space)
-            self.scale = action_scale(self.envs[0].action_space)
+            one = self.batch or self.envs[0]
+            check_spaces(one.observation_space, one.action_space)
+            self.scale = action_scale(one.action_space)
 
     @property
     def policy(self) -> AnyPolicy:
@@ -98,8 +121,8 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         )
         # Half the range of int64 is left for the episodes that follow.
         first = spawn_seed(self.config.seed, Stream.EPISODES, env_steps, self.worker_index) // 2
-        self._episodes = first + np.arange(len(self.envs))  # the number of each one's episode
-        self._next_episode = first + len(self.envs)
+        self._episodes = first + np.arange(self.num_envs)  # the number of each one's episode
+        self._next_episode = first + self.num_envs
         if not self.policy.is_learner:  # the learner's policy restores its own
             self.policy.seed_actions(env_steps)
 
@@ -115,6 +138,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             "warmup": self._warmup,
             "episodes": (self._episodes, self._next_episode),
             "hooks": self._hooks.state(),
+            "waiting": None if self.batch is None else self.batch.waiting,
         }
 
     def set_progress(self, progress: dict[str, Any]) -> None:
@@ -128,10 +152,17 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             "episodes", (self._episodes, self._next_episode)
         )
         self._hooks.set_state(progress["hooks"])
+        if self.batch is not None and progress.get("waiting") is not None:
+            self.batch.waiting = progress["waiting"]
 
     def start_episode(self, i: int, env_steps: int) -> None:
-        """Begins a new episode in environment `i` of a run that goes on at `env_steps`."""
+        """Begins a new episode in environment `i` of a run that goes on at `env_steps`.
+
+        Of a vector environment all sub-environments begin one.
+        """
         self._started_at = env_steps
+        if self.batch is not None:
+            self._obs = None
         if self._obs is not None:  # otherwise every environment is about to begin one
             self._obs[i] = self._begin(i, self._env_seed(i))
 
@@ -157,29 +188,23 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         if weights is not None:
             self.policy.set_weights(weights)
         if self._obs is None:
-            self._obs = np.stack([self._begin(i, self._env_seed(i)) for i in range(len(self.envs))])
-        shape = (self.fragment_length, len(self.envs))
+            self._obs = self._begin_all()
+        shape = (self.fragment_length, self.num_envs)
         obs = np.empty((*shape, self._obs.shape[1]), np.float32)
         next_obs = np.empty_like(obs)
         actions = np.empty((*shape, self.policy.act_dim), np.float32)
         rewards = np.empty(shape, np.float32)
         terminateds, truncateds = np.empty(shape, bool), np.empty(shape, bool)
         episodes, steps = np.empty(shape, np.int64), np.empty(shape, np.int64)
-        lost: list[int] = []  # rows whose environment raised
+        lost: list[int] = []  # rows of environments that raised, or were reset instead of stepped
         for step in range(self.fragment_length):
+            self._begin_waiting()
             obs[step], episodes[step], steps[step] = self._obs, self._episodes, self._lengths
             actions[step] = self._act(random_actions)
-            env_actions = self.scale.to_env(actions[step])
             lengths = self._lengths + 1
-            for i, outcome in enumerate(self.stepper.step(env_actions)):
-                if isinstance(outcome, Exception):
-                    self._drop_episode(i, outcome)
-                    lost.append(step * len(self.envs) + i)
-                    next_obs[step, i], rewards[step, i] = 0, 0
-                    continue
-                next_obs[step, i], rewards[step, i], terminateds[step, i], truncateds[step, i] = (
-                    self._take(i, actions[step, i], outcome)
-                )
+            rows = _Rows(next_obs[step], rewards[step], terminateds[step], truncateds[step])
+            take_step = self._step_each if self.batch is None else self._step_batch
+            lost += [step * self.num_envs + i for i in take_step(actions[step], rows)]
             # A check of each environment alone would take as long as the rest of the loop.
             if not (np.isfinite(next_obs[step]).all() and np.isfinite(rewards[step]).all()):
                 self._refuse_non_finite(next_obs[step], rewards[step], lengths)
@@ -253,7 +278,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
 
         try:
             episodes = run_episodes(
-                self.envs,
+                self.batch or self.envs,
                 act,
                 self.scale,
                 seeds,
@@ -285,7 +310,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
 
     def _act(self, random_actions: bool) -> NDArray[np.float32]:
         if random_actions:
-            shape = (len(self.envs), self.policy.act_dim)
+            shape = (self.num_envs, self.policy.act_dim)
             return self._warmup.uniform(-1, 1, shape).astype(np.float32)
         assert self._obs is not None
         actions = self.policy.act(self._obs, explore=True)
@@ -293,6 +318,71 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
             bad = int(np.argmin(np.isfinite(actions).all(axis=1)))
             check_finite(actions[bad], "action", self._where(bad), int(self._lengths[bad]))
         return actions
+
+    def _step_each(self, actions: NDArray[np.float32], rows: _Rows) -> list[int]:
+        """Steps the environments one by one; returns those that raised and have no outcome."""
+        missing = []
+        for i, outcome in enumerate(self.stepper.step(self.scale.to_env(actions))):
+            if isinstance(outcome, Exception):
+                self._drop_episode(i, outcome)
+                missing.append(i)
+                rows.next_obs[i], rows.rewards[i] = 0, 0
+                continue
+            rows.next_obs[i], rows.rewards[i], rows.terminateds[i], rows.truncateds[i] = self._take(
+                i, actions[i], outcome
+            )
+        return missing
+
+    def _step_batch(self, actions: NDArray[np.float32], rows: _Rows) -> list[int]:
+        """Steps the vector environment; returns the sub-environments that it reset instead."""
+        assert self.batch is not None
+        step = self.batch.step(self.scale.to_env(actions))
+        stepped = ~step.skipped
+        rows.next_obs[:] = np.where(stepped[:, None], step.next_obs, 0)
+        rows.rewards[:] = np.where(stepped, step.rewards, 0)
+        rows.terminateds[:], rows.truncateds[:] = step.terminated, step.truncated
+        self._lengths[stepped] += 1
+        self._returns[stepped] += step.rewards[stepped]
+        if self._hooks.wanted:
+            for i in np.flatnonzero(stepped).tolist():
+                reward = float(step.rewards[i])
+                self._hooks.step(i, actions[i], rows.next_obs[i].copy(), reward, step.info(i))
+        for i in np.flatnonzero(step.ended).tolist():
+            self._finish(i)
+        self._begin_batch(step.obs, step.begun, step.first_infos)
+        return np.flatnonzero(step.skipped).tolist()
+
+    def _begin_waiting(self) -> None:
+        """Begins the next episodes if all sub-environments have ended and wait for a step."""
+        if self.batch is not None and self.batch.waiting.all():
+            no_action = np.zeros((self.num_envs, self.policy.act_dim))
+            step = self.batch.step(self.scale.to_env(no_action))
+            self._begin_batch(step.obs, step.begun, step.first_infos)
+
+    def _begin_all(self) -> NDArray[np.float32]:
+        """Begins an episode in every environment and returns the first observations."""
+        seeds = [self._env_seed(i) for i in range(self.num_envs)]
+        if self.batch is None:
+            return np.stack([self._begin(i, seed) for i, seed in enumerate(seeds)])
+        obs, infos = self.batch.reset_all(seeds)
+        self._begin_batch(obs, np.ones(self.num_envs, bool), infos)
+        return obs
+
+    def _begin_batch(
+        self, obs: NDArray[np.float32], begun: NDArray[np.bool_], infos: dict[str, Any]
+    ) -> None:
+        """Acts on `obs` from now on, and counts from 0 in the sub-environments that have begun."""
+        self._obs = obs
+        self._returns[begun], self._lengths[begun] = 0.0, 0
+        number = int(begun.sum())
+        self._episodes[begun] = self._next_episode + np.arange(number)
+        self._next_episode += number
+        if not np.isfinite(obs[begun]).all():
+            for i in np.flatnonzero(begun).tolist():
+                check_finite(obs[i], "observation", self._where(i), 0)
+        if self._hooks.wanted:
+            for i in np.flatnonzero(begun).tolist():
+                self._hooks.start(i, already(obs[i].copy(), info_of(infos, i)))
 
     def _take(
         self, i: int, action: NDArray[np.float32], outcome: Outcome
@@ -315,13 +405,15 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
     def _refuse_non_finite(
         self, obs: NDArray[np.float32], rewards: NDArray[np.float32], lengths: NDArray[np.int64]
     ) -> None:
-        for i in range(len(self.envs)):
+        for i in range(self.num_envs):
             check_finite(obs[i], "observation", self._where(i), int(lengths[i]))
             check_finite(rewards[i], "reward", self._where(i), int(lengths[i]))
 
     def _finish(self, i: int) -> None:
         extras = self._hooks.end(i)
-        length = env_steps_of(self.envs[i], int(self._lengths[i]))
+        length = int(self._lengths[i])
+        if self.batch is None:
+            length = env_steps_of(self.envs[i], length)
         self._finished.append(episode_metrics(length, float(self._returns[i]), extras))
 
     def _begin(self, i: int, seed: int | None) -> NDArray[np.float32]:

@@ -105,8 +105,10 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         if env_specifier is None:
             found: tuple[Any, Any] = Algorithm._get_env_id_and_creator(None, config)
             return found
+        number = config.num_envs_per_env_runner if config.takes_vectors else None
         hp = config.hyperparameters()
-        return env_specifier, environment_maker(env_specifier, hp.frame_skip, hp.wrappers)
+        make = environment_maker(env_specifier, hp.frame_skip, hp.wrappers, num_envs=number)
+        return env_specifier, make
 
     def setup(self, config: Any) -> None:
         if self.config.num_gpus and not torch.cuda.is_available():

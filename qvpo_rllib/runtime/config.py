@@ -45,6 +45,7 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
     hyperparameters_class: ClassVar[type[Options]]
     algorithm_name: ClassVar[str]  # in messages and checkpoints
     honoured_too: ClassVar[frozenset[str]] = frozenset()  # beyond `settings.HONOURED`
+    takes_vectors: ClassVar[bool] = True  # whether its workers step vector environments
 
     def __init_subclass__(cls) -> None:
         """`help(….training)` and completion show the options with their defaults."""

@@ -6,6 +6,7 @@ An upgrade of Ray fails here in one place: `tests/test_private_ray.py` asserts w
 import contextlib
 import difflib
 import importlib
+import inspect
 import logging
 import time
 from collections import Counter
@@ -32,6 +33,8 @@ from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.tune import Checkpoint
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
+from qvpo_rllib.rollout.env_batch import as_batch
+from qvpo_rllib.rollout.environments import name_of
 from qvpo_rllib.rollout.families import register_family
 from qvpo_rllib.rollout.wrapping import entry_point, wrapped
 
@@ -169,36 +172,54 @@ def _amounts(resources: Mapping[str, float]) -> str:
 
 
 def environment_maker(
-    env: Any, frame_skip: int = 1, wrappers: Sequence[str] = ()
-) -> Callable[[EnvContext], gym.Env[Any, Any]]:
+    env: Any, frame_skip: int = 1, wrappers: Sequence[str] = (), *, num_envs: int | None = None
+) -> Callable[[EnvContext], Any]:
     """Returns what makes an environment of its arguments: the same in training and afterwards.
+
+    A vector environment is made as an `EnvBatch`.
 
     Args:
         env: a class, which is called with the arguments as a dict; or a text: a name registered by
             `ray.tune.register_env`, an id of Gymnasium's, "module:Id-v0", or "module.Class".
-        frame_skip, wrappers: the options of these names.
+        frame_skip, wrappers: the options of these names; vector environments take neither.
+        num_envs: the sub-environments of a vector environment; what takes no argument `num_envs`
+            has its own number. None: of an id that makes both kinds, the single one.
 
     Raises:
         ValueError: nobody knows the text or a wrapper here; it names the nearest ids.
     """
-    make = _maker(env)
+    create = _creator_of(env, num_envs)
     for path in wrappers:
         entry_point(path)
-    return lambda context: wrapped(make(context), frame_skip, wrappers)
+
+    def make(context: EnvContext) -> Any:
+        made = create(context)
+        if not isinstance(made, gym.vector.VectorEnv):
+            return wrapped(made, frame_skip, wrappers)
+        where = f"{name_of(env)} (worker {context.worker_index})"
+        if frame_skip > 1 or wrappers:
+            made.close()
+            raise ValueError(
+                f"{where} is a vector environment, for which frame_skip={frame_skip} and "
+                f"wrappers={list(wrappers)} are not possible: they wrap single environments. Let "
+                "what makes it repeat actions and wrap it."
+            )
+        return as_batch(made, where)
+
+    return make
 
 
-def _maker(env: Any) -> Callable[[EnvContext], gym.Env[Any, Any]]:
+def _creator_of(env: Any, num_envs: int | None) -> Callable[[EnvContext], Any]:
     if not isinstance(env, str):
-        return lambda context: env(context)
+        return lambda context: env(context, **_number_for(env, num_envs))
     if _global_registry.contains(ENV_CREATOR, env):
-        registered: Callable[[EnvContext], gym.Env[Any, Any]]
         registered = _global_registry.get(ENV_CREATOR, env)
-        return registered
+        return lambda context: registered(context, **_number_for(registered, num_envs))
     register_family(env)
     if env in gym.registry or ":" in env:
-        return lambda context: _made(env, context)
+        return lambda context: _make_id(env, context, num_envs)
     if "." in env:
-        return lambda context: _class_at(env)(context)
+        return lambda context: (found := _class_at(env))(context, **_number_for(found, num_envs))
     latest = {(spec.namespace, spec.name): spec.id for spec in gym.registry.values()}
     close = difflib.get_close_matches(env, latest.values(), n=3, cutoff=0.5)
     suggestion = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
@@ -210,15 +231,48 @@ def _maker(env: Any) -> Callable[[EnvContext], gym.Env[Any, Any]]:
     )
 
 
-def _made(env_id: str, context: EnvContext) -> gym.Env[Any, Any]:
-    register_family(env_id)  # a worker is another process
-    return gym.make(env_id, **context)
+def makes_vectors(env: Any) -> bool:
+    """Returns whether a class or an id makes vector environments alone.
+
+    What a registered function makes is known only when it has made one.
+
+    Raises:
+        ValueError: as `environment_maker`'s environments do.
+    """
+    if isinstance(env, str):
+        spec = gym.registry.get(env.rpartition(":")[2])
+        if _global_registry.contains(ENV_CREATOR, env) or spec is not None or ":" in env:
+            return spec is not None and spec.entry_point is None
+        env = _class_at(env)
+    return isinstance(env, type) and issubclass(env, gym.vector.VectorEnv)
 
 
-def _class_at(path: str) -> Callable[[EnvContext], gym.Env[Any, Any]]:
+def _number_for(create: Any, num_envs: int | None) -> dict[str, int]:
+    """Returns the argument `num_envs` for a class or a function that takes one."""
+    try:
+        takes_it = "num_envs" in inspect.signature(create).parameters
+    except (TypeError, ValueError):  # not all that is written in C says
+        takes_it = False
+    return {"num_envs": num_envs or 1} if takes_it else {}
+
+
+def _make_id(env: str, context: EnvContext, num_envs: int | None) -> Any:
+    register_family(env)  # a worker is another process
+    module, _, name = env.rpartition(":")
+    if module:
+        with contextlib.suppress(ImportError):  # which `gym.make` explains
+            importlib.import_module(module)
+    spec = gym.registry.get(name)
+    has_vector = spec is not None and spec.vector_entry_point is not None
+    if has_vector and (num_envs is not None or spec.entry_point is None):
+        return gym.make_vec(env, **{"num_envs": num_envs or 1, **context})
+    return gym.make(env, **context)
+
+
+def _class_at(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
-        found: Callable[[EnvContext], gym.Env[Any, Any]]
+        found: Callable[..., Any]
         found = getattr(importlib.import_module(module), name)
         return found
     except (ImportError, AttributeError) as error:

@@ -1,0 +1,548 @@
+"""Vector environments: the transitions, episodes and evaluations of the same environments alone."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import reference
+import vector_environments as vectors
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from ray import tune
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.env.env_context import EnvContext
+from vector_environments import MODES, Drawn, Own, singles
+
+from qvpo_rllib import QVPOConfig
+from qvpo_rllib.algorithms import ALGORITHMS
+from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
+from qvpo_rllib.checkpoints import worker_state
+from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError, UnusableOutcome
+from qvpo_rllib.core.seeding import environment_seed
+from qvpo_rllib.play.evaluation import evaluate_checkpoint
+from qvpo_rllib.rollout import episodes
+from qvpo_rllib.rollout.env_batch import EnvBatch, as_batch
+from qvpo_rllib.rollout.environments import action_scale, check_environment
+from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
+from qvpo_rllib.runtime.ray_private import environment_maker
+from qvpo_rllib.training.plan import make_plan
+
+NUM_ENVS = 3
+LENGTH = 40  # steps of each environment in a fragment
+SCALE = action_scale(vectors.ACTION)
+FLAGS = ("terminateds", "truncateds")
+
+
+def worker_of(make: Callable[[], Any], num_envs: int = NUM_ENVS, **settings: Any) -> Any:
+    """A rollout worker alone, without Ray."""
+    config = QVPOConfig().environment("Counting-v0").debugging(seed=0, log_level="ERROR")
+    config.training(hidden=(4,), diffusion_steps=2, engine="eager")
+    config.env_runners(rollout_fragment_length=LENGTH, num_envs_per_env_runner=num_envs)
+    config.update_from_dict(settings)
+    return ColumnarRolloutWorker(
+        env_creator=lambda context: as_batch(make(), "Tested"),
+        default_policy_class=QVPOTorchPolicy,
+        config=config,
+    )
+
+
+def vector(mode: str, kind: str = "sync", num_envs: int = NUM_ENVS) -> Any:
+    make = {"sync": vectors.sync, "processes": vectors.processes, "own": Own}[kind]
+    return make({"mode": mode}, num_envs=num_envs)
+
+
+def replayed(batch: Any, env: Drawn, rows: Any, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields each of `rows`, and what `env` alone has for it after the same actions."""
+    obs, _ = env.reset(seed=seed)
+    for row in rows:
+        next_obs, reward, *flags, _ = env.step(SCALE.to_env(batch["actions"][row]))
+        found = {"obs": obs, "new_obs": next_obs, "rewards": np.float32(reward)}
+        yield row, found | dict(zip(FLAGS, flags, strict=True))
+        obs = env.reset()[0] if any(flags) else next_obs
+
+
+# --- transitions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("random_actions", [True, False])
+@pytest.mark.parametrize("mode", ["SAME_STEP", "DISABLED"])
+def test_a_fragment_is_that_of_the_environments_alone(mode: str, random_actions: bool) -> None:
+    found, expected = worker_of(lambda: vector(mode)), worker_of(Drawn)
+    for _ in range(2):
+        batch = found.collect(random_actions=random_actions)
+        alone = expected.collect(random_actions=random_actions)
+        assert batch.count == LENGTH * NUM_ENVS
+        assert batch[FLAGS[0]].sum() > 5 < batch[FLAGS[1]].sum()
+        for name in alone:
+            np.testing.assert_array_equal(batch[name], alone[name], err_msg=name)
+        assert found.get_metrics() == expected.get_metrics()
+
+
+@pytest.mark.parametrize("kind", ["sync", "processes", "own"])
+@pytest.mark.parametrize("mode", MODES)
+def test_each_transition_is_the_environments_own(mode: str, kind: str) -> None:
+    """Also in the mode NEXT_STEP, whose resets take the place of steps."""
+    worker = worker_of(lambda: vector(mode, kind))
+    batch = worker.collect(random_actions=True)
+    numbers = batch["new_obs"][:, 2]
+    # Which sub-environment a row is of: `draw` names the episode.
+    owner, envs = {}, singles(NUM_ENVS)
+    seeds = [environment_seed(0, 0, 0, i) for i in range(NUM_ENVS)]
+    if kind == "own":
+        seeds = [seeds[0] + i for i in range(NUM_ENVS)]
+    for i, env in enumerate(singles(NUM_ENVS)):
+        env.reset(seed=seeds[i])
+        for _ in range(LENGTH):
+            owner[np.float32(env.cell.draw)] = i
+            env.reset()
+    of = np.array([owner[draw] for draw in batch["obs"][:, 0]])
+    seen = 0
+    for i, env in enumerate(envs):
+        for row, alone in replayed(batch, env, np.flatnonzero(of == i), seeds[i]):
+            for name, value in alone.items():
+                np.testing.assert_array_equal(batch[name][row], value, err_msg=f"{name} {row}")
+            seen += 1
+    assert seen == batch.count
+    ended = batch[FLAGS[0]] | batch[FLAGS[1]]
+    assert (numbers >= 1).all()  # no reset is a transition
+    if mode == "NEXT_STEP":  # one dummy step for each end, but for those at the fragment's end
+        missing = LENGTH * NUM_ENVS - batch.count
+        assert ended.sum() - NUM_ENVS <= missing <= ended.sum()
+    else:
+        assert batch.count == LENGTH * NUM_ENVS
+    finished = worker.get_metrics()
+    assert sum(m.episode_length for m in finished) <= batch.count
+    assert len(finished) == ended.sum()
+    assert sum(m.episode_length for m in finished) == numbers[ended].sum()
+    worker.stop()
+
+
+def test_a_lone_sub_environment_gives_whole_fragments() -> None:
+    """Its dummy steps would leave fragments of one step without a row."""
+    worker = worker_of(lambda: vector("NEXT_STEP", num_envs=1), 1, rollout_fragment_length=1)
+    batches = [worker.collect(random_actions=True) for _ in range(30)]
+    assert [batch.count for batch in batches] == [1] * 30
+    assert sum(batch[FLAGS[0]][0] | batch[FLAGS[1]][0] for batch in batches) > 5
+
+
+@pytest.mark.parametrize(("name", "message"), [("obs", "observation"), ("rewards", "reward")])
+def test_a_number_that_is_not_finite_is_refused_by_sub_environment(
+    name: str, message: str, monkeypatch: Any
+) -> None:
+    env = vector("SAME_STEP", "own")
+    step = env.step
+
+    def wrong(actions: Any) -> Any:
+        obs, rewards, *rest = step(actions)
+        {"obs": obs[:, 0], "rewards": rewards}[name][1] = np.nan
+        return obs, rewards, *rest
+
+    monkeypatch.setattr(env, "step", wrong)
+    with pytest.raises(NonFiniteError, match=rf"environment 1\): non-finite {message}"):
+        worker_of(lambda: env).collect(random_actions=True)
+
+
+# --- callbacks ---------------------------------------------------------------------------------
+
+
+class Diary(RLlibCallback):
+    """Notes what callbacks see, by environment."""
+
+    notes: dict[int, list[Any]] = {}  # noqa: RUF012
+
+    def _note(self, what: str, episode: Any, env_index: int) -> None:
+        last = episode.last_observation_for(), episode.last_action_for(), episode.last_info_for()
+        obs, action, info = copy.deepcopy(last)
+        entry = what, episode.length, episode.total_reward, obs.tolist(), info
+        self.notes.setdefault(env_index, []).append((*entry, np.array(action).tolist()))
+
+    def on_episode_start(self, *, episode: Any, env_index: int, **others: Any) -> None:
+        self._note("start", episode, env_index)
+
+    def on_episode_step(self, *, episode: Any, env_index: int, **others: Any) -> None:
+        self._note("step", episode, env_index)
+
+    def on_episode_end(self, *, episode: Any, env_index: int, env: Any, **others: Any) -> None:
+        self._note("end", episode, env_index)
+        episode.custom_metrics["number"] = episode.last_info_for()["number"]
+        assert isinstance(env, Drawn | SyncVectorEnv)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_callbacks_see_each_episode_as_that_of_one_environment(mode: str, monkeypatch: Any) -> None:
+    notes, metrics = [], []
+    for make in (lambda: vector(mode), Drawn):
+        monkeypatch.setattr(Diary, "notes", {})
+        worker = worker_of(make, callbacks_class=Diary)
+        # Actions that do not depend on the steps that others skip.
+        monkeypatch.setattr(worker, "_act", lambda random: np.full((NUM_ENVS, 2), 0.5, np.float32))
+        worker.collect()
+        notes.append(Diary.notes)
+        metrics.append(sorted(m.custom_metrics["number"] for m in worker.get_metrics()))
+    found, expected = notes
+    assert found.keys() == expected.keys() == set(range(NUM_ENVS))
+    for i in range(NUM_ENVS):
+        shorter = min(len(found[i]), len(expected[i]))
+        assert found[i][:shorter] == expected[i][:shorter]
+        assert shorter > LENGTH
+    if mode != "NEXT_STEP":
+        assert (found, metrics[0]) == (expected, metrics[1])
+
+
+def test_infos_without_masks_are_everybodys(monkeypatch: Any) -> None:
+    monkeypatch.setattr(Diary, "notes", {})
+    monkeypatch.setattr(Diary, "on_episode_end", RLlibCallback.on_episode_end)
+    worker = worker_of(lambda: vector("DISABLED", "own"), callbacks_class=Diary)
+    worker.collect(random_actions=True)
+    for what, _, _, obs, info, _ in Diary.notes[1]:
+        assert info["first" if what == "start" else "number"] == obs[1 if what == "start" else 2]
+
+
+# --- evaluation --------------------------------------------------------------------------------
+
+
+def act(obs: Any) -> tuple[Any, Any]:
+    """Acts on the observation alone."""
+    return np.tanh(obs[:, :2] - obs[:, 2:]), obs[:, 0]
+
+
+@pytest.mark.parametrize("num_episodes", [2, 8])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_evaluation_plays_the_episodes_of_its_seeds(mode: str, num_episodes: int) -> None:
+    """As many as asked for, one for each seed, however long the others are."""
+    seeds = list(range(100, 100 + num_episodes))
+    batch = EnvBatch(vector(mode), "Tested")
+    found = episodes.run_episodes(batch, act, SCALE, seeds, "Tested")
+    expected = episodes.run_episodes(singles(NUM_ENVS), act, SCALE, seeds, "Tested")
+    assert found == expected
+    assert len({episode.length for episode in found}) > 1
+
+
+def test_an_endless_episode_of_a_vector_is_cut_off(monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(episodes, "MAX_EPISODE_STEPS", 9)
+    monkeypatch.setattr(vectors, "LENGTHS", (10**6, 10**6))
+    played = episodes.run_episodes(EnvBatch(Own(), "T"), act, SCALE, [1, 2, 3, 4], "Tested")
+    assert [(e.length, e.terminated) for e in played] == [(9, False)] * 4
+    assert "4 of 4 episodes were cut off after 9 steps" in caplog.text
+
+
+# --- what a vector environment may not do ------------------------------------------------------
+
+
+GOOD = (np.zeros((3, 4)), np.zeros(3), np.zeros(3, bool), np.zeros(3, bool), {})
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, np.zeros((3, 5)), r"the observations .*shape \(3, 5\)\), but .*have shape \(3, 4\)"),
+        (0, np.zeros((2, 4)), r"the observations .*have shape \(3, 4\)"),
+        (0, np.full((3, 4), "a"), "the observations"),
+        (1, np.zeros((3, 1)), r"rewards as .*\(3, 1\)\), but .*shape \(3,\)"),
+        (1, None, "rewards as None"),
+        (2, [None] * 3, "terminations as "),
+        (3, np.zeros(2, bool), "truncations as "),
+        (4, [], r"infos as \[\]"),
+        (2, np.ones(3, bool), r"infos with no names at an episode's end, but .*SAME_STEP"),
+    ],
+)
+def test_a_wrong_step_of_a_vector_is_refused(
+    position: int, value: Any, message: str, monkeypatch: Any
+) -> None:
+    env = vector("SAME_STEP", "own")
+    returned = (*GOOD[:position], value, *GOOD[position + 1 :])
+    monkeypatch.setattr(env, "step", lambda actions: returned)
+    with pytest.raises(UnusableOutcome, match=rf"Tested: its step returned {message}"):
+        worker_of(lambda: env).collect(random_actions=True)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (GOOD[0], r"its reset returned array.* but reset\(seed=…, options=…\) of a vector"),
+        ((GOOD[0], None), r"its reset returned a tuple of 2 .*infos a dict"),
+        ((np.zeros((3, 1)), {}), r"its reset returned the observations .*have shape \(3, 4\)"),
+    ],
+)
+def test_a_wrong_reset_of_a_vector_is_refused(
+    returned: Any, message: str, monkeypatch: Any
+) -> None:
+    env = vector("SAME_STEP", "own")
+    monkeypatch.setattr(env, "reset", lambda seed: returned)
+    with pytest.raises(UnusableOutcome, match=f"Tested: {message}"):
+        worker_of(lambda: env).collect(random_actions=True)
+
+
+def test_a_step_of_another_length_is_refused(monkeypatch: Any) -> None:
+    env = vector("SAME_STEP", "own")
+    monkeypatch.setattr(env, "step", lambda actions: GOOD[:4])
+    with pytest.raises(UnusableOutcome, match=r"its step returned a tuple of 4 .*truncations, "):
+        worker_of(lambda: env).collect(random_actions=True)
+
+
+def test_an_end_in_the_place_of_a_reset_is_refused(monkeypatch: Any) -> None:
+    env = vector("NEXT_STEP", "own")
+    monkeypatch.setattr(env, "step", lambda actions: (*GOOD[:3], np.ones(3, bool), {}))
+    with pytest.raises(UnusableOutcome, match=r"autoreset_mode.*NEXT_STEP, where"):
+        worker_of(lambda: env).collect(random_actions=True)
+
+
+@pytest.mark.parametrize("mode", [None, "SameStepp"])
+def test_an_unknown_mode_is_refused(mode: Any) -> None:
+    env = vector("SAME_STEP", "own")
+    env.metadata = {} if mode is None else {"autoreset_mode": mode}
+    with pytest.raises(ValueError, match=rf"{mode}.*NEXT_STEP .* SAME_STEP .* DISABLED"):
+        EnvBatch(env, "Tested")
+
+
+def test_a_modes_value_will_do() -> None:
+    env = vector("SAME_STEP", "own")
+    env.metadata = {"autoreset_mode": "SameStep"}
+    assert EnvBatch(env, "Tested").mode is AutoresetMode.SAME_STEP
+
+
+def test_a_vector_without_its_attributes_is_refused() -> None:
+    env = Own()
+    del env.num_envs
+    with pytest.raises(ValueError, match=r"attributes num_envs .found None"):
+        EnvBatch(env, "Tested")
+
+
+def test_an_exception_names_the_vector(monkeypatch: Any) -> None:
+    env = Own()
+    monkeypatch.setattr(env, "step", lambda actions: 1 / 0)
+    with pytest.raises(EnvironmentFailure, match=r"Tested: ZeroDivisionError: .*in its step"):
+        worker_of(lambda: env).collect(random_actions=True)
+    monkeypatch.setattr(env, "reset", lambda seed: 1 / 0)
+    with pytest.raises(EnvironmentFailure, match=r"Tested: ZeroDivisionError: .*in its reset"):
+        worker_of(lambda: env).collect(random_actions=True)
+
+
+def test_another_number_of_sub_environments_is_refused_in_training_alone() -> None:
+    with pytest.raises(ValueError, match=r"num_envs=3, but num_envs_per_env_runner=5\. Set"):
+        worker_of(Own, 5)
+    evaluation = worker_of(Own, 5, in_evaluation=True)
+    assert len(evaluation.evaluate_episodes([1, 2, 3, 4], 0)) == 4
+
+
+def test_one_sub_environment_cannot_be_restarted() -> None:
+    with pytest.raises(ValueError, match="restart_failed_sub_environments=True is not possible"):
+        worker_of(Own, restart_failed_sub_environments=True)
+
+
+def test_running_statistics_are_found_in_vectors() -> None:
+    inside = SyncVectorEnv([lambda: gym.wrappers.NormalizeReward(Drawn())])
+    for env in (gym.wrappers.vector.NormalizeObservation(vector("NEXT_STEP")), inside):
+        with pytest.raises(ValueError, match=r"Tested: The wrapper Normalize\w+ is not supported"):
+            check_environment(EnvBatch(env, "Tested"), "Tested")
+
+
+# --- how it is made ----------------------------------------------------------------------------
+
+
+def test_what_makes_a_vector_is_given_the_number() -> None:
+    tune.register_env("vectors-sync", vectors.sync)
+    tune.register_env("vectors-fixed", lambda config: Own(num_envs=5))
+    context = EnvContext({}, worker_index=2)
+    for env in ("vector_environments:Own-v0", "vector_environments.Own", Own, "vectors-sync"):
+        made = environment_maker(env, num_envs=4)(context)
+        assert (made.num_envs, type(made)) == (4, EnvBatch)
+    assert environment_maker("vectors-fixed", num_envs=4)(context).num_envs == 5
+    assert (
+        "vectors-fixed (worker 2)" in environment_maker("vectors-fixed", num_envs=4)(context).where
+    )
+    given = environment_maker("Own-v0", num_envs=4)(
+        EnvContext({"num_envs": 2, "mode": "DISABLED"}, 0)
+    )
+    assert (given.num_envs, given.mode) == (2, AutoresetMode.DISABLED)
+
+
+def test_an_id_with_two_entry_points_makes_what_the_algorithm_can_step() -> None:
+    context = EnvContext({}, worker_index=0)
+    assert isinstance(environment_maker("Both-v0", num_envs=2)(context), EnvBatch)
+    assert not isinstance(environment_maker("Both-v0")(context), EnvBatch)
+
+
+def test_an_ids_time_limit_is_known(caplog: Any) -> None:
+    check_environment(environment_maker("Own-v0", num_envs=2)(EnvContext({}, 0)), "Own-v0")
+    assert "time limit" not in caplog.text
+    limited = SyncVectorEnv([lambda: gym.wrappers.TimeLimit(Drawn(), 3)])
+    check_environment(EnvBatch(limited, "Limited"), "Limited")
+    assert "time limit" not in caplog.text
+    check_environment(EnvBatch(Own(), "Own, endless"), "Own, endless")
+    assert "time limit" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["ppo", "spo", "sac"])
+def test_rllibs_own_workers_refuse_vectors(name: str) -> None:
+    config = ALGORITHMS[name].load().get_default_config()
+    for env in (Own, "vector_environments.Own", "Own-v0"):
+        with pytest.raises(ValueError, match=r"is a vector environment .* PPO, SPO and SAC"):
+            config.copy().environment(env).validate()
+    made = environment_maker("vector_environments.Own")(EnvContext({}, 0))
+    with pytest.raises(ValueError, match=r"is a vector environment .* PPO, SPO and SAC"):
+        ALGORITHMS[name].load().validate_env(made, EnvContext({}, 0))
+
+
+def plan_of(env: str, **options: Any) -> Any:
+    given = {"preset": None, "seed": 0, "env_steps": 100, "eval_interval": 50, "num_gpus": 0}
+    given |= {"num_env_runners": 0, "num_envs_per_env_runner": 4, "settings": []}
+    return make_plan(env=env, **(given | options))
+
+
+def test_a_plan_says_what_does_not_fit_before_anything_starts() -> None:
+    tune.register_env("vectors-fixed", lambda config: Own(num_envs=5))
+    assert plan_of("vector_environments:Own-v0").num_envs_per_env_runner == 4
+    with pytest.raises(ValueError, match=r"num_envs=5, but num_envs_per_env_runner=4\. Set"):
+        plan_of("vectors-fixed")
+    with pytest.raises(ValueError, match="PPO, SPO and SAC"):
+        plan_of("vector_environments:Own-v0", algo="ppo")
+
+
+# --- whole runs --------------------------------------------------------------------------------
+
+
+def config_of(tiny_config: Any, env: Any, mode: str, **training: Any) -> Any:
+    config = tiny_config(env, **training).environment(env_config={"mode": mode})
+    return config.env_runners(num_envs_per_env_runner=NUM_ENVS)
+
+
+def columns_of(algorithm: Any) -> dict[str, np.ndarray]:
+    columns = reference.in_order(algorithm.replay)._asdict()
+    return {name: column.numpy().copy() for name, column in columns.items()}
+
+
+def check_replay(columns: dict[str, np.ndarray]) -> None:
+    """Each row goes on by one step in the same episode."""
+    obs, following = columns["obs"], columns["next_obs"]
+    np.testing.assert_array_equal(following[:, :2], obs[:, :2])
+    np.testing.assert_array_equal(following[:, 2], obs[:, 2] + 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["qvpo", "dipo", "qsm", "td3"])
+def test_off_policy_algorithms_train_and_evaluate(build: Any, name: str, mode: str) -> None:
+    small = {"hidden": (8,), "batch_size": 8, "warmup_steps": 20, "replay_capacity": 500}
+    small |= {} if name == "td3" else {"diffusion_steps": 2}
+    config = ALGORITHMS[name].load().get_default_config().environment("vector_environments.Own")
+    config.environment(env_config={"mode": mode}).debugging(seed=0, log_level="ERROR")
+    config.training(**small, engine="eager").env_runners(num_envs_per_env_runner=NUM_ENVS)
+    config.reporting(min_sample_timesteps_per_iteration=30)
+    config.evaluation(evaluation_interval=1, evaluation_duration=4)
+    algorithm = build(config)
+    results = [algorithm.train() for _ in range(2)]
+    check_replay(columns_of(algorithm))
+    ledger = results[-1]["ledger"]
+    assert ledger["ingested"] == len(columns_of(algorithm)["obs"]) >= 60
+    assert ledger["done"] == ledger["ingested"] - 20
+    assert algorithm.eval_env_runner.num_envs == 4
+    assert len(results[-1]["evaluation"]["env_runners"]["hist_stats"]["episode_reward"]) == 4
+
+
+@pytest.mark.parametrize("sampling_mode", ["sync", "async"])
+def test_remote_workers_step_vectors(build: Any, tiny_config: Any, sampling_mode: str) -> None:
+    config = config_of(
+        tiny_config, "vector_environments.Own", "NEXT_STEP", sampling_mode=sampling_mode
+    )
+    config.env_runners(num_env_runners=2)
+    config.evaluation(evaluation_interval=1, evaluation_duration=5, evaluation_num_env_runners=1)
+    algorithm = build(config)
+    results = [algorithm.train() for _ in range(2)]
+    columns = columns_of(algorithm)
+    check_replay(columns)
+    assert results[-1]["ledger"]["ingested"] == len(columns["obs"]) >= 120
+    assert results[-1]["ledger"]["done"] == len(columns["obs"]) - algorithm.hp.warmup_steps
+    names = {tuple(row) for row in columns["obs"][:, :3]}
+    assert len(names) == len(columns["obs"])  # no transition came twice
+    assert results[-1]["evaluation"]["env_runners"]["num_episodes"] == 5
+
+
+@pytest.mark.parametrize("kind", ["sync", "own"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_goes_on_to_the_last_bit(
+    build: Any, tiny_config: Any, tmp_path: Path, mode: str, kind: str, caplog: Any
+) -> None:
+    tune.register_env("vectors-sync", vectors.sync)
+    env = {"sync": "vectors-sync", "own": "vector_environments.Own"}[kind]
+    config = config_of(tiny_config, env, mode)
+    original = build(config)
+    original.train()
+    path = original.save(str(tmp_path)).checkpoint.path
+    original.train()
+    restored = build(config.copy())
+    restored.restore(path)
+    restored.train()
+    assert "new episode" not in caplog.text
+    expected = columns_of(original)
+    for name, column in columns_of(restored).items():
+        np.testing.assert_array_equal(column, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["sync", "own"])
+def test_resets_that_are_due_are_saved(kind: str) -> None:
+    """In the mode NEXT_STEP an episode that has ended begins with the next step."""
+    options = {"rollout_fragment_length": 1}
+    original, restored = (worker_of(lambda: vector("NEXT_STEP", kind), **options) for _ in range(2))
+    while not 0 < original.batch.waiting.sum() < NUM_ENVS:
+        original.collect(random_actions=True)
+    saved = worker_state.capture(original)
+    assert worker_state.restore(restored, saved.state, env_steps=9) == saved.not_captured == []
+    for _ in range(20):
+        expected, found = (w.collect(random_actions=True) for w in (original, restored))
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def test_a_run_whose_simulator_cannot_be_saved_begins_new_episodes(
+    build: Any, tiny_config: Any, tmp_path: Path, caplog: Any
+) -> None:
+    config = config_of(tiny_config, "vector_environments.Elsewhere", "NEXT_STEP")
+    original = build(config)
+    original.train()
+    with caplog.at_level(logging.WARNING, "qvpo_rllib"):
+        path = original.save(str(tmp_path)).checkpoint.path
+        assert "worker 0, vector environment: TypeError: the state is on" in caplog.text
+        restored = build(config.copy())
+        caplog.clear()
+        restored.restore(path)
+    lines = [line for line in caplog.text.splitlines() if "new episodes instead" in line]
+    assert len(lines) == 1
+    restored.train()
+    columns = columns_of(restored)
+    check_replay(columns)
+    before = original.ledger.ingested
+    begun = columns["obs"][before : before + NUM_ENVS]
+    assert (begun[:, 2] == 0).all()
+    assert not np.isin(begun[:, 0], columns["obs"][:before, 0]).any()
+
+
+def test_the_number_of_sub_environments_may_change_in_a_resumed_run(
+    build: Any, tiny_config: Any, tmp_path: Path, caplog: Any
+) -> None:
+    config = config_of(tiny_config, "vector_environments.Own", "NEXT_STEP")
+    original = build(config)
+    original.train()
+    path = original.save(str(tmp_path)).checkpoint.path
+    restored = build(config.copy().env_runners(num_envs_per_env_runner=5))
+    restored.restore(path)
+    assert "it has 5 environments, but had 3" in caplog.text
+    restored.train()
+    check_replay(columns_of(restored))
+
+
+def test_a_checkpoint_is_evaluated_in_a_vector(
+    build: Any, tiny_config: Any, tmp_path: Path
+) -> None:
+    algorithm = build(config_of(tiny_config, "vector_environments.Own", "SAME_STEP"))
+    path = Path(algorithm.save(str(tmp_path)).checkpoint.path)
+    found = evaluate_checkpoint(path, episodes=4, seed=3)
+    assert found.to_dict() == evaluate_checkpoint(path, episodes=4, seed=3).to_dict()
+    assert len(found.returns) == 4
+    longer = evaluate_checkpoint(path, episodes=12, seed=3)  # in two rounds
+    assert len({episode.length for episode in longer.episodes}) > 1
+    with pytest.raises(ValueError, match="cannot be recorded: it is a vector environment"):
+        evaluate_checkpoint(path, record=lambda env, name: episodes.Hooks())
