@@ -1,6 +1,6 @@
 """What an environment returns: checked against its spaces, and copied before anything else."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -8,7 +8,6 @@ from numpy.typing import DTypeLike, NDArray
 
 from qvpo_rllib.core.errors import UnusableOutcome
 from qvpo_rllib.core.observation_parts import NUMBERS
-from qvpo_rllib.rollout.wrapping import Misfit
 
 # Observation, reward, terminated, truncated, info.
 Step = tuple[NDArray[Any], float, bool, bool, dict[str, Any]]
@@ -28,6 +27,12 @@ BATCH_STEP_API = (
     "step(actions) of a vector environment returns (observations, rewards, terminations, "
     "truncations, infos)"
 )
+
+
+class Misfit(NamedTuple):
+    """In an observation's place: why it does not fit its space."""
+
+    why: str
 
 
 class OutcomeCheck:

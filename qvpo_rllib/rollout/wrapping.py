@@ -6,7 +6,7 @@ of a Dict or Tuple observation, `frame_skip`.
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 from gymnasium import spaces
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qvpo_rllib.core.observation_parts import ObservationParts
 from qvpo_rllib.rollout.environments import layers_of
 from qvpo_rllib.rollout.observation_spaces import parts_of
+from qvpo_rllib.rollout.outcomes import Misfit
 
 
 def wrapped(
@@ -61,12 +62,6 @@ def entry_point(path: str) -> Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]:
         raise ValueError(f"The wrapper {path!r} is no function but {type(found).__name__}.")
     wrap: Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]] = found
     return wrap
-
-
-class Misfit(NamedTuple):
-    """In an observation's place: why it does not fit its space."""
-
-    why: str
 
 
 class FlatObservation(gym.Wrapper):  # type: ignore[misc]
