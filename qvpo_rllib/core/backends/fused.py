@@ -36,12 +36,16 @@ HOPPER = 9  # major compute capability that the block's sizes are made for
 
 
 class Block(NamedTuple):
-    """How the work is cut: rows of a program, columns of a slice, warps, slices in flight."""
+    """How the work is cut: rows of a program, columns of a slice, warps, slices in flight.
 
-    rows: int = 128
+    On an H200 (Ant, 64 samples of 256 states, 20 steps, bfloat16) this one takes 0.66 ms for both
+    chains; 128 rows with 2 stages take 0.79, with 3 stages 1.64, and 4 warps with 3 stages 1.65.
+    """
+
+    rows: int = 64
     slice: int = 64
     warps: int = 8
-    stages: int = 2
+    stages: int = 3
 
 
 class Chain(NamedTuple):
@@ -284,8 +288,7 @@ class FusedSampler:
         return out
 
     def _block_of(self, dtype: torch.dtype) -> Block:
-        # Twice as wide, float32 needs half the rows: else the sums would not stay in registers.
-        own = Block() if dtype == torch.bfloat16 else Block(rows=64, slice=32)
+        own = Block() if dtype == torch.bfloat16 else Block(slice=32)  # twice as wide
         return self._block or own
 
     def _constexprs(self, packed: Packed, act_dim: int, dtype: torch.dtype) -> dict[str, Any]:
