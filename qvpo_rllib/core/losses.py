@@ -4,9 +4,7 @@ The objectives at the end compose them into what the two optimisers descend. An 
 these: they are functions of modules and tensors alone.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +12,14 @@ from torch import Tensor
 
 from qvpo_rllib.core.diffusion import NoiseSchedule
 
-if TYPE_CHECKING:
-    from qvpo_rllib.core.networks import NoisePredictor
-
 Q_EXP_RANGE = 8.0  # qexp clips its normalised Q to ±8 before the exponential
+
+
+class Denoiser(Protocol):
+    """What the policy's losses ask of an actor: see `networks.NoisePredictor`."""
+
+    def __call__(self, noisy_action: Tensor, t: Tensor, obs_part: Tensor, /) -> Tensor: ...
+    def obs_part(self, obs: Tensor) -> Tensor: ...
 
 
 def td_target(reward: Tensor, terminal: Tensor, next_q: Tensor, gamma: float) -> Tensor:
@@ -159,7 +161,7 @@ def critic_objective(
 
 
 def denoising_objective(
-    actor: NoisePredictor,
+    actor: Denoiser,
     schedule: NoiseSchedule,
     obs: Tensor,
     action: Tensor,
@@ -172,7 +174,7 @@ def denoising_objective(
 
 
 def actor_objective(
-    actor: NoisePredictor,
+    actor: Denoiser,
     schedule: NoiseSchedule,
     obs: Tensor,
     chosen: Tensor,

@@ -6,7 +6,7 @@ number of threads. Inputs get no gradient.
 """
 
 import ctypes
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,9 +128,9 @@ def critic_objective(critic: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 def actor_objective(actor: NoisePredictor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what `losses.actor_objective` does."""
-    return losses.actor_objective(cast(NoisePredictor, FittedNoisePredictor(actor)), *inputs)
+    return losses.actor_objective(FittedNoisePredictor(actor), *inputs)
 
 
 def denoising_objective(actor: NoisePredictor, *inputs: Any) -> Tensor:
     """Returns what `losses.denoising_objective` does."""
-    return losses.denoising_objective(cast(NoisePredictor, FittedNoisePredictor(actor)), *inputs)
+    return losses.denoising_objective(FittedNoisePredictor(actor), *inputs)
