@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import qvpo_rllib
 from qvpo_rllib import cli
-from qvpo_rllib.bench import rollout, runtime, sizes
+from qvpo_rllib.bench import learner, rollout, runtime, sizes
 from qvpo_rllib.bench.timing import measure, ratio
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import Transitions
@@ -139,6 +139,14 @@ def options(part, *arguments):
     return cli.build_parser().parse_args(["bench", part, *arguments])
 
 
+def test_learner_with_an_option_beside_the_same_without():
+    arguments = (*COMMON, "--setting", "light", "--engine", "eager", "--set", "critic=quantile")
+    plain, changed = learner.run(options("learner", *arguments, "--set", "num_quantiles=9"))
+    assert (plain["options"], changed["options"]) == ("", "critic=quantile num_quantiles=9")
+    assert changed["gflop"] > plain["gflop"]
+    assert changed["straightforward_ms"] > 0  # it has twins, or it would fail
+
+
 def test_rollouts_beside_the_stock_worker(ray_session):
     (row,) = rollout.run(options("rollout", "--num-envs", "8", "--repeats", "2"))
     assert row["speedup"] > 1.5  # four times and more on a quiet machine
@@ -165,6 +173,9 @@ def test_the_runtimes_time_is_accounted_for(ray_session):
         (["learner", "--device", "tpu"], "'tpu'.*cpu or cuda"),
         (["learner", "--engine", "cuda_graph"], "cuda_graph.*needs a CUDA device"),
         (["learner", "--precision", "tf32"], "tf32.*needs an NVIDIA GPU"),
+        (["learner", "--set", "critic"], "critic is not allowed: KEY=VALUE"),
+        (["learner", "--set", "critik=quantile"], "Did you mean 'critic'"),
+        (["learner", "--set", "critic=quantle"], "Did you mean 'quantile'"),
         (["act", "--k", "0"], "0 is not allowed"),
         (["runtime", "--seconds", "0"], "--seconds 0 is not allowed"),
         (["rollout", "--num-envs", "0"], "0 is not allowed"),

@@ -71,18 +71,21 @@ def run(options: Namespace) -> Iterator[Row]:
     it is followed by one with it; the straightforward implementation has twins in both.
     """
     changes = [{}, dict(options.settings)] if options.settings else [{}]
+    rows = []  # all are checked before the first is timed
     for setting, task, engine, precision, ranking, changed in itertools.product(
         options.setting, options.task, options.engine, options.precision, options.ranking, changes
     ):
-        sizes = {
+        values = {
             "engine": engine,
             "sampling_precision": precision,
             "ranking_precision": ranking,
+            **changed,
         }
-        hp = hyperparameters(setting, TASKS[task], **(sizes | changed))
-        row = _row(TASKS[task], hp, options.device, options.repeats)
         words = " ".join("=".join(pair) for pair in changed.items())
-        yield {"setting": setting, "task": task, "options": words} | row
+        labels = {"setting": setting, "task": task, "options": words}
+        rows.append((labels, TASKS[task], hyperparameters(setting, TASKS[task], **values)))
+    for labels, sizes, hp in rows:
+        yield labels | _row(sizes, hp, options.device, options.repeats)
 
 
 def _row(task: Task, hp: QVPOHyperparameters, device_name: str, repeats: int) -> Row:
