@@ -286,32 +286,31 @@ def q_weights(kind, chosen_q, value, *, q_cut=1.0, q_mean=0.0, q_std=1.0, temper
                 result[b, j] = q if q > 0 else 0.0
             elif kind == "qexp":
                 result[b, j] = math.exp(min(8.0, max(-8.0, (q - q_mean) / q_std)))
-            elif kind == "softmax":  # k times the share of exp(Q/λ)
-                result[b, j] = len(row) / sum(math.exp((p - q) / temperature) for p in row)
+            elif kind == "softmax":  # the share of exp(Q/λ)
+                result[b, j] = 1 / sum(math.exp((p - q) / temperature) for p in row)
     return result
 
 
 def soft_weight_kl(weights):
-    """ln N minus the entropy of the shares w = weight/N, mean over the states."""
+    """ln N minus the entropy of the shares, mean over the states."""
     total = 0.0
     for row in weights:
-        shares = [weight / len(row) for weight in row]
-        total += math.log(len(row)) + sum(w * math.log(w) for w in shares if w > 0)
+        total += math.log(len(row)) + sum(w * math.log(w) for w in row if w > 0)
     return total / len(weights)
 
 
-def entropy_weights(weights, entropy_weight):
-    return np.array([entropy_weight * sum(row) / len(row) for row in weights])
+def entropy_weights(weights, entropy_weight, num_chosen):
+    return np.array([entropy_weight * sum(row) / num_chosen for row in weights])
 
 
-def policy_loss(best, uniform, reduction):
+def policy_loss(best, uniform, reduction, num_best):
     """The two terms from lists of (error, weight): `sum` shares one mean, `mean` has one each."""
     best_sum = sum((e * w for e, w in best), 0.0)
     uniform_sum = sum((e * w for e, w in uniform), 0.0)
     if reduction == "sum":
-        rows = len(best) + len(uniform)
+        rows = num_best + len(uniform)
         return best_sum / rows, uniform_sum / rows
-    return best_sum / len(best), uniform_sum / len(uniform) if uniform else 0.0
+    return best_sum / num_best, uniform_sum / len(uniform) if uniform else 0.0
 
 
 # --- Descent ---------------------------------------------------------------------------------
@@ -474,7 +473,7 @@ class Update:
         self.critic_adam = Adam(hp.critic_lr, hp.adam_eps)
         self.q_mean, self.q_std = 0.0, 1.0
         self.entropy_weight = 0.01 if hp.entropy_weight == "auto" else hp.entropy_weight
-        self.temperature = LearntScale(1.0)
+        self.temperature = None
         self.advantage_square = None
         self.alpha = LearntScale(0.05)
         self.number = 0
@@ -578,10 +577,13 @@ class Update:
             chosen = self.refined(obs, samples, q, chosen, noise["policy"])
             chosen_q = min_q(self.critic, obs, chosen)
         scalars = {"q_mean": self.q_mean, "q_std": self.q_std, "q_cut": hp.q_cut}
-        weights = q_weights(
-            hp.q_weights, chosen_q, value, temperature=self.temperature.value, **scalars
-        )
-        uniform_weights = entropy_weights(weights, self.entropy_weight)
+        if hp.q_weights == "softmax":
+            if self.temperature is None:
+                spread = np.mean([row.std(ddof=1) for row in q])
+                self.temperature = LearntScale(spread / math.sqrt(2 * hp.kl_target))
+            scalars["temperature"] = self.temperature.value
+        weights = q_weights(hp.q_weights, chosen_q, value, **scalars)
+        uniform_weights = entropy_weights(weights, self.entropy_weight, hp.num_chosen_samples)
 
         # (observation, clean action, weight) of each trained row: all chosen, then all uniform.
         best, flat = [], []
@@ -607,7 +609,9 @@ class Update:
             predicted = torch_mlp(actor, "mlp.layers", torch.cat([noisy, time, states], dim=1))
             errors = ((predicted - true) ** 2).mean(dim=1)
             pairs = [(c * e, w) for c, e, (_, _, w) in zip(scale, errors, rows, strict=True)]
-            return sum(policy_loss(pairs[: len(best)], pairs[len(best) :], hp.entropy_reduction))
+            num_best = len(obs) * hp.num_chosen_samples
+            terms = pairs[: len(best)], pairs[len(best) :], hp.entropy_reduction, num_best
+            return sum(policy_loss(*terms))
 
         loss, norm = self.descend("actor", self.actor_adam, loss_of, skip="time_table")
         metrics = {"actor_loss": loss, "actor_grad_norm": norm, "q_weight_mean": weights.mean()}

@@ -88,8 +88,8 @@ def test_unknown_q_weights_are_refused():
 @pytest.mark.parametrize("k", [1, 3])
 def test_entropy_weights(rng, k):
     weights = rng.random((12, k))
-    expected = reference.entropy_weights(weights, 0.02)
-    result = losses.entropy_weights(torch.tensor(weights), 0.02)
+    expected = reference.entropy_weights(weights, 0.02, k)
+    result = losses.entropy_weights(torch.tensor(weights), 0.02, k)
     np.testing.assert_allclose(result, expected, atol=1e-12)
 
 
@@ -105,9 +105,9 @@ def test_denoising_error_is_the_mean_over_action_dimensions(rng):
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_policy_loss(rng, reduction, k, num_uniform):
     best, uniform = rng.random((2, 8 * k)), rng.random((2, 8 * num_uniform))
-    expected = reference.policy_loss(best.T.tolist(), uniform.T.tolist(), reduction)
+    expected = reference.policy_loss(best.T.tolist(), uniform.T.tolist(), reduction, 8 * k)
     tensors = [torch.tensor(v) for v in (*best, *uniform)]
-    result = losses.policy_loss(*tensors, reduction)
+    result = losses.policy_loss(*tensors, reduction, 8 * k)
     np.testing.assert_allclose([r.item() for r in result], expected, atol=1e-12)
 
 
@@ -116,7 +116,7 @@ def test_shared_mean_counts_the_entropy_term_once_per_uniform_action(rng):
     states, k, num_uniform = 8, 2, 10
     best, uniform = rng.random((2, states * k)), rng.random((2, states * num_uniform))
     tensors = [torch.tensor(v) for v in (*best, *uniform)]
-    shared, separate = (losses.policy_loss(*tensors, r) for r in ("sum", "mean"))
+    shared, separate = (losses.policy_loss(*tensors, r, states * k) for r in ("sum", "mean"))
     ratio = (shared[1] / shared[0]) / (separate[1] / separate[0])
     assert ratio.item() == pytest.approx(num_uniform / k)
 

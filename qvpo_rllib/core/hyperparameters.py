@@ -297,7 +297,7 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     q_weights: str = option(
         "qadv",
         "transformation of Q to the weights of Eq. 6; softmax trains all N_d samples, each with "
-        "its share of exp(Q/λ)",
+        "its share of exp(Q/λ); together they count for one action",
         "ω_eq",
         choices=("qadv", "qcut", "qrelu", "qexp", "softmax"),
     )
@@ -306,8 +306,8 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     )
     kl_target: float = option(
         2.0,
-        "softmax: λ is learnt so that the shares' KL divergence from equal ones is this, in nats; "
-        "below ln N_d",
+        "softmax: λ is learnt, from the first batch's scale of Q on, so that the shares' KL "
+        "divergence from equal ones is this, in nats; below ln N_d",
         "KL*",
         range=POSITIVE,
     )

@@ -4,6 +4,7 @@ The objectives at the end compose them into what the two optimisers descend. An 
 these: they are functions of modules and tensors alone.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -103,9 +104,9 @@ def q_weights(
     Args:
         kind: `qadv` max(Q - V, 0), Eq. 9; `qcut` Q where Q ≥ 0 and `q_cut` (ε) below, section 4.2;
             `qrelu` max(Q, 0), Eq. 7 without its denominator; `qexp` exp of the normalised Q;
-            `softmax` k·softmax(Q/λ): the shares of a policy that maximises Q within a KL
-            divergence from the samples' own (REPS, Peters et al. 2010; MPO, Abdolmaleki et al.
-            2018), times k, so that their mean is 1 and Eq. 6 is the shares' mean error.
+            `softmax` the shares softmax(Q/λ), which maximise Q within a KL divergence from equal
+            ones (REPS, Peters et al. 2010; MPO, Abdolmaleki et al. 2018). They sum to 1: together
+            the samples count for one action.
         chosen_q: [B, k], the lower of the twins' estimates.
         value: V(s) [B], the mean Q of the state's N_d samples.
         q_mean, q_std: running statistics of Q over all samples, scalars; used by `qexp` alone.
@@ -123,22 +124,25 @@ def q_weights(
     if kind == "qexp":
         return ((chosen_q - q_mean) / q_std).clamp(-Q_EXP_RANGE, Q_EXP_RANGE).exp()
     if kind == "softmax":
-        return chosen_q.shape[1] * torch.softmax(chosen_q / temperature, dim=1)
+        return torch.softmax(chosen_q / temperature, dim=1)
     raise ValueError(f"q_weights={kind!r} does not exist: use qadv, qcut, qrelu, qexp or softmax.")
 
 
 def soft_weight_kl(weights: Tensor) -> Tensor:
     """Returns ln N - H(w), the KL divergence of the shares w from equal ones: [B, N] → [].
 
-    Args:
-        weights: N·w, of mean 1 in each state; the result is the mean over the states, in nats.
+    The mean over the states, in nats.
     """
-    return torch.xlogy(weights, weights).mean()
+    return math.log(weights.shape[1]) + torch.xlogy(weights, weights).sum(dim=1).mean()
 
 
-def entropy_weights(weights: Tensor, entropy_weight: Tensor | float) -> Tensor:
-    """Returns ω_ent(s) of Eq. 10: ω_ent times the chosen actions' mean ω_eq. [B, k] → [B]."""
-    return entropy_weight * weights.mean(dim=1)
+def entropy_weights(weights: Tensor, entropy_weight: Tensor | float, num_chosen: int) -> Tensor:
+    """Returns ω_ent(s) of Eq. 10: ω_ent times the chosen actions' mean ω_eq. [B, k] → [B].
+
+    Args:
+        num_chosen: as many actions the k ones count for.
+    """
+    return entropy_weight * weights.sum(dim=1) / num_chosen
 
 
 def denoising_error(predicted: Tensor, noise: Tensor) -> Tensor:
@@ -156,6 +160,7 @@ def policy_loss(
     uniform_error: Tensor,
     uniform_weight: Tensor,
     reduction: str,
+    num_best: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns the Q-weighted VLO loss (Eq. 6) and the diffusion entropy term (Eq. 10).
 
@@ -165,6 +170,7 @@ def policy_loss(
         reduction: "mean" gives the two expectations. "sum" divides both sums by the number of all
             rows, B·k + B·N_e, as the authors' program does: the entropy term then counts N_e/k
             times Eq. 10.
+        num_best: as many actions the B·k ones count for; B where a state's k weights are shares.
 
     Returns:
         The two terms, whose sum is the policy's loss.
@@ -172,10 +178,10 @@ def policy_loss(
     best = (best_weight * best_error).sum()
     uniform = (uniform_weight * uniform_error).sum()
     if reduction == "sum":
-        rows = best_error.numel() + uniform_error.numel()
+        rows = num_best + uniform_error.numel()
         return best / rows, uniform / rows
     if reduction == "mean":
-        return best / best_error.numel(), uniform / max(1, uniform_error.numel())
+        return best / num_best, uniform / max(1, uniform_error.numel())
     raise ValueError(f"reduction={reduction!r} does not exist: use sum or mean.")
 
 
@@ -212,6 +218,7 @@ def actor_objective(
     noise: Tensor,
     reduction: str,
     vlo_coefficient: bool,
+    num_counted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns Eq. 6 plus Eq. 10 on the k chosen and the N_e uniform actions of each state.
 
@@ -221,6 +228,7 @@ def actor_objective(
         uniform, uniform_weights: [B, N_e, A] and [B].
         step, noise: [B·(k + N_e)] int64 and [B·(k + N_e), A]; the chosen actions' rows come
             first, state by state, then those of all uniform actions.
+        num_counted: as many actions a state's k chosen ones count for.
 
     Returns:
         The loss, its entropy term, and the mean denoising error: scalars.
@@ -246,5 +254,6 @@ def actor_objective(
         error[best_rows:],
         uniform_weights.repeat_interleave(num_uniform),
         reduction,
+        obs.shape[0] * num_counted,
     )
     return best_term + entropy_term, entropy_term.detach(), mean_error

@@ -312,6 +312,8 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             moved_q = self._rank(obs, chosen)
             extra["refinement_gain"] = (moved_q - chosen_q).mean()
             chosen_q = moved_q
+        if hp.q_weights == "softmax":
+            self.q_temperature.begin(q.std(dim=1).mean() / math.sqrt(2 * hp.kl_target))
         weights = losses.q_weights(
             hp.q_weights,
             chosen_q,
@@ -328,11 +330,12 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             chosen,
             weights,
             noise.uniform,
-            losses.entropy_weights(weights, self.entropy_weight),
+            losses.entropy_weights(weights, self.entropy_weight, hp.num_chosen_samples),
             noise.step,
             noise.forward,
             hp.entropy_reduction,
             hp.vlo_coefficient,
+            hp.num_chosen_samples,
         )
         grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)
         metrics = {

@@ -34,6 +34,11 @@ class LearntScale:
         """x, a scalar tensor."""
         return self.state[0].exp()
 
+    def begin(self, start: Tensor) -> None:
+        """Sets x to the scalar `start`, at least at the lower bound, unless a step was taken."""
+        log, _, _, steps = self.state.unbind()
+        log.copy_(torch.where(steps > 0, log, start.clamp(min=BOUNDS[0]).log()))
+
     def descend(self, excess: Tensor) -> None:
         """Takes one step towards a lower x·excess: x falls while the scalar `excess` is above 0.
 
