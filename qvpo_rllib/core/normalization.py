@@ -77,7 +77,7 @@ class RunningMoments(nn.Module):
         packed = torch.from_numpy(np.concatenate(parts)).float()
         if self.mean.is_cuda:
             packed = packed.pin_memory()  # so that nobody waits for the device
-        new = packed.split([len(part) for part in parts])
+        new = torch.split(packed, [len(part) for part in parts])
         for buffer, values in zip((self.number, self.mean, self.variance), new, strict=True):
             buffer.copy_(values, non_blocking=True)
 

@@ -23,7 +23,7 @@ MAX_NESTING = 32  # of a policy.json
 MAX_NOISE = 2**26  # numbers drawn at once, T × K × A for an observation: 256 MiB
 FLOATS = ("float16", "float32", "float64")
 # What earlier bundles do not say, and mean; a bundle leaves it out where it means it too.
-UNSAID = {"normalize_observations": False}
+UNSAID: dict[str, Any] = {"normalize_observations": False}
 
 
 @dataclass(frozen=True, kw_only=True)
