@@ -349,9 +349,9 @@ def test_loading_a_state_leaves_the_learner_alone_that_it_came_from():
 
 
 def test_a_copy_to_act_with_follows_the_networks_that_learn():
-    mine = learner()
+    mine = learner(normalize_observations=True)
     acting = copy.deepcopy(mine.networks)
-    follower = ActingCopy(mine.networks, acting, ("actor.", "critic."))
+    follower = ActingCopy(mine.networks, acting, ("actor.", "critic.", "observations."))
     obs = torch.randn(5, OBS, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(6, 5, 4, ACT, generator=torch.Generator().manual_seed(1))
     native = kernels_of("native", CPU).sampler
@@ -371,6 +371,10 @@ def test_a_copy_to_act_with_follows_the_networks_that_learn():
     assert torch.equal(mine.networks.actor.mlp.linears()[0].weight,
                        acting.actor.mlp.linears()[0].weight)  # fmt: skip
     assert not torch.equal(selectors[1].act(obs, noise)[0], second)
+    mine.observe(obs)
+    follower.refresh(mine.num_updates)
+    assert torch.equal(acting.normalize(obs), mine.networks.normalize(obs))
+    assert acting.observations.number == 5
 
 
 # --- On a GPU ----------------------------------------------------------------------------------

@@ -115,16 +115,14 @@ class RunState:
             check_segments(files, segments)
             oldest = max(0, replay["num_added"] - replay["capacity"])
             transitions = read_segments(files, segments, oldest)
-        improved_actions, successors = (
+        improved, steps = (
             torch.from_numpy(np.load(directory / name, allow_pickle=False))
             if name in metadata.files
             else None
-            for name in names.BESIDE_REPLAY
+            for name in (names.IMPROVED_ACTIONS_FILE, names.SUCCESSORS_FILE)
         )
         workers = {i: _worker_file(directory, i).read_bytes() for i in metadata.workers}
-        return cls(
-            directory, metadata, segments, transitions, improved_actions, successors, workers
-        )
+        return cls(directory, metadata, segments, transitions, improved, steps, workers)
 
     def restore_into(self, parts: RunParts, own: Metadata) -> None:
         """Restores ledger, replay and workers. RLlib has restored the rest.
