@@ -29,7 +29,8 @@ from qvpo_rllib.training.rows import RETURN
 TRAIN_OPTIONS = [
     "--algo", "--env", "--preset", "--seed", "--env-steps", "--num-env-runners",
     "--num-envs-per-env-runner", "--num-gpus", "--run-dir", "--resume", "--eval-interval",
-    "--checkpoint-interval", "--keep-checkpoints", "--set", "--or-resume", "--address", "--env-config", "--log",
+    "--checkpoint-interval", "--keep-checkpoints", "--set", "--or-resume", "--address",
+    "--env-config", "--log",
 ]  # fmt: skip
 EVALUATE_OPTIONS = [
     "--episodes", "--k", "--seed", "--import", "--json", "--server", "--model", "--env",
