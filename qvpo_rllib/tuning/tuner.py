@@ -192,7 +192,12 @@ def _search(
     for name in points[0]:
         # Tune takes points only for what varies; it keeps the order of the points.
         space[name] = Planned([point[name] for point in points])
-    search = BasicVariantGenerator(points_to_evaluate=points, random_state=spec.search.seed)
+    search = BasicVariantGenerator(
+        points_to_evaluate=points,
+        random_state=spec.search.seed,
+        # Tune limits other searches itself. A population has to be there as a whole.
+        max_concurrent=0 if spec.search.method == "pbt" else spec.max_concurrent or 0,
+    )
     return search, len(points), _scheduler(spec, algorithm)
 
 
