@@ -281,6 +281,8 @@ def check_file(file: Path, expected: FileRecord) -> None:
 # --- locking -----------------------------------------------------------------------------------
 
 LOCK_FILE = ".lock"
+# A disk's troubles, as against mistakes of a program.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 

@@ -5,6 +5,7 @@ Importing this module registers them with Gymnasium; another process names one a
 """
 
 import os
+import resource
 import time
 import uuid
 from pathlib import Path
@@ -206,6 +207,24 @@ class Holding(gym.Wrapper):
         return super().step(action)
 
 
+class Limited(gym.Wrapper):
+    """InvertedPendulum, but that its process can write no file above 100 kB from its 50th step on,
+    if the file exists that the variable LIMITED names."""
+
+    metadata = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__(gym.make("InvertedPendulum-v5"))
+        self.total_steps = 0
+
+    def step(self, action: Any) -> Any:
+        self.total_steps += 1
+        if self.total_steps == 50 and Path(os.environ["LIMITED"]).exists():
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        return super().step(action)
+
+
 class Spaces(gym.Env):
     """Has the given spaces, and an episode of one step."""
 
@@ -336,6 +355,7 @@ _register("Holding", Holding)
 _register("InParts", InParts)
 _register("InTuple", InTuple)
 _register("LateMisfit", InParts, broken_at=7)
+_register("Limited", Limited)
 _register("Raising", Raising, length=100)
 _register("LateShape", LateShape, length=100)
 _register("InfiniteReward", NonFinite, quantity="reward", at_step=70, length=100)

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from ray.rllib.policy.policy import Policy
 
-from qvpo_rllib import cli
+from qvpo_rllib import QVPO, cli
 from qvpo_rllib.play.trained_policy import TrainedPolicy, load_checkpoint
 from qvpo_rllib.serving import ServedPolicy, load
 from qvpo_rllib.serving.bundle import digest
@@ -207,6 +208,28 @@ def test_onnx_gives_the_same_actions(bundle: Path, policy: Any) -> None:
         expected = policy.scale.to_env(policy.act_with_noise(torch.as_tensor(obs), noise)[0])
         np.testing.assert_allclose(actions, expected, atol=2e-5)
         assert q.shape == (num,)
+
+
+def test_rllibs_own_export_writes_the_same_bundle(
+    bundle: Path, checkpoint: Path, tmp_path: Path, ray_session: None
+) -> None:
+    algorithm = QVPO.from_checkpoint(str(checkpoint))
+    out = tmp_path / "bundle"
+    try:
+        algorithm.export_policy_model(str(out), onnx=18)
+        assert (out / "policy.onnx").read_bytes() == (bundle / "policy.onnx").read_bytes()
+        found, expected = (asdict(load(path).description) for path in (out, bundle))
+        del found["created"], expected["created"]
+        assert found.pop("source")["env_steps"] == expected.pop("source")["env_steps"]
+        assert found == expected
+        algorithm.export_policy_model(str(tmp_path / "without"))
+        assert not (tmp_path / "without" / "policy.onnx").exists()
+        with pytest.raises(ValueError, match=r"onnx=11 is not allowed.*onnx=18"):
+            algorithm.export_policy_model(str(tmp_path / "other"), onnx=11)
+        with pytest.raises(ValueError, match="exists"):
+            algorithm.export_policy_model(str(out))
+    finally:
+        algorithm.stop()
 
 
 # --- what is in it ------------------------------------------------------------------------------

@@ -177,3 +177,33 @@ def test_a_trial_that_the_cluster_cannot_hold_is_said_at_the_start(
     process.communicate()
     timer.cancel()
     assert "one trial of qvpo: lower num_cpus" in seen[-1], seen
+
+
+def test_a_full_disk_ends_the_experiment_which_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, limited = tmp_path / "full.yaml", tmp_path / "limited"
+    limited.touch()
+    monkeypatch.setenv("LIMITED", str(limited))
+    large = TRAINING.replace("[16]", "[128, 128]")
+    file.write_text(
+        f"name: full\ntask: environments:Limited-v0\npreset: quick\nseeds: [0, 1]\n"
+        f"env_steps: 800\n{large}  engine: eager\nevaluation: {{interval: 400, episodes: 1}}\n"
+        "resources: {max_concurrent: 1}\n"
+    )
+    command = [str(file), "--storage", str(tmp_path)]
+    code, output = finish(start(*command))
+    part = tmp_path / "full" / "qvpo"
+    assert code == 1, output
+    assert "Traceback" not in output
+    said = " ".join(output.split())
+    assert "qvpo: error: [Errno 27] File too large: " in said
+    assert f"Trials in '{tmp_path / 'full'}' go on from their last checkpoints" in said
+    assert statuses(part) == ["failed"]  # the second would only fail too
+    limited.unlink()
+    code, output = finish(start(*command))
+    assert code == 0, output
+    assert statuses(part) == ["finished"] * 2
+    assert "File too large" not in output.partition("running")[2]
+    for trial in read_trials(part):
+        assert read_rows(part, trial)[-1]["env_steps"] == 800

@@ -247,6 +247,17 @@ def test_choices_are_values_of_their_options_whatever_searches(method: str) -> N
         assert trial["grad_clip"] in (None, 0.1)
 
 
+def test_no_more_trials_at_a_time_than_the_file_says() -> None:
+    spec = spec_of(seeds=[0, 1, 2], resources={"max_concurrent": 2})
+    space: dict[str, Any] = {}
+    search, number, _ = _search(spec, "qvpo", space)
+    search.add_configurations([Experiment("x", "PPO", config=space, num_samples=number)])
+    first, _, third = (search.next_trial() for _ in range(3))
+    assert third is None
+    search.on_trial_complete(first.trial_id)
+    assert search.next_trial() is not None
+
+
 @pytest.mark.parametrize("method", ["grid", "random", "optuna"])
 def test_a_trial_gets_lists_and_none_as_they_are_written(method: str) -> None:
     if method == "optuna":

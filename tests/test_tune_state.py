@@ -15,8 +15,8 @@ from qvpo_rllib.tuning.tune_state import (
     KEPT_DIRECTORY,
     TUNE_DIRECTORY,
     back_up,
+    correct,
     has_state,
-    mark_ended,
     repair,
 )
 
@@ -92,10 +92,13 @@ def test_a_trial_that_has_ended_is_not_run_again(part: Path) -> None:
     trials = {"a": "RUNNING", "b": "RUNNING", "c": "ERROR"}
     data = [[json.dumps({"trial_id": n, "status": s, "x": 1}), "{}"] for n, s in trials.items()]
     file = part / TUNE_DIRECTORY / STATE
-    file.write_text(json.dumps({"trial_data": data, "stats": 7}))
-    mark_ended(part, {"a", "c"})
+    runner = {"_cached_trial_decisions": {"b": "STOP"}, "_queued_trial_decisions": {"b": "STOP"}}
+    runner["_iteration"] = 3
+    file.write_text(json.dumps({"trial_data": data, "runner_data": runner, "stats": 7}))
+    correct(part, {"a", "c"})
     state = json.loads(file.read_text())
     assert state["stats"] == 7
+    assert list(state["runner_data"].values()) == [{}, {}, 3]
     found = [json.loads(trial) for trial, _ in state["trial_data"]]
     assert [trial["status"] for trial in found] == ["TERMINATED", "RUNNING", "TERMINATED"]
     assert all(trial["x"] == 1 for trial in found)
@@ -112,4 +115,8 @@ def test_ray_tune_has_what_is_relied_upon() -> None:
     assert TuneController.CKPT_FILE_TMPL == "experiment_state-{}.json"
     source = inspect.getsource(TuneController.save_to_dir)
     assert '"trial_data": list(self._get_trial_checkpoints().values())' in source
+    assert '"runner_data": self.__getstate__()' in source
+    for name in ("_cached_trial_decisions", "_queued_trial_decisions"):
+        assert f"self.{name}" in inspect.getsource(TuneController.__init__)
+        assert name not in inspect.getsource(TuneController.__getstate__)
     assert "signal.SIGUSR1" in inspect.getsource(ray.tune.tune._setup_signal_catching)

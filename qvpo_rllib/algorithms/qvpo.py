@@ -1,13 +1,16 @@
 """QVPO on RLlib: configuration, policy, algorithm. Its learner is `core.qvpo.QVPOLearner`."""
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
+from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID
 from ray.tune.registry import register_trainable
 from torch import Generator, Tensor
 
+from qvpo_rllib.algorithms.export import export_policy
 from qvpo_rllib.core.engine import CPU
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
@@ -15,6 +18,7 @@ from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy, to_numpy
 from qvpo_rllib.runtime.algorithm import OffPolicyAlgorithm
 from qvpo_rllib.runtime.config import OffPolicyConfig
+from qvpo_rllib.serving.onnx import OPSET
 
 
 class QVPOConfig(OffPolicyConfig):
@@ -88,6 +92,26 @@ class QVPO(OffPolicyAlgorithm):
 
     config_class = QVPOConfig
     policy_class = QVPOTorchPolicy
+
+    def export_policy_model(
+        self, export_dir: str, policy_id: str = DEFAULT_POLICY_ID, onnx: int | None = None
+    ) -> None:
+        """Writes the policy as a bundle, as `qvpo export` does.
+
+        Args:
+            export_dir: must not exist.
+            onnx: `OPSET` also writes `policy.onnx`; None does not.
+
+        Raises:
+            ValueError: `export_dir` exists, another operator set, or no ONNX here.
+        """
+        if onnx not in (None, OPSET):
+            raise ValueError(
+                f"onnx={onnx!r} is not allowed: QVPO's ONNX graph uses the operator set {OPSET} "
+                f"(onnx={OPSET})."
+            )
+        out = Path(export_dir).expanduser().absolute()
+        export_policy(self.get_policy(policy_id), self.metadata(), out, onnx=onnx is not None)
 
 
 register_trainable("QVPO", QVPO)

@@ -19,7 +19,6 @@ from qvpo_rllib.cli import (
     tune,
 )
 from qvpo_rllib.cli.terminal import (
-    DISK_ERRORS,
     EXIT_BAD_INPUT,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -27,6 +26,7 @@ from qvpo_rllib.cli.terminal import (
     write_anything,
 )
 from qvpo_rllib.core.errors import ENDS_TRAINING
+from qvpo_rllib.files import DISK_ERRORS
 from qvpo_rllib.ray_session import keep_private
 
 COMMANDS = (train, play, tune, report, serve, paper, bench)

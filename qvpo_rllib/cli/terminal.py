@@ -1,6 +1,5 @@
 """What `qvpo` tells a terminal and a shell: texts, a progress line, exit codes (0 is success)."""
 
-import errno
 import io
 import re
 import sys
@@ -17,8 +16,6 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 WIDTH = 100  # of an error's paragraph
-# A disk's troubles, as against mistakes of a program.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 def write_anything(stream: TextIO) -> None:

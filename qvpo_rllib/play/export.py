@@ -1,23 +1,13 @@
 """From a checkpoint to a bundle: the code behind `qvpo export`."""
 
-import importlib.metadata
-import platform
-import re
-from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from qvpo_rllib.algorithms.export import export_policy
 from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
-from qvpo_rllib.core.hyperparameters import CRITIC_OPTIONS
 from qvpo_rllib.play.trained_policy import find_checkpoint, load_checkpoint
-from qvpo_rllib.serving.bundle import check_absent, digest, encode_parameters, write_bundle
+from qvpo_rllib.serving.bundle import check_absent
 from qvpo_rllib.serving.description import Description
-from qvpo_rllib.serving.onnx import check_available, to_onnx
-
-PACKAGES = ("qvpo_rllib", "torch", "ray", "numpy", "safetensors")
-VERSION_DIGITS = 12  # of the parameters' SHA-256
+from qvpo_rllib.serving.onnx import check_available
 
 
 def export_checkpoint(
@@ -53,51 +43,13 @@ def export_checkpoint(
             f"{str(directory)!r} is a checkpoint of {metadata.algorithm}: bundles are made of "
             "QVPO's policies alone. `qvpo evaluate` and `qvpo record` play it."
         )
-    parameters = encode_parameters(policy.networks.state_dict())
-    obs, act, env = policy.observation_space, policy.action_space_struct, metadata.env
-    description = Description(
-        name=name or re.split(r"[/:]", env)[-1].lstrip("_."),
-        version=version or digest(parameters)[:VERSION_DIGITS],
-        env=env,
-        env_config=metadata.env_config,
-        frame_skip=policy.hp.frame_skip,
-        wrappers=list(policy.hp.wrappers),
-        obs_parts=metadata.observation_parts,
-        obs_dim=policy.obs_dim,
-        obs_dtype=str(obs.dtype),
-        obs_low=_bounds(obs.low),
-        obs_high=_bounds(obs.high),
-        act_low=act.low.tolist(),
-        act_high=act.high.tolist(),
-        act_dtype=str(act.dtype),
-        hidden=list(policy.hp.hidden),
-        diffusion_steps=policy.hp.diffusion_steps,
-        noise_schedule=policy.hp.noise_schedule,
-        k_behavior=policy.hp.k_behavior,
-        k_eval=policy.hp.k_eval,
-        normalize_observations=policy.hp.normalize_observations,
-        **{name: getattr(policy.hp, name) for name in CRITIC_OPTIONS},
-        source={
-            "run": directory.parents[1].name if directory.parent.name == "checkpoints" else None,
-            "checkpoint": directory.name,
-            "seed": metadata.seed,
-            "env_steps": metadata.ledger["ingested"],
-            "updates": metadata.ledger["done"],
-            "trained_with": {
-                "qvpo_rllib": metadata.package_version,
-                "ray": metadata.ray_version,
-                "torch": metadata.torch_version,
-            },
-        },
-        versions={package: importlib.metadata.version(package) for package in PACKAGES}
-        | {"python": platform.python_version()},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    return export_policy(
+        policy,
+        metadata,
+        out,
+        name=name,
+        version=version,
+        run=directory.parents[1].name if directory.parent.name == "checkpoints" else None,
+        checkpoint=directory.name,
+        onnx=onnx,
     )
-    onnx_bytes = to_onnx(description, parameters) if onnx else None
-    write_bundle(out, description, parameters, onnx_bytes)
-    return description
-
-
-def _bounds(values: NDArray[np.floating]) -> list[float | None]:
-    """Returns the bounds as JSON has them: None where there is none."""
-    return [float(value) if np.isfinite(value) else None for value in values]

@@ -188,7 +188,9 @@ class OffPolicyTorchPolicy(TorchPolicy, Generic[Networks, Hyper]):  # type: igno
         return self.compute_actions(input_dict[SampleBatch.OBS], explore=explore)
 
     def export_model(self, export_dir: str, onnx: int | None = None) -> None:
-        raise self._unsupported("export_model", "qvpo export (with --onnx for ONNX) writes QVPO's")
+        raise self._unsupported(
+            "export_model", "qvpo export and algorithm.export_policy_model write QVPO's"
+        )
 
     def compute_log_likelihoods(self, *args: Any, **kwargs: Any) -> Any:
         raise self._unsupported("compute_log_likelihoods", "it knows no density of its actions")

@@ -18,6 +18,7 @@ from qvpo_rllib.serving.description import Description
 from qvpo_rllib.serving.policy import PolicyNetworks
 
 PACKAGES = ("onnx", "onnxscript")
+OPSET = 18  # ONNX's version of operators
 
 
 class OnnxPolicy(nn.Module):
@@ -90,6 +91,7 @@ def to_onnx(description: Description, parameters: bytes) -> bytes:
             input_names=["observations", "noise"],
             output_names=["actions", "q"],
             dynamic_shapes=({0: batch}, {1: batch, 2: k}),
+            opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )

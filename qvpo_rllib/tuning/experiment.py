@@ -29,7 +29,7 @@ from qvpo_rllib.tuning.interruption import INTERRUPTION
 from qvpo_rllib.tuning.ledger import TrialLedger
 from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, Entry, read_rows, read_trials
 from qvpo_rllib.tuning.spec import ExperimentSpec
-from qvpo_rllib.tuning.tune_state import TUNE_DIRECTORY, callbacks_of, has_state, mark_ended, repair
+from qvpo_rllib.tuning.tune_state import TUNE_DIRECTORY, callbacks_of, correct, has_state, repair
 from qvpo_rllib.tuning.tuner import build_tuner, confirmation_spec, planned_trials, whole_space
 
 EXPERIMENT_FILE = "experiment.json"
@@ -202,7 +202,7 @@ class Experiment:
         if not has_state(directory):
             return None
         repair(directory)
-        mark_ended(directory, self._entries(part, FINISHED, STOPPED).keys())
+        correct(directory, self._entries(part, FINISHED, STOPPED).keys())
         tuner = tune.Tuner.restore(
             str(directory / TUNE_DIRECTORY),
             entry_of(part.algorithm).load(),

@@ -1,5 +1,6 @@
 """Recording an experiment's trials (`results`) as Ray Tune runs them, and showing them."""
 
+import pickle
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from qvpo_rllib.training.rows import RETURN, metrics_row
 from qvpo_rllib.tuning import results
 from qvpo_rllib.tuning.results import FAILED, FINISHED, RUNNING, STOPPED, Entry
 from qvpo_rllib.tuning.table import TrialTable
-from qvpo_rllib.tuning.tune_state import back_up
+from qvpo_rllib.tuning.tune_state import back_up, disk_error, hide_disk_errors
 
 
 class TrialLedger(Callback):  # type: ignore[misc]
@@ -38,6 +39,7 @@ class TrialLedger(Callback):  # type: ignore[misc]
         self.title = title
         self.trials: dict[str, Entry] = {}
         self._table: TrialTable | None = None
+        self._disk_error: OSError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what Tune pickles: without the table, since a screen cannot be pickled.
@@ -45,17 +47,19 @@ class TrialLedger(Callback):  # type: ignore[misc]
         Without the directory too, since it may have been moved when the experiment goes on: give
         the one it is in then.
         """
-        return {**self.__dict__, "_table": None, "directory": None}
+        return {**self.__dict__, "_table": None, "_disk_error": None, "directory": None}
 
     def setup(self, **info: Any) -> None:
         self.trials = results.read_trials(self.directory)
         results.prepare(self.directory)
         self._table = TrialTable(self.title, self.names, self.env_steps, self.num_trials)
         self._table.start(self.trials)
+        hide_disk_errors()
 
     def on_trial_start(self, *, trial: Trial, **info: Any) -> None:
         entry = self._entry(trial)
         entry["status"] = RUNNING
+        entry.pop("error", None)
         entry["starts"].append(time.strftime("%Y-%m-%dT%H:%M:%S"))
         self._write(trial, note=len(entry["starts"]) == 1)
 
@@ -76,8 +80,15 @@ class TrialLedger(Callback):  # type: ignore[misc]
         lines = Path(file).read_text().strip().splitlines() if file else []
         self._entry(trial).update(status=FAILED, error=lines[-1] if lines else "unknown")
         self._write(trial, note=True)
+        pickled = trial.pickled_error_file  # not in the trial's directory yet
+        if pickled and (error := disk_error(pickle.loads(Path(pickled).read_bytes()))):
+            self._disk_error = OSError(error.errno, error.strerror, error.filename or trial.path)
 
     def on_step_end(self, **info: Any) -> None:
+        """Raises `OSError` where a trial's disk failed: the others would only fail too."""
+        if self._disk_error is not None:  # of all callbacks, Tune lets this one's errors through
+            self.on_experiment_end()
+            raise self._disk_error
         back_up(self.directory)
         if self._table is not None:
             self._table.refresh(self.trials)

@@ -15,10 +15,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ray.tune import Callback, Tuner
+from ray.tune.execution import tune_controller
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
-from qvpo_rllib.files import write_atomically
+from qvpo_rllib.files import DISK_ERRORS, write_atomically
 
 TUNE_DIRECTORY, KEPT_DIRECTORY = "tune", "tune_state"  # in that of a part of the experiment
 TRIALS_STATE = "experiment_state-*.json"
@@ -63,10 +64,12 @@ def repair(part: Path) -> None:
         write_atomically(file, copy.read_bytes())
 
 
-def mark_ended(part: Path, ended: Collection[str]) -> None:
-    """Tells Tune's saved state that the trials with the ids `ended` have ended.
+def correct(part: Path, ended: Collection[str]) -> None:
+    """Corrects Tune's saved state, so that an experiment can go on.
 
-    Tune saves its state now and then: after a crash it would train such a trial again.
+    The trials with the ids `ended` have ended: Tune saves its state now and then, and after a crash
+    it would train them again. And what it had decided to do with a trial after a save that never
+    came is forgotten: it would do that, such as end the trial, after the next save.
     """
     file = max((part / TUNE_DIRECTORY).glob(TRIALS_STATE))
     state = json.loads(file.read_text())
@@ -74,7 +77,24 @@ def mark_ended(part: Path, ended: Collection[str]) -> None:
         trial = json.loads(pair[0])
         if trial["trial_id"] in ended:
             pair[0] = json.dumps({**trial, "status": Trial.TERMINATED})
+    for decisions in ("_cached_trial_decisions", "_queued_trial_decisions"):
+        state["runner_data"][decisions] = {}
     write_atomically(file, json.dumps(state).encode())
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """Returns the disk's trouble that a trial's error comes from, if it does."""
+    cause = getattr(error, "cause", None)  # Ray's error has what the trial raised
+    return cause if isinstance(cause, OSError) and cause.errno in DISK_ERRORS else None
+
+
+def hide_disk_errors() -> None:
+    """Keeps Tune's trace of a trial's failure off the screen where the disk is to blame."""
+    logging.getLogger(tune_controller.__name__).addFilter(_is_not_of_the_disk)
+
+
+def _is_not_of_the_disk(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and disk_error(record.exc_info[1]))
 
 
 def callbacks_of(tuner: Tuner) -> list[Callback]:

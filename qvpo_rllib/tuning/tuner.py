@@ -197,8 +197,9 @@ def _search(
         space[name] = Planned([point[name] for point in points])
     search = BasicVariantGenerator(
         points_to_evaluate=points,
-        max_concurrent=spec.max_concurrent or 0,
         random_state=spec.search.seed,
+        # Tune limits other searches itself. A population has to be there as a whole.
+        max_concurrent=0 if spec.search.method == "pbt" else spec.max_concurrent or 0,
     )
     return search, len(points), _scheduler(spec, algorithm)
 
