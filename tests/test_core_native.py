@@ -202,11 +202,12 @@ def test_what_is_not_a_number_stays_none(options):
         assert torch.isfinite(found[[0, 1, 3]]).all()
     fine = actions.nan_to_num()
     assert torch.isnan(min_q(nets.critic, obs, fine, NATIVE)[2]).all()
-    # A single broken twin is enough.
-    nets.critic.q2.linears()[-1].bias.data.fill_(math.nan)
-    assert torch.isnan(min_q(nets.critic, obs, fine, NATIVE)).all()
-    nets.critic.q1, nets.critic.q2 = nets.critic.q2, nets.critic.q1
-    assert torch.isnan(min_q(nets.critic, obs, fine, NATIVE)).all()
+    # A single broken twin is enough, and a single broken quantile of it.
+    nets.critic.q2.linears()[-1].bias.data[-1] = math.nan
+    for _ in range(2):
+        for kernels in (NATIVE, sampler.EAGER):
+            assert torch.isnan(min_q(nets.critic, obs, fine, kernels)).all()
+        nets.critic.q1, nets.critic.q2 = nets.critic.q2, nets.critic.q1
 
 
 # --- Acting ------------------------------------------------------------------------------------

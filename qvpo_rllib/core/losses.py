@@ -46,8 +46,13 @@ def critic_loss(q: Tensor, target: Tensor) -> Tensor:
 
 
 def lowest_of(values: Tensor, count: int) -> Tensor:
-    """Returns the `count` lowest values in ascending order: [..., V] → [..., count]."""
-    return values.sort(dim=-1).values[..., :count]
+    """Returns the `count` lowest values in ascending order: [..., V] → [..., count].
+
+    A NaN among the values makes all of them NaN, as a minimum does: it is not to be dropped.
+    """
+    ordered = values.sort(dim=-1).values  # a NaN comes last
+    last = ordered[..., -1:]
+    return torch.where(last.isnan(), last, ordered[..., :count])
 
 
 def quantile_loss(quantiles: Tensor, target: Tensor) -> Tensor:

@@ -295,11 +295,11 @@ struct Scratch {
     }
 };
 
-// The mean of the `kept` lowest of `count` values, which change their order. A NaN counts as the
-// highest, as in torch.sort.
+// The mean of the `kept` lowest of `count` values, which change their order; a NaN among all wins.
 float mean_of_lowest(float *values, int64_t count, int64_t kept) {
-    const auto lower = [](float a, float b) { return a < b || (b != b && a == a); };
-    std::nth_element(values, values + kept - 1, values + count, lower);
+    for (int64_t i = 0; i < count; ++i)
+        if (values[i] != values[i]) return values[i];
+    std::nth_element(values, values + kept - 1, values + count);
     float sum = 0.0f;
     for (int64_t i = 0; i < kept; ++i) sum += values[i];
     return sum / kept;
