@@ -26,7 +26,7 @@ def actor_inputs(nets, generator):
     steps = torch.randint(nets.schedule.diffusion_steps, (rows,), generator=generator)
     noise = torch.randn(rows, act_dim, generator=generator)
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    return nets.actor, [nets.schedule, *tensors, steps, noise, "sum", False]
+    return nets.actor, [nets.schedule, *tensors, steps, noise, "sum", False, CHOSEN]
 
 
 def denoising_inputs(nets, generator):

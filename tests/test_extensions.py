@@ -16,7 +16,6 @@ from qvpo_rllib.core.extensions.entropy import log_density, noise_predictor
 from qvpo_rllib.core.extensions.learnt import LearntScale
 from qvpo_rllib.core.extensions.refinement import guided_actions, improved_actions, q_function
 from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
-from qvpo_rllib.core.options import option_table
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import min_q, sample_actions
@@ -422,6 +421,18 @@ def test_options_that_bring_metrics_may_be_switched_on_during_a_run():
     assert learner.pop_metrics().keys() == after.keys()
 
 
+@pytest.mark.parametrize(
+    "options", [SOFT, {"target_refinement": "guidance"}], ids=["soft", "guided"]
+)
+def test_their_metrics_are_there_before_the_first_update_of_the_policy(options):
+    learner, replay = learner_and_replay(policy_interval=3, **options)
+    learner.train(replay, 2)
+    names = list(learner._metric_names)
+    learner.train(replay, 2)
+    assert learner._metric_names == names
+    assert learner._num_summed == 4
+
+
 def test_a_learner_of_a_checkpoint_without_learnt_numbers_starts_with_the_first_ones():
     old, _ = learner_and_replay()
     state = old.state_dict()
@@ -432,8 +443,3 @@ def test_a_learner_of_a_checkpoint_without_learnt_numbers_starts_with_the_first_
     assert learner.settings_in_force() == pytest.approx(
         {"entropy_weight": 0.01, "q_temperature": 1.0}
     )
-
-
-def test_the_options_are_off_by_default():
-    assert QVPOHyperparameters().q_weights == "qadv"
-    assert "softmax" in option_table(QVPOHyperparameters)

@@ -296,6 +296,8 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             obs: [B, O].
             samples: [B, N, A] in [-1, 1], the actions to choose from.
             q: [B, N], their Q.
+            noise: that of a whole update where `target_refinement` is on: guidance takes the
+                samples' own.
 
         Returns:
             Detached scalar tensors, as `update` does.
