@@ -232,6 +232,7 @@ def test_defaults_are_the_documented_ones():
         "critic_lr": 3e-4, "adam_eps": 1e-5, "grad_clip": 2.0, "gamma": 0.99, "tau": 0.005,
         "target_actor": True, "update_order": "critic_then_policy", "batch_size": 256,
         "replay_capacity": 1_000_000, "warmup_steps": 10_000, "update_ratio": 1.0,
+        "n_step": 1, "normalize_observations": False,
         "truncation_as_terminal": False, "engine": "auto", "sampling_precision": "fp32",
         "ranking_precision": "fp32",
         "sampling_mode": "async", "max_staleness": None, "policy_interval": 1,

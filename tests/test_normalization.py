@@ -111,20 +111,21 @@ def test_remote_workers_act_by_the_learners_statistics(
     build: Any, name: str, options: dict[str, Any]
 ) -> None:
     algorithm = build(config_of(name, 2, normalize_observations=True, **options))
-    algorithm.train()
+    for _ in range(3):
+        algorithm.train()
+    algorithm.drain()
     mine = moments_of(algorithm.get_policy())
     assert mine["number"] == algorithm.env_steps
     if name != "ppo":
         history = observed(algorithm)
         np.testing.assert_allclose(mine["mean"], history.mean(0), rtol=1e-4, atol=1e-6)
-    group = algorithm.env_runner_group
-    for worker in group.foreach_env_runner(
+    workers = algorithm.env_runner_group.foreach_env_runner(
         lambda worker: moments_of(worker.get_policy()), local_env_runner=False
-    ):
-        # As new as the weights that came with them.
-        assert 20 <= worker["number"] <= mine["number"]
-        if name in ("sac", "ppo"):
-            assert torch.equal(worker["mean"], mine["mean"])
+    )
+    # As new as the weights that came with them.
+    assert 20 <= max(worker["number"] for worker in workers) <= mine["number"]
+    for worker in workers:
+        assert name in OFF_POLICY or torch.equal(worker["mean"], mine["mean"])
 
 
 # --- bundles of QVPO ---------------------------------------------------------------------------
