@@ -236,7 +236,6 @@ def test_defaults_are_the_documented_ones():
         "truncation_as_terminal": False, "engine": "auto", "sampling_precision": "fp32",
         "ranking_precision": "fp32",
         "sampling_mode": "async", "max_staleness": None, "policy_interval": 1,
-        "n_step": 1, "normalize_observations": False,
         "critic": "twin", "num_quantiles": 25, "dropped_quantiles": 2, "critic_layer_norm": False,
         "frame_skip": 1, "wrappers": (),
     }  # fmt: skip
