@@ -18,8 +18,8 @@ from qvpo_rllib.algorithms import ALGORITHMS
 from qvpo_rllib.core import engine
 from qvpo_rllib.core import learner as learner_module
 from qvpo_rllib.core.engine import CudaGraphs
-from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.options import options_of
+from qvpo_rllib.core.options.shared import OffPolicyHyperparameters
 from qvpo_rllib.core.replay import EpisodeSteps, ReplayBuffer, Transitions
 
 OBS, ACT = 5, 3

@@ -14,7 +14,7 @@ from qvpo_rllib.bench.straightforward import Straightforward
 from qvpo_rllib.core import engine, kernels
 from qvpo_rllib.core.backends.acting_copy import ActingCopy
 from qvpo_rllib.core.engine import kernels_of
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import ActionSelector, sample_actions

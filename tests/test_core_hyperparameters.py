@@ -7,7 +7,7 @@ import re
 import pytest
 
 from qvpo_rllib.core import options
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 
 NAMES = tuple(options.options_of(QVPOHyperparameters))
 CHOICES = {

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks, UpdateNoise, nearest_sample_distance
 from qvpo_rllib.core.replay import Transitions
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvpo_rllib.core import losses
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.replay import EpisodeSteps, ReplayBuffer, Transitions, replay_bytes
 
 quick = settings(deadline=None, max_examples=150, derandomize=True)

@@ -12,7 +12,7 @@ from test_core_engine import ACT, CPU, OBS, assert_same_updates, learner, transi
 from qvpo_rllib.core import engine, sampler
 from qvpo_rllib.core.backends import native
 from qvpo_rllib.core.backends import native as native_build
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.sampler import (
     ActionSelector,

@@ -17,12 +17,12 @@ from test_serving_cli import serving
 from qvpo_rllib import cli
 from qvpo_rllib.bench.http_load import fresh_bundle
 from qvpo_rllib.checkpoints.metadata import Metadata
-from qvpo_rllib.core.hyperparameters import (
+from qvpo_rllib.core.networks import QuantileTwinQ
+from qvpo_rllib.core.options.qvpo import (
     CRITIC_OPTIONS,
     QVPOHyperparameters,
     resolved_hyperparameters,
 )
-from qvpo_rllib.core.networks import QuantileTwinQ
 from qvpo_rllib.play.trained_policy import TrainedPolicy
 from qvpo_rllib.serving import ServedPolicy, load
 from qvpo_rllib.serving.client import Client

@@ -15,7 +15,7 @@ from qvpo_rllib.core.extensions import learnt
 from qvpo_rllib.core.extensions.entropy import log_density, noise_predictor
 from qvpo_rllib.core.extensions.learnt import LearntScale
 from qvpo_rllib.core.extensions.refinement import guided_actions, improved_actions, q_function
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import min_q, sample_actions

@@ -15,7 +15,7 @@ import torch
 
 from qvpo_rllib.core.backends import fused
 from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 
 triton = pytest.importorskip("triton", reason="Triton is not installed here", exc_type=ImportError)

@@ -13,12 +13,9 @@ from readmes import ROOT, all_readmes, all_text, fenced
 
 from qvpo_rllib.algorithms import dipo, qsm, td3
 from qvpo_rllib.cli import build_parser
-from qvpo_rllib.core.hyperparameters import (
-    DiffusionHyperparameters,
-    OffPolicyHyperparameters,
-    QVPOHyperparameters,
-)
 from qvpo_rllib.core.options import option_table
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
+from qvpo_rllib.core.options.shared import DiffusionHyperparameters, OffPolicyHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 
@@ -235,7 +232,7 @@ def test_a_python_example_compiles_and_its_imports_exist(name, number, example):
 
 
 def test_dotted_names_of_the_package_exist():
-    """Such as `qvpo_rllib.core.hyperparameters.QVPOHyperparameters`, in text and in YAML."""
+    """Such as `qvpo_rllib.core.options.qvpo.QVPOHyperparameters`, in text and in YAML."""
     names = set(re.findall(r"`qvpo_rllib((?:\.\w+)+)", TEXT))
     assert len(names) >= 5
     for name in names:

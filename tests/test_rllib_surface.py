@@ -14,8 +14,8 @@ from ray.rllib.policy.policy import Policy
 from ray.tune.registry import get_trainable_cls
 
 from qvpo_rllib import QVPO, QVPOConfig, QVPOTorchPolicy
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.options import options_of
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.training.plan import parse_settings
 from qvpo_rllib.training.rows import evaluation_columns
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qvpo_rllib.core.errors import NonFiniteError
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import ImprovementNoise, QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.core.sampler import min_q, sample_actions

@@ -9,8 +9,8 @@ import pytest
 from ray.tune import Experiment
 from readmes import all_text, fenced
 
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.options import options_of
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.tuning.smoke import MAX_SEEDS, shrink
 from qvpo_rllib.tuning.spec import ExperimentSpec
 from qvpo_rllib.tuning.tuner import (

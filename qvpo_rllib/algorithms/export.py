@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvpo_rllib.checkpoints.metadata import Metadata
-from qvpo_rllib.core.hyperparameters import CRITIC_OPTIONS
+from qvpo_rllib.core.options.qvpo import CRITIC_OPTIONS
 from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy
 from qvpo_rllib.serving.bundle import digest, encode_parameters, write_bundle
 from qvpo_rllib.serving.description import Description

@@ -17,7 +17,6 @@ from ray.rllib.policy.sample_batch import SampleBatch
 
 from qvpo_rllib.algorithms.normalization import NormalizedNetwork, ReturnTracker
 from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, OnRLlibAlgorithm, OnRLlibConfig
-from qvpo_rllib.core.hyperparameters import EnvironmentOptions
 from qvpo_rllib.core.normalization import CLIP, EPSILON, Moments
 from qvpo_rllib.core.options import (
     BELOW_ONE,
@@ -33,6 +32,7 @@ from qvpo_rllib.core.options import (
     option,
     require,
 )
+from qvpo_rllib.core.options.shared import EnvironmentOptions
 
 
 @dataclass(frozen=True, kw_only=True)

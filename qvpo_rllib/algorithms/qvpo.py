@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from qvpo_rllib.algorithms.export import export_policy
 from qvpo_rllib.core.engine import CPU
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.sampler import ActionSelector, draw_noise
 from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy, to_numpy

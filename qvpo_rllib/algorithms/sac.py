@@ -23,7 +23,6 @@ from torch.nn import functional
 
 from qvpo_rllib.algorithms.on_rllib import ChoosingPolicy, OnRLlibAlgorithm, OnRLlibConfig
 from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK
-from qvpo_rllib.core.hyperparameters import TINY_REPLAY, EnvironmentOptions
 from qvpo_rllib.core.normalization import Moments, RunningMoments
 from qvpo_rllib.core.options import (
     BELOW_ONE,
@@ -37,6 +36,7 @@ from qvpo_rllib.core.options import (
     option,
     require,
 )
+from qvpo_rllib.core.options.shared import TINY_REPLAY, EnvironmentOptions
 from qvpo_rllib.core.seeding import Stream, spawn_seed
 
 # RLlib takes the classes by their names.

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters
 from qvpo_rllib.core.options import OptionValue, option, with_default
+from qvpo_rllib.core.options.shared import DiffusionHyperparameters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ from ray.tune.registry import register_trainable
 from torch import Generator, Tensor, nn
 
 from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK
-from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.kernels import linear
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.losses import critic_loss
 from qvpo_rllib.core.normalization import RunningMoments
 from qvpo_rllib.core.options import COUNT, NON_NEGATIVE, Setting, option, with_default
+from qvpo_rllib.core.options.shared import OffPolicyHyperparameters
 from qvpo_rllib.core.replay import Transitions
 from qvpo_rllib.rollout.policy import OffPolicyTorchPolicy
 from qvpo_rllib.runtime.algorithm import OffPolicyAlgorithm

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from qvpo_rllib.bench.options import Row, add_device, add_engines, add_settings, add_tasks, positive
 from qvpo_rllib.bench.sizes import TASKS, Task, acting_flops, hyperparameters
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 
 HELP = "the best of K actions, on one thread"
 COLUMNS = {

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Generator
 
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.serving import Description, ServedPolicy, write_bundle
 from qvpo_rllib.serving.batcher import MAX_PENDING_REQUESTS
 from qvpo_rllib.serving.bundle import encode_parameters

@@ -15,8 +15,8 @@ from qvpo_rllib.bench.options import (
     add_tasks,
 )
 from qvpo_rllib.bench.sizes import TASKS, Task, hyperparameters, update_flops
-from qvpo_rllib.core.hyperparameters import CRITIC_OPTIONS, QVPOHyperparameters
 from qvpo_rllib.core.options import defaults_of
+from qvpo_rllib.core.options.qvpo import CRITIC_OPTIONS, QVPOHyperparameters
 
 if TYPE_CHECKING:
     import torch

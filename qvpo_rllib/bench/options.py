@@ -16,8 +16,8 @@ from argparse import ArgumentParser, ArgumentTypeError
 from typing import Any
 
 from qvpo_rllib.bench.sizes import SETTINGS, TASKS
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.options import options_of
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 
 ENGINES: tuple[str, ...] = options_of(QVPOHyperparameters)["engine"].metadata["choices"]
 

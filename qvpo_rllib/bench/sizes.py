@@ -7,8 +7,8 @@ needed: what the observation and the diffusion step share is multiplied once.
 import itertools
 from typing import NamedTuple
 
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.options import OptionValue
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 
 
 class Task(NamedTuple):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvpo_rllib.core.diffusion import NoiseSchedule
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.networks import TIME_DIM, sinusoidal_embedding
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPONetworks, UpdateNoise
 from qvpo_rllib.core.replay import Transitions
 

@@ -23,8 +23,8 @@ import ray
 import torch
 import xxhash
 
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.options import defaults_of
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.files import FileRecord, check_file, record_of, write_atomically
 from qvpo_rllib.version import __version__
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+    from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
     from qvpo_rllib.files import OutputDirectory
     from qvpo_rllib.paper.bandit import BanditRun, Measurement
     from qvpo_rllib.paper.theorem2 import VariantResult
@@ -217,7 +217,7 @@ def _num_updates(options: Namespace, default: int, least: int) -> int:
 def _hyperparameters(
     options: Namespace, base: Mapping[str, Any], fixed: tuple[str, ...] = ()
 ) -> "QVPOHyperparameters":
-    from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+    from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
     from qvpo_rllib.paper.single_state import toy_hyperparameters
     from qvpo_rllib.training.plan import parse_settings
 

@@ -15,8 +15,8 @@ from torch import Generator, Tensor, nn
 
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.engine import CudaGraphs, kernels_of, matmul_precision, resolve_engine
-from qvpo_rllib.core.hyperparameters import OffPolicyHyperparameters
 from qvpo_rllib.core.normalization import Moments, RunningMoments
+from qvpo_rllib.core.options.shared import OffPolicyHyperparameters
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.seeding import restore_generator
 

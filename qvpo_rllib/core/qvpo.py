@@ -18,10 +18,11 @@ from qvpo_rllib.core.extensions.learnt import (
     follow_spread,
 )
 from qvpo_rllib.core.extensions.refinement import Refinement
-from qvpo_rllib.core.hyperparameters import DiffusionHyperparameters, QVPOHyperparameters
 from qvpo_rllib.core.learner import ActorCritic, OffPolicyLearner
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ, new_critic
 from qvpo_rllib.core.normalization import RunningMoments
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
+from qvpo_rllib.core.options.shared import DiffusionHyperparameters
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
 from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
 

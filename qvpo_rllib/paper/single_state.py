@@ -14,8 +14,8 @@ import torch
 from torch import Generator, Tensor
 
 from qvpo_rllib.core.errors import NonFiniteError
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.options import check_name
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import ImprovementNoise, QVPOLearner, QVPONetworks
 from qvpo_rllib.core.sampler import draw_noise, sample_actions
 from qvpo_rllib.core.seeding import Stream, spawn_seed

@@ -21,7 +21,7 @@ from scipy.stats import kstest, truncnorm
 from torch import Generator, Tensor
 
 from qvpo_rllib.core.diffusion import NoiseSchedule, q_posterior
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.seeding import Stream, sequence, spawn_seed
 from qvpo_rllib.paper.single_state import SingleStatePolicy
 

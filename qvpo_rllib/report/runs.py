@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.algorithms import entry_of
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.files import read_json
 from qvpo_rllib.training.metrics_log import MetricsLog
 from qvpo_rllib.training.rows import RETURN, Row

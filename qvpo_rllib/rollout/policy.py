@@ -15,8 +15,8 @@ from torch import Generator, Tensor, nn
 
 from qvpo_rllib.core.backends.acting_copy import ActingCopy
 from qvpo_rllib.core.engine import CPU, acting_engine, kernels_of, matmul_precision
-from qvpo_rllib.core.hyperparameters import resolved_hyperparameters
 from qvpo_rllib.core.learner import ActorCritic, Hyper, Networks, OffPolicyLearner
+from qvpo_rllib.core.options.qvpo import resolved_hyperparameters
 from qvpo_rllib.core.replay import EpisodeSteps, Transitions
 from qvpo_rllib.core.seeding import Stream, restore_generator, spawn_seed
 from qvpo_rllib.rollout.environments import check_spaces

@@ -10,8 +10,8 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig, NotProvided
 from ray.rllib.utils import force_list
 
 from qvpo_rllib.core.env_config import encode_env_config
-from qvpo_rllib.core.hyperparameters import resolved_hyperparameters
 from qvpo_rllib.core.options import Options, check_name, defaults_of
+from qvpo_rllib.core.options.qvpo import resolved_hyperparameters
 from qvpo_rllib.rollout.callbacks import combined, overrides
 from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 from qvpo_rllib.runtime.ray_private import check_setting, environment_maker, is_frozen

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from qvpo_rllib.core.action_scale import ActionScale
-from qvpo_rllib.core.hyperparameters import CRITIC_OPTIONS, QVPOHyperparameters
 from qvpo_rllib.core.observation_parts import ObservationParts
 from qvpo_rllib.core.options import defaults_of
+from qvpo_rllib.core.options.qvpo import CRITIC_OPTIONS, QVPOHyperparameters
 
 FORMAT = "qvpo-policy"
 FORMAT_VERSION = 1

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qvpo_rllib.core.diffusion import NoiseSchedule, predict_x0
 from qvpo_rllib.core.extensions.learnt import LearntScale
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.networks import NoisePredictor
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.sampler import Trunk, run_trunk
 
 Predictor = Callable[[Tensor, int], Tensor]  # noisy actions [B, M, A], step t → their noise

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.diffusion import NoiseSchedule, predict_x0
-from qvpo_rllib.core.hyperparameters import QVPOHyperparameters
 from qvpo_rllib.core.networks import NoisePredictor, TwinQ
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 
 QFunction = Callable[[Tensor, Tensor], Tensor]  # obs [R, O], action [R, A] → [R], with gradients
 
