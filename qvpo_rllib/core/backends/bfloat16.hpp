@@ -73,88 +73,30 @@ Vector mish_to_be_narrowed(Vector x) {
 #endif
 }
 
-// As `multiply`: NARROW is for a layer with Mish, whose output is bfloat16; without, it is float32.
-template <int R, int C, bool NARROW>
-void multiply_pairs(const uint16_t *x, int64_t x_stride, const uint16_t *panel, int64_t pairs,
-                    const float *const *start, const float *bias, void *out, int64_t out_stride) {
-    Vector sums[R][C];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) {
-            sums[r][c] = start ? load(start[r] + c * LANES) : Vector{};
-            if (bias) sums[r][c] += load(bias + c * LANES);
-        }
-    for (int64_t i = 0; i < pairs; ++i) {
+// The same as for float32, for pairs of inputs.
+template <int R, int C>
+__attribute__((always_inline)) inline void accumulate(Vector (&sums)[R][C], const uint16_t *x,
+                                                      int64_t x_stride, const uint16_t *panel,
+                                                      int64_t in) {
+    for (int64_t i = 0; i < in; i += 2) {
         Pairs weights[C];
         for (int c = 0; c < C; ++c)
-            weights[c] =
-                *reinterpret_cast<const StoredPairs *>(panel + 2 * (i * C + c) * LANES);
+            weights[c] = *reinterpret_cast<const StoredPairs *>(panel + (i * C + 2 * c) * LANES);
         for (int r = 0; r < R; ++r) {
             uint32_t pair;
-            std::memcpy(&pair, x + r * x_stride + 2 * i, sizeof pair);
+            std::memcpy(&pair, x + r * x_stride + i, sizeof pair);
             for (int c = 0; c < C; ++c) sums[r][c] = add_products(sums[r][c], pair, weights[c]);
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) {
-            const int64_t at = r * out_stride + c * LANES;
-            if constexpr (NARROW)
-                store_narrowed(static_cast<uint16_t *>(out) + at, mish_to_be_narrowed(sums[r][c]));
-            else
-                store(static_cast<float *>(out) + at, sums[r][c]);
-        }
 }
 
-template <int C, bool NARROW>
-void multiply_rows_of_pairs(int64_t rows, const uint16_t *x, int64_t x_stride,
-                            const uint16_t *panel, int64_t pairs, const float *const *start,
-                            int64_t column, const float *bias, void *out, int64_t out_stride) {
-    const float *starts[ROWS];
-    for (int64_t row = 0; row < rows; row += ROWS) {
-        const int64_t now = std::min<int64_t>(ROWS, rows - row);
-        if (start)
-            for (int64_t r = 0; r < now; ++r) starts[r] = start[row + r] + column;
-        const float *const *from = start ? starts : nullptr;
-        const uint16_t *in_rows = x + row * x_stride;
-        void *out_rows = static_cast<char *>(out) + row * out_stride * (NARROW ? 2 : 4);
-        switch (now) {
-#define CASE(R)                                                                                  \
-    case R:                                                                                      \
-        multiply_pairs<R, C, NARROW>(in_rows, x_stride, panel, pairs, from, bias, out_rows,      \
-                                     out_stride);                                                \
-        break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#undef CASE
-        }
-    }
-}
+// The number of inputs in a layer's panels.
+int64_t inputs_of(const Layer &layer, uint16_t) { return even(layer.in); }
 
-// As `apply`, for bfloat16 rows of even stride; `out` is bfloat16 after Mish, else float32.
-template <bool NARROW>
-void apply_pairs(const Layer &layer, int64_t rows, const uint16_t *x, int64_t x_stride,
-                 const float *const *start, void *out, int64_t out_stride) {
-    const auto *weight = reinterpret_cast<const uint16_t *>(layer.weight);
-    const int64_t in = even(layer.in);
-    for (int64_t column = 0; column < layer.out;) {
-        const int64_t vectors = std::min<int64_t>(COLUMNS, (layer.out - column) / LANES);
-        const uint16_t *panel = weight + column * in;
-        const float *bias = layer.bias ? layer.bias + column : nullptr;
-        void *to = static_cast<char *>(out) + column * (NARROW ? 2 : 4);
-        switch (vectors) {
-#define CASE(C)                                                                                  \
-    case C:                                                                                      \
-        multiply_rows_of_pairs<C, NARROW>(rows, x, x_stride, panel, in / 2, start, column, bias, \
-                                          to, out_stride);                                       \
-        break;
-            CASE(1) CASE(2)
-#if !defined(__AVX512F__) && !defined(__aarch64__)
-        }
-#else
-            CASE(3) CASE(4)
-        }
-#endif
-#undef CASE
-        column += vectors * LANES;
-    }
+template <bool ACTIVATE>
+void put(uint16_t *to, Vector sum) {
+    static_assert(ACTIVATE, "sums without Mish stay float32");
+    store_narrowed(to, mish_to_be_narrowed(sum));
 }
 
 }  // namespace

@@ -110,16 +110,11 @@ Vector mish_and_slope(Vector x, Vector &slope) {
     return x * (m * r);
 }
 
-// A block of sums: `rows` rows of the input times a panel of the weights, onto what `start` holds.
-template <int R, int C, bool ACTIVATE>
-void multiply(const float *x, int64_t x_stride, const float *panel, int64_t in,
-              const float *const *start, const float *bias, float *out, int64_t out_stride) {
-    Vector sums[R][C];
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) {
-            sums[r][c] = start ? load(start[r] + c * LANES) : Vector{};
-            if (bias) sums[r][c] += load(bias + c * LANES);
-        }
+// Adds the products of R rows of the input and a panel of the weights.
+template <int R, int C>
+__attribute__((always_inline)) inline void accumulate(Vector (&sums)[R][C], const float *x,
+                                                      int64_t x_stride, const float *panel,
+                                                      int64_t in) {
     for (int64_t i = 0; i < in; ++i) {
         Vector weights[C];
         for (int c = 0; c < C; ++c) weights[c] = load(panel + (i * C + c) * LANES);
@@ -131,14 +126,39 @@ void multiply(const float *x, int64_t x_stride, const float *panel, int64_t in,
                 for (int c = 0; c < C; ++c) sums[r][c] += value * weights[c];
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c)
-            store(out + r * out_stride + c * LANES, ACTIVATE ? mish(sums[r][c]) : sums[r][c]);
 }
 
-template <int C, bool ACTIVATE>
-void multiply_rows(int64_t rows, const float *x, int64_t x_stride, const float *panel, int64_t in,
-                   const float *const *start, int64_t column, const float *bias, float *out,
+int64_t inputs_of(const Layer &layer, float) { return layer.in; }
+
+template <bool ACTIVATE>
+void put(float *to, Vector sum) {
+    store(to, ACTIVATE ? mish(sum) : sum);
+}
+
+}  // namespace
+
+#include "bfloat16.hpp"
+
+namespace {
+
+// A block of sums: R rows of the input times a panel of the weights, onto what `start` holds.
+template <int R, int C, bool ACTIVATE, typename In, typename Out>
+void multiply(const In *x, int64_t x_stride, const In *panel, int64_t in,
+              const float *const *start, const float *bias, Out *out, int64_t out_stride) {
+    Vector sums[R][C];
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) {
+            sums[r][c] = start ? load(start[r] + c * LANES) : Vector{};
+            if (bias) sums[r][c] += load(bias + c * LANES);
+        }
+    accumulate(sums, x, x_stride, panel, in);
+    for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c) put<ACTIVATE>(out + r * out_stride + c * LANES, sums[r][c]);
+}
+
+template <int C, bool ACTIVATE, typename In, typename Out>
+void multiply_rows(int64_t rows, const In *x, int64_t x_stride, const In *panel, int64_t in,
+                   const float *const *start, int64_t column, const float *bias, Out *out,
                    int64_t out_stride) {
     const float *starts[ROWS];
     for (int64_t row = 0; row < rows; row += ROWS) {
@@ -146,8 +166,8 @@ void multiply_rows(int64_t rows, const float *x, int64_t x_stride, const float *
         if (start)
             for (int64_t r = 0; r < now; ++r) starts[r] = start[row + r] + column;
         const float *const *from = start ? starts : nullptr;
-        const float *in_rows = x + row * x_stride;
-        float *out_rows = out + row * out_stride;
+        const In *in_rows = x + row * x_stride;
+        Out *out_rows = out + row * out_stride;
         switch (now) {
 #define CASE(R)                                                                                  \
     case R:                                                                                      \
@@ -159,19 +179,21 @@ void multiply_rows(int64_t rows, const float *x, int64_t x_stride, const float *
     }
 }
 
-// out[r] = activation(start[r] + bias + x[r] W) for `rows` rows; `start` may be null.
-template <bool ACTIVATE>
-void apply(const Layer &layer, int64_t rows, const float *x, int64_t x_stride,
-           const float *const *start, float *out, int64_t out_stride) {
+// out[r] = activation(start[r] + bias + x[r] W) for `rows` rows; `start` may be null. `In` is the
+// type of the weights too.
+template <bool ACTIVATE, typename In, typename Out>
+void apply(const Layer &layer, int64_t rows, const In *x, int64_t x_stride,
+           const float *const *start, Out *out, int64_t out_stride) {
+    const int64_t in = inputs_of(layer, In{});
     for (int64_t column = 0; column < layer.out;) {
         const int64_t vectors = std::min<int64_t>(COLUMNS, (layer.out - column) / LANES);
-        const float *panel = layer.weight + column * layer.in;
+        const In *panel = reinterpret_cast<const In *>(layer.weight) + column * in;
         const float *bias = layer.bias ? layer.bias + column : nullptr;
-        float *to = out + column;
+        Out *to = out + column;
         switch (vectors) {
 #define CASE(C)                                                                                 \
     case C:                                                                                     \
-        multiply_rows<C, ACTIVATE>(rows, x, x_stride, panel, layer.in, start, column, bias, to, \
+        multiply_rows<C, ACTIVATE>(rows, x, x_stride, panel, in, start, column, bias, to,       \
                                    out_stride);                                                 \
         break;
             CASE(1) CASE(2)
@@ -211,11 +233,6 @@ void hidden_layer(const Layer &layer, int64_t rows, const float *x, int64_t x_st
     apply<false>(layer, rows, x, x_stride, start, out, out_stride);
     for (int64_t r = 0; r < rows; ++r) normalize_and_activate(layer, out + r * out_stride);
 }
-}  // namespace
-
-#include "bfloat16.hpp"
-
-namespace {
 
 int64_t widest(const Network &network) {
     int64_t width = network.observation->out;
@@ -282,14 +299,14 @@ struct Scratch {
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t a = 0; a < act_dim; ++a)
                 narrow_actions[r * action_width + a] = narrowed(actions[r * action_stride + a]);
-        apply_pairs<true>(*network.action, rows, narrow_actions.data(), action_width, start.data(),
+        apply<true>(*network.action, rows, narrow_actions.data(), action_width, start.data(),
                           narrow_one.data(), width);
         for (int64_t i = 0; i + 1 < network.num_layers; ++i) {
-            apply_pairs<true>(network.layers[i], rows, narrow_one.data(), width, nullptr,
+            apply<true>(network.layers[i], rows, narrow_one.data(), width, nullptr,
                               narrow_other.data(), width);
             narrow_one.swap(narrow_other);
         }
-        apply_pairs<false>(network.layers[network.num_layers - 1], rows, narrow_one.data(), width,
+        apply<false>(network.layers[network.num_layers - 1], rows, narrow_one.data(), width,
                            nullptr, one.data(), width);
         return one.data();
     }
