@@ -265,6 +265,25 @@ def test_it_opens_with_tasks_by_algorithms_and_the_curves_of_all_tasks(tmp_path:
     assert page.index("Summary") < page.index('alt="curves"') < page.index("compared")
 
 
+def test_settings_that_leave_options_out_are_named_by_what_they_change(tmp_path: Path) -> None:
+    settings = [{}, {"k_behavior": 4}, {"tau": 0.5, "n_step": 3}]
+    values = {**SWEEP, "seeds": [0, 1], "sweep": {"settings": settings}}
+    results = make_results(tmp_path, values, lambda config, share: float(config["k_behavior"]))
+    runs = load_runs([results])
+    labels = [(run.label, run.seed) for run in runs]
+    assert labels == [(n, s) for s in (0, 1) for n in ("QVPO", "K_b=4", "τ=0.5, n=3")]
+    trials = json.loads((results / "experiment.json").read_text())["parts"][0]["trials"]
+    # A whole setting for Tune: what one leaves out has the preset's value.
+    assert trials[0] == {
+        "env": "InvertedPendulum-v5",
+        "seed": 0,
+        "k_behavior": 1,
+        "tau": 0.02,
+        "n_step": 1,
+    }
+    assert [run.returns[-1] for run in runs] == [1, 4, 1] * 2
+
+
 def test_a_summary_says_how_many_seeds_have_ended(reported: Any) -> None:
     _, out = reported
     summary = (out / "summary.md").read_text()

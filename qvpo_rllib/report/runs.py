@@ -160,6 +160,7 @@ def _tune_runs(path: Path) -> list[Run]:
     runs = []
     for part in record["parts"]:
         swept, directory = part["swept"], path / part["name"]
+        left_out = part.get("left_out", {})  # of earlier versions
         entries = read_trials(directory)
         started = {_identity(e["config"], swept): trial for trial, e in entries.items()}
         planned = part["trials"]
@@ -170,7 +171,9 @@ def _tune_runs(path: Path) -> list[Run]:
             entry = entries.get(trial, {"status": MISSING})
             known = entry["status"] in (FINISHED, STOPPED, FAILED, MISSING)
             found = entry.get("directory")
-            setting = {"member": config["seed"]} if population else {n: config[n] for n in swept}
+            setting = {n: config[n] for n in swept if left_out.get(n, ...) != config[n]}
+            if population:
+                setting = {"member": config["seed"]}
             runs.append(
                 Run(
                     experiment=spec["name"],

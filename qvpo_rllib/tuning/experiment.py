@@ -165,6 +165,7 @@ class Experiment:
                     "label": entry_of(part.algorithm).label,
                     "stage": part.stage,
                     "swept": list(part.spec.swept),
+                    "left_out": part.spec.left_out(part.algorithm),
                     "trials": planned_trials(part.spec, part.algorithm),
                     "num_trials": part.num_trials,
                 }

@@ -130,6 +130,16 @@ class ExperimentSpec:
         names = [name for setting in self.settings for name in setting]
         return tuple(dict.fromkeys([*names, *self.space]))
 
+    def left_out(self, algorithm: str) -> Setting:
+        """Returns the values of swept options that some settings leave out; none if all have all.
+
+        A setting that leaves one out takes the preset's value, or that of `training`.
+        """
+        if all(len(setting) == len(self.swept) for setting in self.settings) or self.space:
+            return {}
+        options = self.options(algorithm).to_json()
+        return {name: options[name] for name in self.swept}
+
     @property
     def steps_together(self) -> int:
         """Env steps taken at once: the environments of all workers."""

@@ -58,6 +58,8 @@ def build_tuner(
     directory = Path(directory).expanduser().absolute()
     space = fixed_config(spec, algorithm)
     search, num_samples, scheduler = _search(spec, algorithm, space)
+    left_out = spec.left_out(algorithm)
+    name_of_trial = functools.partial(_trial_name, swept=spec.swept, left_out=left_out)
     return tune.Tuner(
         entry_of(algorithm).load(),
         param_space=space,
@@ -67,8 +69,8 @@ def build_tuner(
             num_samples=num_samples,
             # Tune limits a searcher so, but leaves `BasicVariantGenerator` to limit itself.
             max_concurrent_trials=(spec.max_concurrent if spec.search.method == "optuna" else None),
-            trial_name_creator=functools.partial(_trial_name, swept=spec.swept),
-            trial_dirname_creator=functools.partial(_trial_name, swept=spec.swept),
+            trial_name_creator=name_of_trial,
+            trial_dirname_creator=name_of_trial,
         ),
         run_config=tune.RunConfig(
             name=directory.name,
@@ -137,7 +139,8 @@ def planned_trials(spec: ExperimentSpec, algorithm: str) -> list[Setting] | None
     if spec.search.method == "optuna":
         return None
     typed = [(spec.options(algorithm, s).to_json(), s) for s in drawn_settings(spec)]
-    drawn = [{name: options[name] for name in setting} for options, setting in typed]
+    left_out = spec.left_out(algorithm)
+    drawn = [{**left_out, **{n: options[n] for n in setting}} for options, setting in typed]
     if spec.search.method == "pbt":  # members start from drawn settings
         return [
             {"env": spec.tasks[0], "seed": seed, **setting}
@@ -273,11 +276,15 @@ def _checkpoints(spec: ExperimentSpec) -> tune.CheckpointConfig:
     )
 
 
-def _trial_name(trial: Trial, swept: Sequence[str]) -> str:
-    """Returns a directory name such as "00003-Ant-v5-k_behavior=4-k_target=2-seed=0"."""
+def _trial_name(trial: Trial, swept: Sequence[str], left_out: Setting) -> str:
+    """Returns a directory name such as "00003-Ant-v5-k_behavior=4-k_target=2-seed=0".
+
+    Args:
+        left_out: values that are not shown.
+    """
     config, number = trial.config, trial.trial_id.rsplit("_", 1)[-1]
-    shown = (f"{v:.4g}" if isinstance(v, float) else v for v in map(config.get, swept))
-    setting = [f"{name}={text}" for name, text in zip(swept, shown, strict=True)]
+    shown = {n: config.get(n) for n in swept if n not in left_out or config.get(n) != left_out[n]}
+    setting = [f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in shown.items()]
     parts = [number, str(config["env"]), *setting, f"seed={config['seed']}"]
     return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in "-".join(parts))[:150]
 
