@@ -158,3 +158,15 @@ def test_moments_reach_the_buffers_as_they_are() -> None:
     assert running.number.tolist() == [4.0]
     assert running.mean.tolist() == [1.0, 2.0]
     assert running.variance.tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("before", [0, 5])
+def test_a_fragment_without_steps_changes_no_moments(before: int) -> None:
+    """A worker whose only environment raised in its first step hands over such a fragment."""
+    learner = learner_of("qvpo", "eager", normalize_observations=True)
+    learner.observe(transitions(before, seed=0).obs)
+    moments = learner.networks.observations.read()
+    learner.observe(np.zeros((0, OBS), np.float32))
+    for found, expected in zip(learner.networks.observations.read(), moments, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert np.isfinite(moments.mean).all()

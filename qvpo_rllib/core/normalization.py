@@ -24,8 +24,10 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, rows: ArrayLike) -> "Moments":
-        """The moments of `rows` [B, D]."""
+        """The moments of `rows` [B, D]; B may be 0."""
         values = np.asarray(rows, np.float64)
+        if not len(values):
+            return cls.none(values.shape[1])
         mean = values.mean(0)
         return cls(float(len(values)), mean, ((values - mean) ** 2).sum(0))
 
