@@ -175,6 +175,11 @@ CASES = {
         7,
         "pbt cannot change it",
     ),
+    "pbt's environments": (
+        "seeds: [0, 1]\nsweep:\n  space:\n    frame_skip: [1, 2]\nsearch:\n  method: pbt",
+        7,
+        "pbt cannot change it",
+    ),
     "distribution": ("sweep:\n  space:\n    tau: {normal: [0, 1]}", 6, "one of choice, uniform"),
     "bounds": ("sweep:\n  space:\n    tau: {uniform: [1, 0]}", 6, "low < high"),
     "in both": ("training:\n  tau: 0.1\nsweep:\n  grid:\n    tau: [0.2, 0.3]", 5, "keep one"),

@@ -64,7 +64,11 @@ class PPOHyperparameters(EnvironmentOptions):
         "minibatch_size": 40,
         "num_epochs": 2,
     }
-    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "activation")
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = (
+        *EnvironmentOptions.fixed_by_checkpoint,
+        "hidden",
+        "activation",
+    )
 
     hidden: tuple[int, ...] = option((256, 256), "hidden layers of actor and critic", range=WIDTHS)
     activation: str = option("tanh", "activation function", choices=("tanh", "relu"))

@@ -55,6 +55,7 @@ class SACHyperparameters(EnvironmentOptions):
     }
     smoke: ClassVar[Setting] = TINY_REPLAY
     fixed_by_checkpoint: ClassVar[tuple[str, ...]] = (
+        *EnvironmentOptions.fixed_by_checkpoint,
         "hidden",
         "activation",
         "normalize_observations",

@@ -29,6 +29,8 @@ TINY_REPLAY: Setting = {
 class EnvironmentOptions(Options):
     """What every algorithm has: how its environment is wrapped."""
 
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("frame_skip", "wrappers")
+
     frame_skip: int = option(
         1,
         "env steps that each action is repeated for; rewards are summed, and returns and lengths "
@@ -47,7 +49,11 @@ class EnvironmentOptions(Options):
 class OffPolicyHyperparameters(EnvironmentOptions):
     """What every algorithm has that learns from a replay on this package's runtime."""
 
-    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = ("hidden", "normalize_observations")
+    fixed_by_checkpoint: ClassVar[tuple[str, ...]] = (
+        *EnvironmentOptions.fixed_by_checkpoint,
+        "hidden",
+        "normalize_observations",
+    )
     # Compiling would take longer than all the rest.
     smoke: ClassVar[Setting] = {**TINY_REPLAY, "engine": "eager"}
 
