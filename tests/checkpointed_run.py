@@ -6,6 +6,11 @@ from pathlib import Path
 
 from qvpo_rllib.training.run_directory import RunDirectory
 
+CONFIG = {
+    "algo": "qvpo", "env": "Ant-v5", "preset": "default", "seed": 1, "env_steps": 100,
+    "eval_interval": 50, "num_env_runners": 0, "num_envs_per_env_runner": 1, "num_gpus": 0,
+    "hyperparameters": {"hidden": [16, 16], "tau": 0.005},
+}  # fmt: skip
 COMMAND = ["qvpo", "train", "--env", "Hopper-v5"]
 REPLAY = "replay.arrow"
 

@@ -1,5 +1,6 @@
 """cluster/submit.py and `qvpo train --address --or-resume`, without a cluster."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -8,13 +9,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from checkpointed_run import CONFIG
 
 from qvpo_rllib import cli
+from qvpo_rllib.training.plan import TrainingPlan
 from qvpo_rllib.training.records import describe_placement
 from qvpo_rllib.training.run_directory import can_resume
 
 ROOT = Path(__file__).parents[1]
-CONFIG = {"env": "Ant-v5", "seed": 1, "hyperparameters": {"hidden": [16, 16], "tau": 0.005}}
+PLAN = TrainingPlan.from_config(CONFIG)
 
 
 @pytest.fixture
@@ -102,10 +105,11 @@ def test_or_resume_needs_a_run_dir(capsys: Any) -> None:
 
 def test_a_run_that_was_begun_is_gone_on_with(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert not can_resume(run, CONFIG)
+    assert not can_resume(run, PLAN)
     (run / "checkpoints" / "last").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(CONFIG))
-    assert can_resume(run, {**CONFIG, "hyperparameters": {"hidden": (16, 16), "tau": 0.005}})
+    options = {**PLAN.hyperparameters, "hidden": (16, 16)}
+    assert can_resume(run, dataclasses.replace(PLAN, hyperparameters=options))
 
 
 def test_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -113,7 +117,7 @@ def test_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     run.mkdir()
     (run / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(ValueError, match="other values of seed"):
-        can_resume(run, {**CONFIG, "seed": 2})
+        can_resume(run, dataclasses.replace(PLAN, seed=2))
     assert os.listdir(tmp_path) == ["run"]
 
 
@@ -121,7 +125,7 @@ def test_a_run_without_a_checkpoint_begins_anew_and_is_kept(tmp_path: Path) -> N
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(json.dumps(CONFIG))
-    assert not can_resume(run, CONFIG)
+    assert not can_resume(run, PLAN)
     [kept] = os.listdir(tmp_path)
     assert kept.startswith("run-unsaved-")
 

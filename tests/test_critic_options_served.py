@@ -173,15 +173,16 @@ def test_a_run_goes_on_with_the_critics_of_its_checkpoint_alone(
     checkpoint: Path, tmp_path: Path, name: str
 ) -> None:
     found = Metadata.read(checkpoint)
-    found.check_fits(found, tmp_path)
+    found.check_fits(found, tmp_path, QVPOHyperparameters)
     defaults = {**dict.fromkeys(CRITIC_OPTIONS), "critic": "twin", "num_quantiles": 25,
                 "dropped_quantiles": 2, "critic_layer_norm": False}  # fmt: skip
     other = replace(found, hyperparameters={**found.hyperparameters, name: defaults[name]})
     with pytest.raises(ValueError, match=re.escape(f"{name}={CRITICS[name]!r}")):
-        found.check_fits(other, tmp_path)
+        found.check_fits(other, tmp_path, QVPOHyperparameters)
     # A checkpoint that is older than the options was made with the defaults.
     before = {n: v for n, v in found.hyperparameters.items() if n not in CRITIC_OPTIONS}
     old = replace(found, hyperparameters=before)
-    old.check_fits(replace(found, hyperparameters=before | defaults), tmp_path)
+    now = replace(found, hyperparameters=before | defaults)
+    old.check_fits(now, tmp_path, QVPOHyperparameters)
     with pytest.raises(ValueError, match="made with critic='twin'"):
-        old.check_fits(found, tmp_path)
+        old.check_fits(found, tmp_path, QVPOHyperparameters)

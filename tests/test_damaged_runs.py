@@ -5,8 +5,8 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from qvpo_rllib.files import LOCK_FILE, DirectoryLock
 from qvpo_rllib.play.trained_policy import find_checkpoint
 from qvpo_rllib.training import run as training_run
 from qvpo_rllib.training.plan import TrainingPlan, make_plan
-from qvpo_rllib.training.run_directory import RunDirectory
+from qvpo_rllib.training.run_directory import RunDirectory, can_resume
 from qvpo_rllib.tuning.experiment import Experiment
 from qvpo_rllib.tuning.ledger import TrialLedger
 from qvpo_rllib.tuning.spec import ExperimentSpec
 from qvpo_rllib.tuning.tune_state import callbacks_of
 
 ENV = "InvertedPendulum-v5"
+NEWER = ("frame_skip", "wrappers", "critic", "n_step")  # options that came later
 ROW = '{"env_steps": 5, "evaluation/return_mean": 1.0}\n'
 
 
@@ -72,6 +73,10 @@ def run(plan: TrainingPlan, tmp_path: Path) -> Path:
         directory.commit_checkpoint(5, metadata(plan).write, best=1.0)
     (path / "metrics.jsonl").write_text(ROW)
     return path
+
+
+def without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def a_directory(path: Path) -> None:
@@ -226,10 +231,29 @@ def test_a_crash_before_best_was_pointed_to_is_mended(tmp_path: Path) -> None:
 def test_options_changed_by_hand_are_said(plan: TrainingPlan, caplog: Any) -> None:
     saved = metadata(plan)
     changed = metadata(plan, seed=7, hyperparameters={**plan.hyperparameters, "tau": 0.5})
-    training_run._say_what_has_changed(saved, Metadata(**asdict(saved)))
+    kind = plan.algorithm.hyperparameters
+    training_run._say_what_has_changed(saved, Metadata(**asdict(saved)), kind)
+    older = metadata(plan, hyperparameters=without(plan.hyperparameters, *NEWER))
+    training_run._say_what_has_changed(older, saved, kind)
     assert not caplog.text
-    training_run._say_what_has_changed(saved, changed)
+    training_run._say_what_has_changed(saved, changed, kind)
     assert "seed=7 (was 0), tau=0.5 (was 0.02)" in caplog.text
+
+
+def test_a_run_begun_by_an_earlier_version_is_gone_on_with(
+    plan: TrainingPlan, tmp_path: Path
+) -> None:
+    """One that knew neither some options nor some of a run's settings."""
+    now = plan.to_dict()
+    before = without(now, "log", "env_config", "keep_checkpoints")
+    before["hyperparameters"] = without(now["hyperparameters"], *NEWER)
+    with RunDirectory.create(tmp_path / "run", before, COMMAND) as run:
+        commit(run, 5)
+    assert TrainingPlan.from_config(before).hyperparameters == now["hyperparameters"]
+    assert can_resume(run.path, plan)
+    changed = {**plan.hyperparameters, "frame_skip": 2}
+    with pytest.raises(ValueError, match="other values of hyperparameters"):
+        can_resume(run.path, replace(plan, hyperparameters=changed))
 
 
 # --- file systems --------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpointed_run import CONFIG
 
 from qvpo_rllib import cli
 from qvpo_rllib.files import LOCK_FILE, DirectoryLock
+from qvpo_rllib.training.plan import TrainingPlan
 from qvpo_rllib.training.run_directory import RunDirectory, can_resume
 
 WRITER = """
@@ -83,11 +85,12 @@ def test_a_second_train_is_refused_until_the_first_has_died(tmp_path: Path, caps
 def test_a_run_that_has_just_begun_is_not_moved_away(tmp_path: Path) -> None:
     """A second `--or-resume` finds a run without a checkpoint: its program is at work on it."""
     run = tmp_path / "run"
-    RunDirectory.create(run, {"env": "Hopper-v5"}, ["qvpo"]).close()
+    RunDirectory.create(run, CONFIG, ["qvpo"]).close()
+    plan = TrainingPlan.from_config(CONFIG)
     with another_program(run), pytest.raises(ValueError, match="Another program"):
-        can_resume(run, {"env": "Hopper-v5"})
+        can_resume(run, plan)
     assert os.listdir(tmp_path) == ["run"]
-    assert not can_resume(run, {"env": "Hopper-v5"})
+    assert not can_resume(run, plan)
     [kept] = tmp_path.iterdir()
     assert not (kept / LOCK_FILE).exists()
 

@@ -238,6 +238,21 @@ def test_train_runs_are_grouped_by_what_sets_them_apart(tmp_path: Path) -> None:
     ]
 
 
+def test_a_run_of_an_earlier_version_stands_with_those_of_its_options_defaults(
+    tmp_path: Path,
+) -> None:
+    for seed, later in enumerate(({}, {"frame_skip": 1, "wrappers": []}, {"frame_skip": 2})):
+        config = {
+            "algo": "qvpo", "env": "Ant-v5", "preset": "light", "seed": seed, "env_steps": 200,
+            "hyperparameters": {"tau": 0.1, **later},
+        }  # fmt: skip
+        with RunDirectory.create(tmp_path / str(seed), config, ["qvpo"]) as run:
+            run.metrics.append({"env_steps": 200, "evaluation/return_mean": 2.0})
+    groups = grouped(load_runs([tmp_path / str(seed) for seed in range(3)]))
+    assert [[run.seed for run in group.runs] for group in groups] == [[0, 1], [2]]
+    assert groups[0].label == "preset=light, frame_skip=1"
+
+
 def test_it_opens_with_tasks_by_algorithms_and_the_curves_of_all_tasks(tmp_path: Path) -> None:
     """QVPO is best on Hopper, SAC on the pendulum."""
     values = {

@@ -180,13 +180,14 @@ def run_identity(algorithm: Any) -> dict[str, Any]:
 def test_a_checkpoint_of_another_algorithm_is_refused(build: Any, tmp_path: Path) -> None:
     algorithm = build(config_of("DIPO"))
     algorithm.save(str(tmp_path))
+    kind = algorithm.config.hyperparameters_class
     other = replace(algorithm.metadata(), algorithm="QSM")
     with pytest.raises(ValueError, match=r"algorithm='DIPO'.*this run has algorithm='QSM'"):
-        checkpoint.Metadata.read(tmp_path).check_fits(other, tmp_path)
+        checkpoint.Metadata.read(tmp_path).check_fits(other, tmp_path, kind)
     hyperparameters = {**other.hyperparameters, "diffusion_steps": 9}
     deeper = replace(algorithm.metadata(), hyperparameters=hyperparameters)
     with pytest.raises(ValueError, match="diffusion_steps"):
-        checkpoint.Metadata.read(tmp_path).check_fits(deeper, tmp_path)
+        checkpoint.Metadata.read(tmp_path).check_fits(deeper, tmp_path, kind)
 
 
 @rivals

@@ -5,12 +5,16 @@ import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray.tune.tune
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
+from qvpo_rllib.tuning import tuner
+from qvpo_rllib.tuning.experiment import Experiment
+from qvpo_rllib.tuning.spec import ExperimentSpec
 from qvpo_rllib.tuning.tune_state import (
     KEPT_DIRECTORY,
     TUNE_DIRECTORY,
@@ -104,6 +108,33 @@ def test_a_trial_that_has_ended_is_not_run_again(part: Path) -> None:
     assert all(trial["x"] == 1 for trial in found)
     file.unlink()
     assert not has_state(part)
+
+
+def test_an_experiment_begun_by_an_earlier_version_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose trials knew fewer options: Tune refuses settings that it has not seen."""
+    values = {"name": "x", "task": "InvertedPendulum-v5", "preset": "quick",
+              "sweep": {"grid": {"tau": [0.1, 0.2]}}, "storage": str(tmp_path)}  # fmt: skip
+    experiment = Experiment(ExperimentSpec.from_dict(values))
+    [part] = experiment.parts
+    whole = tuner.fixed_config
+
+    def earlier(spec: ExperimentSpec, algorithm: str) -> dict[str, Any]:
+        space = whole(spec, algorithm)
+        return {n: v for n, v in space.items() if n not in ("frame_skip", "wrappers")}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tuner, "fixed_config", earlier)
+        experiment._fresh(part, [])
+    state = {"trial_data": [], "runner_data": {}}
+    directory = experiment.directory / part.name
+    (directory / TUNE_DIRECTORY / STATE).write_text(json.dumps(state))
+    restored = experiment._restored(part)
+    assert restored is not None
+    space = restored._local_tuner.param_space
+    assert {"tau", "callbacks_class", "env_config"} <= space.keys()
+    assert "frame_skip" not in space
 
 
 def test_ray_tune_has_what_is_relied_upon() -> None:

@@ -23,8 +23,7 @@ import ray
 import torch
 import xxhash
 
-from qvpo_rllib.core.options import defaults_of
-from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
+from qvpo_rllib.core.options import Options, completed
 from qvpo_rllib.files import FileRecord, check_file, record_of, write_atomically
 from qvpo_rllib.version import __version__
 
@@ -141,20 +140,12 @@ class Metadata:
             if name.startswith(under):
                 check_file(directory / name, FileRecord(*record))
 
-    def check_fits(self, own: "Metadata", directory: Path) -> None:
-        """Raises `ValueError` if the run `own` cannot go on from this checkpoint."""
+    def check_fits(self, own: "Metadata", directory: Path, kind: type[Options]) -> None:
+        """Raises `ValueError` if the run `own`, with options of `kind`, cannot go on from here."""
         names = ("algorithm", "env", "shapes", "observation_parts")
         pairs = [(n, getattr(self, n), getattr(own, n)) for n in names]
-        # A checkpoint that lacks an option is older than it, and its default is what it was.
-        made_with = {**defaults_of(QVPOHyperparameters), **self.hyperparameters}
-        pairs += [
-            (name, self.hyperparameters.get(name, default), own.hyperparameters.get(name, default))
-            for name, default in (("frame_skip", 1), ("wrappers", []))
-        ]
-        pairs += [
-            (name, made_with.get(name), own.hyperparameters[name])
-            for name in own.fixed_by_checkpoint
-        ]
+        made_with, ours_now = (completed(m.hyperparameters, kind) for m in (self, own))
+        pairs += [(n, made_with[n], ours_now[n]) for n in own.fixed_by_checkpoint]
         for name, theirs, ours in pairs:
             if theirs != ours:
                 raise ValueError(

@@ -15,6 +15,7 @@ from qvpo_rllib.checkpoints import worker_state
 from qvpo_rllib.checkpoints.metadata import Metadata
 from qvpo_rllib.checkpoints.replay_files import ReplayFiles, Segment, check_segments, read_segments
 from qvpo_rllib.checkpoints.staging import committed
+from qvpo_rllib.core.options import Options
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions, UpdateLedger
 
 logger = logging.getLogger(__name__)
@@ -94,18 +95,21 @@ class RunState:
     workers: dict[int, bytes]  # by worker index
 
     @classmethod
-    def read(cls, directory: Path, own: Metadata | None = None) -> "RunState":
+    def read(
+        cls, directory: Path, own: Metadata | None = None, kind: type[Options] = Options
+    ) -> "RunState":
         """Checks every file of the checkpoint in `directory`, and changes nothing.
 
         Args:
             own: of the run that is to go on from it; None: of any.
+            kind: of that run's options.
 
         Raises:
             ValueError: no checkpoint, of another format, environment or shape, or damaged.
         """
         metadata = Metadata.read(directory)
         if own is not None:
-            metadata.check_fits(own, directory)
+            metadata.check_fits(own, directory, kind)
         metadata.check_files(directory)
         replay = metadata.replay
         segments, transitions = None, []

@@ -149,7 +149,7 @@ def _train(options: argparse.Namespace) -> int:
         plan = make_plan(**{n: v for n, v in vars(options).items() if n not in NOT_OF_THE_PLAN})
         name = f"{plan.env}-{plan.algo}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = options.run_dir or Path("runs") / name
-        if not (options.or_resume and can_resume(path, plan.to_dict())):
+        if not (options.or_resume and can_resume(path, plan)):
             with RunDirectory.create(path, plan.to_dict(), command) as directory:
                 return _run_plan(plan, directory, False, options.address)
         options.resume = path

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qvpo_rllib.algorithms import entry_of
+from qvpo_rllib.core.options import completed
 from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.files import read_json
 from qvpo_rllib.training.metrics_log import MetricsLog
@@ -202,6 +203,7 @@ def _evaluations(rows: Sequence[Row]) -> list[Row]:
 
 def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
     """Returns runs whose setting is the preset and the options that differ under it on a task."""
+    trained = _in_full(trained)
     alike: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for _, config in trained:
         key = (config["algo"], config["preset"], config["env"])
@@ -239,6 +241,23 @@ def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
             )
         )
     return runs
+
+
+def _in_full(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:
+    """Returns the runs with the options that those of earlier versions lack at their defaults.
+
+    Only runs that know different options need it, and with it Ray, which their classes import.
+    """
+    known: dict[str, set[frozenset[str]]] = {}
+    for _, config in trained:
+        known.setdefault(config["algo"], set()).add(frozenset(config["hyperparameters"]))
+    found = []
+    for path, config in trained:
+        if len(known[config["algo"]]) > 1:
+            kind = entry_of(config["algo"]).hyperparameters
+            config = {**config, "hyperparameters": completed(config["hyperparameters"], kind)}
+        found.append((path, config))
+    return found
 
 
 def _recorded(path: Path) -> list[Row]:

@@ -338,7 +338,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         """Goes on from a checkpoint: a directory, or what `save()` returned."""
         directory = _directory_of(checkpoint_path)
         # Checked first, since Tune's part of the restore sets iteration and times.
-        RunState.read(committed(directory), own=self.metadata())
+        self._read_fitting(directory)
         local = tune.Checkpoint.from_directory(str(directory))
         metrics = getattr(checkpoint_path, "metrics", None)  # Tune's: iteration and times so far
         super().restore(local if metrics is None else type(checkpoint_path)(local, metrics))
@@ -373,7 +373,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         """Removes from a checkpoint what only training needs. The default removes nothing."""
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        found = RunState.read(committed(Path(checkpoint_dir)), own=self.metadata())
+        found = self._read_fitting(Path(checkpoint_dir))
         # RLlib calls `on_checkpoint_loaded` at the end of its part, the rest comes after.
         super().load_checkpoint(str(found.directory))
         self.restore_run(found)
@@ -381,6 +381,11 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     def write_run(self, directory: Path) -> Metadata:
         """Writes the state that RLlib does not save; returns the metadata for `qvpo.json`."""
         return self.metadata()
+
+    def _read_fitting(self, directory: Path) -> RunState:
+        """Returns a checkpoint that this run can go on from. Raises `ValueError`."""
+        kind = self.config.hyperparameters_class
+        return RunState.read(committed(directory), self.metadata(), kind)
 
     def restore_run(self, found: RunState) -> None:
         """Restores what `write_run` wrote, after RLlib's own state."""

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from qvpo_rllib.core.options import (
     Options,
     OptionValue,
     Setting,
+    completed,
     parse_option,
     require_at_least,
 )
@@ -73,7 +74,11 @@ class TrainingPlan:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "TrainingPlan":
-        """Returns the plan in the content of a `config.json`. Raises `ValueError`."""
+        """Returns the plan in the content of a `config.json`, maybe of an earlier version.
+
+        Raises:
+            ValueError: it is none, or damaged.
+        """
         try:
             for declared in fields(cls):
                 name = declared.name
@@ -82,12 +87,14 @@ class TrainingPlan:
                 value = float(value) if kind is float and type(value) is int else value
                 if value is not MISSING and not isinstance(value, kind):
                     raise TypeError(f"{name}={value!r} is not of the type {kind}")
-            return cls(**config)
+            plan = cls(**config)
         except TypeError as error:
             raise ValueError(
                 f"Cannot resume: config.json is no training plan of this version ({error}). "
                 "Restore that file, or start a new run in another --run-dir."
             ) from None
+        options = completed(plan.hyperparameters, plan.algorithm.hyperparameters)
+        return replace(plan, hyperparameters=options)
 
     def check(self) -> None:
         """Raises `ValueError` for an environment or options with which it would not run."""

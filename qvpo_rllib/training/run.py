@@ -10,6 +10,7 @@ from types import FrameType
 
 from qvpo_rllib.checkpoints.metadata import Metadata
 from qvpo_rllib.checkpoints.staging import committed
+from qvpo_rllib.core.options import Options, completed
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.training.learning_curve import plot_learning_curve
 from qvpo_rllib.training.plan import TrainingPlan
@@ -41,7 +42,8 @@ class TrainingRun:
         self._trackers = Trackers(plan.log, directory.path, plan.to_dict())
         if resume:
             last = directory.checkpoint("last")
-            _say_what_has_changed(Metadata.read(committed(last)), self.algorithm.metadata())
+            saved, own = Metadata.read(committed(last)), self.algorithm.metadata()
+            _say_what_has_changed(saved, own, plan.algorithm.hyperparameters)
             self.algorithm.restore(last)
             directory.metrics.truncate_after(self.env_steps)
             self._read_history()
@@ -196,10 +198,10 @@ class TrainingRun:
         )
 
 
-def _say_what_has_changed(saved: Metadata, own: Metadata) -> None:
-    """Warns of options that `config.json` has, by hand, other than in the checkpoint."""
+def _say_what_has_changed(saved: Metadata, own: Metadata, kind: type[Options]) -> None:
+    """Warns of options (of `kind`) that `config.json` has, by hand, other than the checkpoint."""
     now = {"seed": own.seed, **own.hyperparameters}
-    before = {"seed": saved.seed, **saved.hyperparameters}
+    before = {"seed": saved.seed, **completed(saved.hyperparameters, kind)}
     changed = [f"{n}={v!r} (was {before.get(n)!r})" for n, v in now.items() if before.get(n) != v]
     if changed:
         logger.warning(

@@ -22,6 +22,7 @@ from typing import Any, Self
 from qvpo_rllib.checkpoints import named
 from qvpo_rllib.files import LOCK_FILE, DirectoryLock, fsync, new_directory, read_json, write_json
 from qvpo_rllib.training.metrics_log import MetricsLog
+from qvpo_rllib.training.plan import TrainingPlan
 from qvpo_rllib.training.records import describe_start
 
 # In each checkpoint that was the best when saved: the mean return in its evaluation. By it `open`
@@ -293,25 +294,24 @@ def _refuse_occupied(path: Path) -> None:
     raise ValueError(f"Cannot start a run in {str(path)!r}: it {what}. {advice}")
 
 
-def can_resume(path: Path, config: Mapping[str, Any]) -> bool:
-    """Returns whether `path` holds a run of `config` that has a checkpoint to go on from.
+def can_resume(path: Path, plan: TrainingPlan) -> bool:
+    """Returns whether `path` holds a run of `plan` that has a checkpoint to go on from.
 
     A run that ended before its first checkpoint cannot: its directory is renamed, with "-unsaved-"
     and the time, and the run begins anew.
 
-    Args:
-        config: what `config.json` would hold for a new run.
-
     Raises:
-        ValueError: `path` holds a run with other settings, or one that another program is still
-            writing. Nothing is changed.
+        ValueError: `path` holds a run with other settings, or a damaged one, or one that another
+            program is still writing. Nothing is changed.
     """
     if not (path / "config.json").exists():
         return False
-    found = read_config(path)
-    own = json.loads(json.dumps(dict(config)))
-    names = {*own, *found} - {"num_gpus"}  # where it runs
-    changed = sorted(name for name in names if own.get(name) != found.get(name))
+    found, own = (
+        json.loads(json.dumps(one.to_dict()))
+        for one in (TrainingPlan.from_config(read_config(path)), plan)
+    )
+    names = own.keys() - {"num_gpus"}  # where it runs
+    changed = sorted(name for name in names if own[name] != found[name])
     if changed:
         raise ValueError(
             f"{str(path)!r} holds a run with other values of {', '.join(changed)}: --or-resume "

@@ -29,7 +29,14 @@ from qvpo_rllib.tuning.interruption import INTERRUPTION
 from qvpo_rllib.tuning.ledger import TrialLedger
 from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, Entry, read_rows, read_trials
 from qvpo_rllib.tuning.spec import ExperimentSpec
-from qvpo_rllib.tuning.tune_state import TUNE_DIRECTORY, callbacks_of, correct, has_state, repair
+from qvpo_rllib.tuning.tune_state import (
+    TUNE_DIRECTORY,
+    callbacks_of,
+    correct,
+    has_state,
+    known_settings,
+    repair,
+)
 from qvpo_rllib.tuning.tuner import build_tuner, confirmation_spec, planned_trials, whole_space
 
 EXPERIMENT_FILE = "experiment.json"
@@ -208,7 +215,7 @@ class Experiment:
             str(directory / TUNE_DIRECTORY),
             entry_of(part.algorithm).load(),
             resume_errored=True,
-            param_space=whole_space(part.spec, part.algorithm),
+            param_space=known_settings(directory, whole_space(part.spec, part.algorithm)),
         )
         for callback in callbacks_of(tuner):
             if isinstance(callback, TrialLedger):

@@ -10,9 +10,11 @@ the experiment early.
 
 import json
 import logging
+import pickle
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from ray.tune import Callback, Tuner
 from ray.tune.execution import tune_controller
@@ -80,6 +82,18 @@ def correct(part: Path, ended: Collection[str]) -> None:
     for decisions in ("_cached_trial_decisions", "_queued_trial_decisions"):
         state["runner_data"][decisions] = {}
     write_atomically(file, json.dumps(state).encode())
+
+
+def known_settings(part: Path, space: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns of `space` what Tune knows, as it takes nothing else when an experiment goes on.
+
+    An earlier version of this package did not have the other options. They keep their defaults in
+    its new trials too.
+    """
+    state = pickle.loads((part / TUNE_DIRECTORY / "tuner.pkl").read_bytes())
+    # A setting that is a dict is known by its items: "evaluation_config/explore".
+    names = {key.partition("/")[0] for key in state["__flattened_param_space_keys"]}
+    return {n: value for n, value in space.items() if n in names or value == {}}
 
 
 def disk_error(error: BaseException | None) -> OSError | None:

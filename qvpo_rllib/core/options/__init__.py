@@ -100,8 +100,8 @@ class Options:
         other_task_values: the same for every other task.
         decays: pairs (end, steps): where option `end` is set, `steps` is the run's env steps unless
             it is given.
-        fixed_by_checkpoint: options that a checkpoint's networks depend on: another value cannot go
-            on from it.
+        fixed_by_checkpoint: options that a checkpoint's networks or environments depend on:
+            another value cannot go on from it.
         losses: learner metrics for the status line.
         smoke: options that make the algorithm tiny.
     """
@@ -181,7 +181,7 @@ class Options:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the options as they come back from a JSON file: tuples are lists."""
-        return {n: list(v) if isinstance(v, tuple) else v for n, v in self.to_dict().items()}
+        return _as_json(self.to_dict())
 
 
 def options_of(kind: type[Options]) -> Mapping[str, dataclasses.Field[Any]]:
@@ -200,6 +200,18 @@ def options_of(kind: type[Options]) -> Mapping[str, dataclasses.Field[Any]]:
 def defaults_of(kind: type[Options]) -> dict[str, Any]:
     """Returns the default of every option, in the order of the fields."""
     return {f.name: f.default for f in dataclasses.fields(kind)}
+
+
+def completed(options: Mapping[str, Any], kind: type[Options]) -> dict[str, Any]:
+    """Returns `options`, as JSON has them, with the default of each that they lack.
+
+    An earlier version of this package, which did not have an option, did what its default does.
+    """
+    return {**_as_json(defaults_of(kind)), **_as_json(options)}
+
+
+def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in options.items()}
 
 
 def check_name(name: str, kind: type[Options]) -> None:
