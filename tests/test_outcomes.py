@@ -27,6 +27,7 @@ from qvpo_rllib.rollout import episodes
 from qvpo_rllib.rollout.environments import check_environment
 from qvpo_rllib.rollout.outcomes import OutcomeCheck
 from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
+from qvpo_rllib.rollout.wrapping import FlatObservation
 from qvpo_rllib.runtime.ray_private import environment_maker
 
 SCALE = ActionScale(environments.UNIT_ACTION.low, environments.UNIT_ACTION.high)
@@ -128,6 +129,20 @@ def test_a_wrong_step_is_refused_by_environment_step_and_value(returned: Any, me
         with pytest.raises(UnusableOutcome, match=message) as error:
             check.step(returned, number)
         assert f"Tested (worker 3, environment 1): step {number} of" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [None, np.float32])
+def test_an_observation_of_one_number_that_does_not_fit_is_refused_in_any_step(dtype: Any) -> None:
+    class OneNumber(Counting):
+        observation_space = gym.spaces.Dict({"height": gym.spaces.Box(-1, 1, (1,))})
+
+        def step(self, action: Any) -> Any:
+            return ({}, *super().step(action)[1:])
+
+    env = FlatObservation(OneNumber())
+    env.reset()
+    with pytest.raises(UnusableOutcome, match=r"step 7 .* does not fit: .*'height'"):
+        OutcomeCheck(env, "Tested", dtype).step(env.step(np.zeros(1)), 7)
 
 
 @pytest.mark.parametrize("returned", [np.zeros(2), (np.zeros(3), {}), (np.zeros(2), None)])

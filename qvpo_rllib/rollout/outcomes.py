@@ -69,7 +69,8 @@ class OutcomeCheck:
             obs = np.array(observed, self._dtype)
             if not isinstance(reward, float):
                 reward = _number(reward)
-            if obs.shape == self._shape:
+            # A `Misfit` could be an array of the right shape: that of one text.
+            if obs.shape == self._shape and not isinstance(observed, Misfit):
                 return obs, float(reward), bool(terminated), bool(truncated), info
         except (TypeError, ValueError):
             pass
