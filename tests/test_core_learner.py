@@ -211,6 +211,19 @@ def test_a_restored_learner_goes_on_between_two_updates_of_the_policy():
     assert_identical(original, restored)
 
 
+def test_a_restored_learner_has_the_metrics_of_its_own_options_alone():
+    """The checkpoint has softmax's too; the first update repeats the last of the policy's."""
+    softmax = {"q_weights": "softmax", "kl_target": 0.7}
+    original = learner(hyperparameters(policy_interval=2, **softmax))
+    expected = learner(hyperparameters(policy_interval=2))
+    restored = learner(hyperparameters(policy_interval=2), nets=networks(hyperparameters()))
+    restored.load_state_dict(original.state_dict())
+    names = list(expected.update(batch(0)))
+    for number in range(2):
+        assert list(restored.update(batch(number))) == names
+        restored.num_updates += 1
+
+
 @pytest.mark.parametrize(
     "options", [{"policy_interval": 0}, {"policy_interval": 2, "engine": "cuda_graph"}], ids=str
 )

@@ -394,7 +394,9 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             if name in state:  # earlier checkpoints have learnt none
                 tensor.copy_(state[name])
         kept = state.get("policy_metrics", {})  # earlier checkpoints have none, nor need any
-        self.policy_metrics |= {n: value.to(self.device) for n, value in kept.items()}
+        # Those of options that are no longer in force would be of no update.
+        kept = {n: v.to(self.device) for n, v in kept.items() if n in self.policy_metrics}
+        self.policy_metrics |= kept
         super().load_state_dict(state)
 
 
