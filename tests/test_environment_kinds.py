@@ -320,6 +320,18 @@ def test_run_bundle_and_server_play_the_same_episodes(run: Path, bundle: Path, u
         assert [e.rewards for e in other.episodes] == [e.rewards for e in first]
 
 
+def test_a_server_of_an_earlier_version_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing of wrapping and parts."""
+    model = {
+        "name": "old", "version": "1", "default": True, "env": "InvertedPendulum-v5",
+        "env_config": {}, "obs_dim": 4, "act_low": [-3.0], "act_high": [3.0], "k_eval": 4,
+    }  # fmt: skip
+    monkeypatch.setattr(Client, "models", lambda self: [model])
+    monkeypatch.setattr(Client, "act", lambda self, name, obs, k, seed: np.zeros((len(obs), 1)))
+    found = evaluate_server("http://127.0.0.1:1", "old", episodes=1)
+    assert (found.k, len(found.episodes)) == (4, 1)
+
+
 def test_an_environment_with_other_parts_is_refused(url: str) -> None:
     """As many numbers in all, but in another order."""
     with pytest.raises(ValueError, match=r"parts 0\.at: 1, .* but the policy .* on goal\.at: 1"):

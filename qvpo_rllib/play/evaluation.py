@@ -23,6 +23,7 @@ from qvpo_rllib.rollout.episodes import Episode, Hooks, run_episodes
 from qvpo_rllib.rollout.wrapping import observation_parts
 from qvpo_rllib.runtime.ray_private import environment_maker
 from qvpo_rllib.serving.client import Client, ServerError
+from qvpo_rllib.serving.description import unsaid
 from qvpo_rllib.training.plan import check_environment
 
 MAX_ENVS = 10
@@ -149,6 +150,7 @@ def evaluate_server(
                 raise ValueError(
                     f"{url} serves no model {model!r}; it serves {', '.join(sorted(models))}."
                 )
+            found = {**unsaid(), **found}  # a server of an earlier version leaves more out
             # One version to the end, whatever is replaced meanwhile.
             pinned = f"{found['name']}@{found['version']}"
             wrappers, parts = tuple(found["wrappers"]), found["obs_parts"]
