@@ -216,11 +216,11 @@ def test_a_restored_learner_has_the_metrics_of_its_own_options_alone():
     softmax = {"q_weights": "softmax", "kl_target": 0.7}
     original = learner(hyperparameters(policy_interval=2, **softmax))
     expected = learner(hyperparameters(policy_interval=2))
-    restored = learner(hyperparameters(policy_interval=2), nets=networks(hyperparameters()))
+    restored = learner(hyperparameters(policy_interval=2))
     restored.load_state_dict(original.state_dict())
-    names = list(expected.update(batch(0)))
+    names = list(expected.update(batch(0, torch.float32)))
     for number in range(2):
-        assert list(restored.update(batch(number))) == names
+        assert list(restored.update(batch(number, torch.float32))) == names
         restored.num_updates += 1
 
 
