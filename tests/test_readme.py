@@ -126,6 +126,15 @@ def test_every_link_and_picture_exists(name):
     assert broken_links(BY_NAME[name]) == []
 
 
+@pytest.mark.parametrize("room", ["core", "rollout", "serving", "checkpoints"])
+def test_a_rooms_table_has_every_file_with_code(room):
+    folder = ROOT / "qvpo_rllib" / room
+    code = [f for f in folder.rglob("*") if f.suffix in (".py", ".cpp", ".hpp")]
+    text = (folder / "README.md").read_text()
+    names = [str(f.relative_to(folder)) for f in code if f.name != "__init__.py"]
+    assert [name for name in names if f"]({name})" not in text] == []
+
+
 def test_the_root_shows_a_picture_and_every_readme_can_be_reached():
     assert any(target.endswith(".png") for target in links(BY_NAME["README.md"]))
     reached, waiting = set(), [BY_NAME["README.md"]]

@@ -300,14 +300,14 @@ struct Scratch {
             for (int64_t a = 0; a < act_dim; ++a)
                 narrow_actions[r * action_width + a] = narrowed(actions[r * action_stride + a]);
         apply<true>(*network.action, rows, narrow_actions.data(), action_width, start.data(),
-                          narrow_one.data(), width);
+                    narrow_one.data(), width);
         for (int64_t i = 0; i + 1 < network.num_layers; ++i) {
             apply<true>(network.layers[i], rows, narrow_one.data(), width, nullptr,
-                              narrow_other.data(), width);
+                        narrow_other.data(), width);
             narrow_one.swap(narrow_other);
         }
         apply<false>(network.layers[network.num_layers - 1], rows, narrow_one.data(), width,
-                           nullptr, one.data(), width);
+                     nullptr, one.data(), width);
         return one.data();
     }
 };

@@ -1,8 +1,7 @@
 """Sampling and ranking on a CPU by `native.cpp`, a small library that is built once per machine.
 
-The numbers equal those of `sampler.py` up to rounding (bfloat16 inputs of a product are added up in
-float32). A row's bits depend neither on the rows
-beside it nor on the number of threads.
+The numbers equal those of `sampler.py` up to rounding (products of bfloat16 are added up in
+float32). A row's bits depend neither on the rows beside it nor on the number of threads.
 """
 
 import ctypes

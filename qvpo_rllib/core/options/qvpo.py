@@ -250,7 +250,8 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     critic: str = option(
         "twin",
         "twin: two estimates of Q, the lower counts; quantile: num_quantiles quantiles of the "
-        "return from each of two critics, Q is the mean of all but the highest (TQC)",
+        "return from each of two critics, Q is the mean of all but the highest (TQC); ranking is "
+        "then never fused",
         choices=("twin", "quantile"),
     )
     num_quantiles: int = option(
