@@ -154,7 +154,7 @@ class ExperimentSpec:
         """Returns how the trials make their environments, each way once."""
         space = {n: d for n, d in self.space.items() if n in EnvironmentOptions.__annotations__}
         drawn: list[Setting] = [{n: value} for n, d in space.items() for value in d.values]
-        found = {}
+        found: dict[Made, None] = {}
         for algorithm, setting in itertools.product(self.algorithms, (*self.settings, *drawn)):
             takes_vectors = entry_of(algorithm).load().config_class.takes_vectors
             options = self.options(algorithm, setting).to_dict()
