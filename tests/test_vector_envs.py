@@ -1,6 +1,7 @@
 """Vector environments: the transitions, episodes and evaluations of the same environments alone."""
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from qvpo_rllib.rollout.environments import action_scale, check_environment
 from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 from qvpo_rllib.runtime.ray_private import environment_maker
 from qvpo_rllib.training.plan import make_plan
+from qvpo_rllib.training.run import TrainingRun
+from qvpo_rllib.training.run_directory import RunDirectory
 
 NUM_ENVS = 3
 LENGTH = 40  # steps of each environment in a fragment
@@ -491,6 +494,30 @@ def test_a_run_goes_on_to_the_last_bit(
     expected = columns_of(original)
     for name, column in columns_of(restored).items():
         np.testing.assert_array_equal(column, expected[name], err_msg=name)
+
+
+def test_a_run_goes_on_at_its_env_steps(ray_session: None, tmp_path: Path) -> None:
+    """Iterations in the mode NEXT_STEP do not end at multiples of their least env steps."""
+    settings = ["hidden=8", "engine=eager", "warmup_steps=400", "replay_capacity=500"]
+    plan = plan_of("vector_environments:Own-v0", algo="td3", settings=settings)
+    found = {}
+    for name, ends in (("whole", (100,)), ("in two", (50, 100))):
+        resume = False
+        for end in ends:
+            part = dataclasses.replace(plan, env_steps=end)
+            run = (
+                RunDirectory.open(tmp_path / name, [])
+                if resume
+                else RunDirectory.create(tmp_path / name, part.to_dict(), [])
+            )
+            with run:
+                training = TrainingRun(part, run, resume=resume)
+                training.run()
+                training.close()
+                found[name] = [row["env_steps"] for row in run.metrics.rows()]
+            resume = True
+    assert any(steps % plan.iteration_steps() for steps in found["whole"])
+    assert found["in two"] == found["whole"]
 
 
 @pytest.mark.parametrize("kind", ["sync", "own"])

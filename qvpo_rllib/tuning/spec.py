@@ -316,7 +316,10 @@ def _confirmation(root: Section, seeds: tuple[int, ...]) -> Confirmation | None:
 
 
 def _check_steps(spec: ExperimentSpec, checkpoint_every: int) -> None:
-    """Evaluations, checkpoints and the end fall on whole iterations: exactly these env steps."""
+    """Evaluations, checkpoints and the end fall on whole iterations: exactly these env steps.
+
+    But where resets take the place of steps (vector environments, NEXT_STEP): soon after them.
+    """
     together, interval = spec.steps_together, spec.evaluation_interval
     if interval % together:
         raise SpecError(
