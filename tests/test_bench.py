@@ -147,6 +147,24 @@ def test_learner_with_an_option_beside_the_same_without():
     assert changed["straightforward_ms"] > 0  # it has twins, or it would fail
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("n_step=3",),
+        ("q_weights=softmax",),
+        ("num_chosen_samples=2",),
+        ("entropy_weight=auto",),
+    ],
+    ids=" ".join,
+)
+def test_learner_with_options_that_the_straightforward_update_does_not_know(changes):
+    given = [argument for change in changes for argument in ("--set", change)]
+    arguments = (*COMMON, "--setting", "light", "--engine", "eager", *given)
+    _, changed = learner.run(options("learner", *arguments))
+    assert changed["options"] == " ".join(changes)
+    assert changed["straightforward_ms"] > 0
+
+
 def test_rollouts_beside_the_stock_worker(ray_session):
     (row,) = rollout.run(options("rollout", "--num-envs", "8", "--repeats", "2"))
     assert row["speedup"] > 1.5  # four times and more on a quiet machine

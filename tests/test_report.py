@@ -13,9 +13,17 @@ from made_up_results import make_results
 
 from qvpo_rllib import cli
 from qvpo_rllib.report.build import build_report
+from qvpo_rllib.report.comparison import candidates
 from qvpo_rllib.report.diagnostics import PANELS, diagnostics
-from qvpo_rllib.report.runs import Group, Run, grouped, load_runs
-from qvpo_rllib.report.statistics import curve_band, estimate, improvement, iqm, profile
+from qvpo_rllib.report.runs import SYMBOLS, Group, Run, grouped, load_runs
+from qvpo_rllib.report.statistics import (
+    common_points,
+    curve_band,
+    estimate,
+    improvement,
+    iqm,
+    profile,
+)
 from qvpo_rllib.training.run_directory import RunDirectory
 from qvpo_rllib.tuning.results import read_rows
 
@@ -50,6 +58,23 @@ def reported(tmp_path_factory: Any) -> tuple[Path, Path]:
     results = make_results(storage, SWEEP, score, changes)
     build_report([results], storage / "out")
     return results, storage / "out"
+
+
+def test_seeds_evaluated_at_about_the_same_env_steps_are_matched() -> None:
+    """As of vector environments, which take a few env steps more."""
+    steps, values = common_points(
+        [
+            [(1003, 1.0), (2005, 2.0), (3001, 3.0)],
+            [(1000, 5.0), (2009, 6.0)],  # it is not that far yet
+            [(1006, 9.0), (2007, 10.0), (3002, 11.0)],
+        ]
+    )
+    assert (steps.tolist(), values.tolist()) == ([1003, 2007], [[1, 2], [5, 6], [9, 10]])
+    of_100 = [(100 * i, float(i)) for i in range(1, 5)]
+    steps, values = common_points([of_100, [(200, 7.0), (400, 8.0), (600, 9.0)]])
+    assert (steps.tolist(), values.tolist()) == ([200, 400], [[2, 4], [7, 8]])
+    steps, values = common_points([[(100, 1.0)], [(160, 2.0)]])
+    assert (steps.shape, values.shape) == ((0,), (2, 0))
 
 
 # --- statistics --------------------------------------------------------------------------------
@@ -297,6 +322,22 @@ def test_settings_that_leave_options_out_are_named_by_what_they_change(tmp_path:
         "n_step": 1,
     }
     assert [run.returns[-1] for run in runs] == [1, 4, 1] * 2
+
+
+def test_no_two_options_share_a_symbol() -> None:
+    symbols = [symbol for symbol in SYMBOLS.values() if symbol]
+    assert sorted(symbols) == sorted(set(symbols))
+
+
+def test_settings_of_one_label_are_not_pooled() -> None:
+    def run(tau: float, end: float) -> Run:
+        rows: list[Any] = [{"env_steps": 200, "evaluation/return_mean": end}]
+        return Run("s", "search", "QVPO", "Hopper-v5", {"tau": tau}, 0, "finished", 200, rows)
+
+    groups = grouped([run(0.12341, 1.0), run(0.12342, 2.0)])
+    assert [(g.label, g.last_returns) for g in groups] == [("τ=0.1234", [1]), ("τ=0.1234", [2])]
+    compared, _ = candidates(groups)
+    assert [candidate.scores for candidate in compared] == [((1,),), ((2,),)]
 
 
 def test_a_summary_says_how_many_seeds_have_ended(reported: Any) -> None:

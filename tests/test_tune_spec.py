@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import tune
 from ray.tune import Experiment
 from readmes import all_text, fenced
+from vector_environments import Own
 
 from qvpo_rllib.core.options import options_of
 from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
@@ -146,6 +148,18 @@ def test_smoke_keeps_the_shape_and_the_swept_values() -> None:
     assert small.name != spec.name
 
 
+def test_smoke_keeps_the_number_of_a_vectors_environments() -> None:
+    tune.register_env("vectors-of-six", lambda config: Own(num_envs=6))
+    six: dict[str, Any] = {"workers": {"num_envs_per_env_runner": 6}, "env_steps": 18_000}
+    six["evaluation"] = {"interval": 6_000}
+    small = shrink(spec_of(task="vectors-of-six", **six))
+    assert (small.num_envs_per_env_runner, small.evaluation_interval, small.env_steps) == (
+        *(6, 162),
+        486,
+    )
+    assert shrink(spec_of(**six)).num_envs_per_env_runner == 4  # many single ones
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 CASES = {
@@ -213,6 +227,19 @@ def test_a_missing_file_and_an_unknown_task_are_refused(tmp_path: Path) -> None:
         ExperimentSpec.load(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match="Did you mean 'Hopper-v5'"):
         spec_of(task="Hoper-v5")
+
+
+def test_a_vector_environment_that_no_trial_could_make_is_refused() -> None:
+    tune.register_env("vectors-of-six", lambda config: Own(num_envs=6))
+    with pytest.raises(ValueError, match=r"num_envs=6, but num_envs_per_env_runner=4\. Set"):
+        spec_of(task="vectors-of-six")
+    for wrapped in (
+        {"training": {"frame_skip": 2}},
+        {"sweep": {"grid": {"frame_skip": [1, 2]}}},
+        {"sweep": {"space": {"frame_skip": [1, 2]}}, "search": {"num_samples": 1}},
+    ):
+        with pytest.raises(ValueError, match="is a vector environment, for which frame_skip=2"):
+            spec_of(task="vector_environments:Own-v0", **wrapped)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Vector environments: the transitions, episodes and evaluations of the same environments alone."""
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from ray import tune
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.env.env_context import EnvContext
+from test_seven_algorithms import TINY
 from vector_environments import MODES, Drawn, Own, singles
 
 from qvpo_rllib import QVPOConfig
@@ -23,6 +25,7 @@ from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
 from qvpo_rllib.checkpoints import worker_state
 from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError, UnusableOutcome
 from qvpo_rllib.core.seeding import environment_seed
+from qvpo_rllib.play import evaluation
 from qvpo_rllib.play.evaluation import evaluate_checkpoint
 from qvpo_rllib.rollout import episodes
 from qvpo_rllib.rollout.env_batch import EnvBatch, as_batch
@@ -30,6 +33,8 @@ from qvpo_rllib.rollout.environments import action_scale, check_environment
 from qvpo_rllib.rollout.worker import ColumnarRolloutWorker
 from qvpo_rllib.runtime.ray_private import environment_maker
 from qvpo_rllib.training.plan import make_plan
+from qvpo_rllib.training.run import TrainingRun
+from qvpo_rllib.training.run_directory import RunDirectory
 
 NUM_ENVS = 3
 LENGTH = 40  # steps of each environment in a fragment
@@ -364,7 +369,12 @@ def test_what_makes_a_vector_is_given_the_number() -> None:
 def test_an_id_with_two_entry_points_makes_what_the_algorithm_can_step() -> None:
     context = EnvContext({}, worker_index=0)
     assert isinstance(environment_maker("Both-v0", num_envs=2)(context), EnvBatch)
-    assert not isinstance(environment_maker("Both-v0")(context), EnvBatch)
+    for make in (
+        environment_maker("Both-v0"),
+        environment_maker("Both-v0", 2, num_envs=2),  # a vector environment cannot be wrapped
+        environment_maker("Both-v0", wrappers=[f"{__name__}:unchanged"], num_envs=2),
+    ):
+        assert not isinstance(make(context), EnvBatch)
 
 
 def test_an_ids_time_limit_is_known(caplog: Any) -> None:
@@ -386,6 +396,10 @@ def test_rllibs_own_workers_refuse_vectors(name: str) -> None:
     made = environment_maker("vector_environments.Own")(EnvContext({}, 0))
     with pytest.raises(ValueError, match=r"is a vector environment .* PPO, SPO and SAC"):
         ALGORITHMS[name].load().validate_env(made, EnvContext({}, 0))
+
+
+def unchanged(env: Any) -> Any:
+    return env
 
 
 def plan_of(env: str, **options: Any) -> Any:
@@ -482,6 +496,30 @@ def test_a_run_goes_on_to_the_last_bit(
         np.testing.assert_array_equal(column, expected[name], err_msg=name)
 
 
+def test_a_run_goes_on_at_its_env_steps(ray_session: None, tmp_path: Path) -> None:
+    """Iterations in the mode NEXT_STEP do not end at multiples of their least env steps."""
+    settings = ["hidden=8", "engine=eager", "warmup_steps=400", "replay_capacity=500"]
+    plan = plan_of("vector_environments:Own-v0", algo="td3", settings=settings)
+    found = {}
+    for name, ends in (("whole", (100,)), ("in two", (50, 100))):
+        resume = False
+        for end in ends:
+            part = dataclasses.replace(plan, env_steps=end)
+            run = (
+                RunDirectory.open(tmp_path / name, [])
+                if resume
+                else RunDirectory.create(tmp_path / name, part.to_dict(), [])
+            )
+            with run:
+                training = TrainingRun(part, run, resume=resume)
+                training.run()
+                training.close()
+                found[name] = [row["env_steps"] for row in run.metrics.rows()]
+            resume = True
+    assert any(steps % plan.iteration_steps() for steps in found["whole"])
+    assert found["in two"] == found["whole"]
+
+
 @pytest.mark.parametrize("kind", ["sync", "own"])
 def test_resets_that_are_due_are_saved(kind: str) -> None:
     """In the mode NEXT_STEP an episode that has ended begins with the next step."""
@@ -532,6 +570,24 @@ def test_the_number_of_sub_environments_may_change_in_a_resumed_run(
     assert "it has 5 environments, but had 3" in caplog.text
     restored.train()
     check_replay(columns_of(restored))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("td3", EnvBatch), ("ppo", gym.Env)])
+def test_an_id_with_two_entry_points_is_evaluated_as_it_was_trained(
+    name: str, kind: type, build: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    config = ALGORITHMS[name].load().get_default_config()
+    config.environment("vector_environments:Both-v0").training(**TINY[name])
+    algorithm = build(config.env_runners(num_envs_per_env_runner=2).debugging(log_level="ERROR"))
+    path = Path(algorithm.save(str(tmp_path)).checkpoint.path)
+    made = []
+    play = evaluation.run_episodes
+    monkeypatch.setattr(
+        evaluation, "run_episodes", lambda envs, *args: made.append(envs) or play(envs, *args)
+    )
+    assert len(evaluate_checkpoint(path, episodes=3).returns) == 3
+    (envs,) = made
+    assert isinstance(envs[0] if isinstance(envs, list) else envs, kind)
 
 
 def test_a_checkpoint_is_evaluated_in_a_vector(

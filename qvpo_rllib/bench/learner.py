@@ -1,6 +1,5 @@
 """`qvpo bench learner`: updates per second, against the straightforward implementation."""
 
-import dataclasses
 import itertools
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -15,8 +14,7 @@ from qvpo_rllib.bench.options import (
     add_tasks,
 )
 from qvpo_rllib.bench.sizes import TASKS, Task, hyperparameters, update_flops
-from qvpo_rllib.core.options import defaults_of
-from qvpo_rllib.core.options.qvpo import CRITIC_OPTIONS, QVPOHyperparameters
+from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +66,8 @@ def run(options: Namespace) -> Iterator[Row]:
 
     Times include drawing the batches from the replay and the noise. On a GPU a call is
     `UPDATES_PER_CALL` updates, after both graphs have been captured. With --set each row without
-    it is followed by one with it; the straightforward implementation has twins in both.
+    it is followed by one with it; the straightforward implementation follows the options that it
+    has, and has twins, single-step targets and so on in both.
     """
     changes = [{}, dict(options.settings)] if options.settings else [{}]
     rows = []  # all are checked before the first is timed
@@ -91,7 +90,7 @@ def run(options: Namespace) -> Iterator[Row]:
 def _row(task: Task, hp: QVPOHyperparameters, device_name: str, repeats: int) -> Row:
     import torch
 
-    from qvpo_rllib.bench.straightforward import Straightforward
+    from qvpo_rllib.bench.straightforward import Straightforward, as_followed
     from qvpo_rllib.bench.timing import compare
     from qvpo_rllib.core.engine import FALLBACKS, UPDATES_BEFORE_CAPTURE, UPDATES_PER_GRAPH
     from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
@@ -99,15 +98,16 @@ def _row(task: Task, hp: QVPOHyperparameters, device_name: str, repeats: int) ->
     device = torch.device(device_name)
     torch.manual_seed(0)
     networks = QVPONetworks(task.obs_dim, task.act_dim, hp).to(device)
-    plain = dataclasses.replace(hp, **{n: defaults_of(type(hp))[n] for n in CRITIC_OPTIONS})
-    with_twins = QVPONetworks(task.obs_dim, task.act_dim, plain).to(device)
-    straightforward = Straightforward(with_twins, plain)
+    plain = as_followed(hp)
+    plain_networks = QVPONetworks(task.obs_dim, task.act_dim, plain).to(device)
+    straightforward = Straightforward(plain_networks, plain)
+    draws = QVPOLearner(plain_networks, plain, seed=0, device=device)
     learner = QVPOLearner(networks, hp, seed=0, device=device)
-    replay = filled_replay(task, device)
+    replay = filled_replay(task, device, follows_episodes=hp.n_step > 1)
 
     def straightforward_update() -> object:
         batches = replay.sample(hp.batch_size), replay.sample(hp.batch_size)
-        return straightforward.update(*batches, learner.draw_update_noise(hp.batch_size))
+        return straightforward.update(*batches, draws.draw_update_noise(hp.batch_size))
 
     per_call = UPDATES_PER_CALL if device.type == "cuda" else 1
     if per_call > 1:
@@ -135,6 +135,7 @@ def _row(task: Task, hp: QVPOHyperparameters, device_name: str, repeats: int) ->
         row["graph_of"] = UPDATES_PER_GRAPH if graphs else None
         row["kernels_per_update"] = _kernels(lambda: learner.train(replay, per_call)) / per_call
     learner.close()
+    draws.close()
     return row
 
 
@@ -150,7 +151,11 @@ def _kernels(call: Callable[[], object]) -> int:
 
 
 def filled_replay(
-    task: Task, device: "torch.device", *, improves_actions: bool = False
+    task: Task,
+    device: "torch.device",
+    *,
+    improves_actions: bool = False,
+    follows_episodes: bool = False,
 ) -> "ReplayBuffer":
     """Returns a full replay of random transitions of the task's size."""
     import torch
@@ -164,6 +169,7 @@ def filled_replay(
         seed=0,
         device=device,
         improves_actions=improves_actions,
+        follows_episodes=follows_episodes,
     )
     replay.add(random_transitions(task, REPLAY_SIZE, torch.Generator().manual_seed(0)))
     return replay

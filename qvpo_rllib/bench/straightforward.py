@@ -19,6 +19,20 @@ from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPONetworks, UpdateNoise
 from qvpo_rllib.core.replay import Transitions
 
+# The options that this implementation follows; of the others it does what their defaults say.
+FOLLOWED = (
+    *("hidden", "actor_lr", "critic_lr", "adam_eps", "grad_clip", "gamma", "tau", "batch_size"),
+    *("diffusion_steps", "noise_schedule", "k_target", "num_policy_samples", "num_uniform_samples"),
+)
+
+
+def as_followed(hp: QVPOHyperparameters) -> QVPOHyperparameters:
+    """Returns the hyperparameters that `Straightforward` follows, the others at their defaults."""
+    followed = {name: getattr(hp, name) for name in FOLLOWED}
+    if hp.entropy_weight != "auto":
+        followed["entropy_weight"] = hp.entropy_weight
+    return QVPOHyperparameters(**followed, engine="eager")
+
 
 def mlp(linears: list[nn.Linear]) -> nn.Sequential:
     """Returns copies of these layers with Mish between them."""

@@ -105,7 +105,14 @@ def evaluate_checkpoint(
     if is_bundle(policy.source):
         _check_modules(policy.env, policy.wrappers, modules)
     played = _play(
-        Task(policy.env, policy.env_config, policy.frame_skip, policy.wrappers, policy.parts),
+        Task(
+            policy.env,
+            policy.env_config,
+            policy.frame_skip,
+            policy.wrappers,
+            policy.parts,
+            policy.takes_vectors,
+        ),
         (policy.obs_dim, policy.scale.low.tolist(), policy.scale.high.tolist()),
         lambda obs, noise_seed: policy.act(obs, k, torch.Generator().manual_seed(noise_seed)),
         episodes,
@@ -214,13 +221,17 @@ def _listed(parts: ObservationParts | None) -> str:
 
 
 class Task(NamedTuple):
-    """What a policy plays, and the parts that it needs of a Dict or Tuple observation."""
+    """What a policy plays, and the parts that it needs of a Dict or Tuple observation.
+
+    Of an id that makes both kinds it plays the vector environment if it `takes_vectors`.
+    """
 
     env: str
     env_config: dict[str, Any]
     frame_skip: int
     wrappers: tuple[str, ...]
     parts: ObservationParts | None
+    takes_vectors: bool = True
 
 
 def _play(
@@ -238,13 +249,12 @@ def _play(
         act: called with observations [B, O] and the seed of this step's noise; gives actions
             [B, A] in the box.
     """
-    env_id, env_config, frame_skip, wrappers, parts = task
+    env_id, env_config, frame_skip, wrappers, parts, takes_vectors = task
     check_environment(env_id, env_config, frame_skip, wrappers)
     rendering = {} if record is None else {"render_mode": "rgb_array"}
     number = min(episodes, MAX_ENVS if record is None else 1)
-    make = environment_maker(
-        env_id, frame_skip, wrappers, num_envs=number if record is None else None
-    )
+    num_envs = number if takes_vectors and record is None else None
+    make = environment_maker(env_id, frame_skip, wrappers, num_envs=num_envs)
     context = EnvContext(env_config | rendering, worker_index=0)
     first = make(context)
     envs = [first]

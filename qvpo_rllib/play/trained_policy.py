@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ray.rllib.policy.policy import Policy
 from torch import Generator
 
+from qvpo_rllib.algorithms import ALGORITHMS
 from qvpo_rllib.algorithms.qvpo import QVPOTorchPolicy
 from qvpo_rllib.checkpoints import named
 from qvpo_rllib.checkpoints.metadata import POLICIES_DIRECTORY, Metadata
@@ -41,6 +42,8 @@ class TrainedPolicy:
         parts: of a Dict or Tuple observation, which flatten it; None if it is a vector already.
         scale: to the environment's action box.
         k: actions drawn per state unless told otherwise; None if the policy draws just one.
+        takes_vectors: whether it was trained in the vector environment of an id that makes both
+            kinds.
     """
 
     source: Path
@@ -53,6 +56,7 @@ class TrainedPolicy:
     wrappers: tuple[str, ...]
     parts: ObservationParts | None
     _policy: BestOfKPolicy | Policy  # RLlib's draws one action
+    takes_vectors: bool = True
 
     @classmethod
     def load(cls, path: Path) -> "TrainedPolicy":
@@ -100,6 +104,7 @@ class TrainedPolicy:
             tuple(metadata.hyperparameters.get("wrappers", ())),
             None if parts is None else ObservationParts.from_json(parts),
             policy,
+            _takes_vectors(metadata.algorithm),
         )
 
     def act(
@@ -119,6 +124,12 @@ class TrainedPolicy:
         """
         actions = self._policy.act(obs, k=k, generator=generator)
         return actions if isinstance(self._policy, BestOfKPolicy) else self.scale.to_env(actions)
+
+
+def _takes_vectors(algorithm: str) -> bool:
+    """Returns whether the workers of an algorithm, by its name in checkpoints, step vectors."""
+    kinds = [entry.load().config_class for entry in ALGORITHMS.values() if entry.label == algorithm]
+    return all(kind.takes_vectors for kind in kinds)
 
 
 def find_checkpoint(path: Path) -> Path:

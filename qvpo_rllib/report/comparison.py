@@ -1,6 +1,6 @@
 """Which setting is better, and how sure that is."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from qvpo_rllib.report.runs import POPULATION, Group
@@ -33,25 +33,26 @@ def candidates(groups: Sequence[Group]) -> tuple[list[Candidate], list[str]]:
     that happen to be there would not be the same comparison.
     """
     tasks = list(dict.fromkeys(group.task for group in groups))
-    found: dict[str, dict[str, Group]] = {}
+    found: dict[Hashable, dict[str, Group]] = {}
+    names: dict[Hashable, str] = {}
     several = len({group.algorithm for group in groups}) > 1
     for group in groups:
         named = several and group.label != group.algorithm
-        name = f"{group.algorithm}, {group.label}" if named else group.label
-        found.setdefault(name, {})[group.task] = group
+        names[group.key] = f"{group.algorithm}, {group.label}" if named else group.label
+        found.setdefault(group.key, {})[group.task] = group
     whole, missing, stopped = [], [], 0
-    for name, by_task in found.items():
+    for key, by_task in found.items():
         ended = all(
             task in by_task and len(by_task[task].complete) == len(by_task[task].runs)
             for task in tasks
         )
         if ended:
             scores = tuple(tuple(by_task[task].last_returns) for task in tasks)
-            whole.append(Candidate(name, scores))
+            whole.append(Candidate(names[key], scores))
         elif any(run.status == STOPPED for group in by_task.values() for run in group.runs):
             stopped += 1
         else:
-            missing.append(name)
+            missing.append(names[key])
     left_out = [f"as seeds are missing: {'; '.join(missing)}"] if missing else []
     left_out += [f"as the search stopped them early: {stopped} settings"] if stopped else []
     return whole, left_out
@@ -103,10 +104,11 @@ def verdict(compared: Sequence[Candidate], left_out: Sequence[str], stage: str) 
 def comparison_table(compared: Sequence[Candidate], heading: str) -> Table:
     """Returns the candidates, the best first, with the probability that the best beats each."""
     best, others = against_best(compared)
-    chances = dict(others)
+    chances = [None, *(chance for _, chance in others)]
     rows = []
-    for candidate in sorted(compared, key=lambda c: -c.estimate.value):
-        e, chance = candidate.estimate, chances.get(candidate.label)
+    ranked = sorted(compared, key=lambda c: -c.estimate.value)  # as `against_best` ranks them
+    for candidate, chance in zip(ranked, chances, strict=True):
+        e = candidate.estimate
         rows.append(
             (
                 candidate.label,

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qvpo_rllib.report.figures import STYLES, WIDTH_IN, best_groups, legend_below, plain, step_axis
 from qvpo_rllib.report.runs import Group
+from qvpo_rllib.report.statistics import common_points
 from qvpo_rllib.training.rows import points
 
 # Column of a metrics row → its panel's title.
@@ -49,11 +49,12 @@ def diagnostics(groups: Sequence[Group], *, title: str) -> Figure | None:
 
 def _draw(axes: Axes, group: Group, column: str, color: str, dashes: Any) -> None:
     # A run has no values before its first update.
-    runs = [dict(found) for run in group.evaluated if (found := points(run.rows, column))]
+    runs = [found for run in group.evaluated if (found := points(run.rows, column))]
     if not runs:
         return
     for run in runs:
-        axes.plot(list(run), list(run.values()), color=color, alpha=0.3, linewidth=0.5)
-    steps = sorted(set.intersection(*(set(run) for run in runs)))
-    means = [np.mean([run[step] for run in runs]) for step in steps]
-    axes.plot(steps, means, color=color, linestyle=dashes, linewidth=1.2, label=group.label)
+        axes.plot(*zip(*run, strict=True), color=color, alpha=0.3, linewidth=0.5)
+    steps, values = common_points(runs)
+    axes.plot(
+        steps, values.mean(0), color=color, linestyle=dashes, linewidth=1.2, label=group.label
+    )

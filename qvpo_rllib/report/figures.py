@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qvpo_rllib.report.runs import Group, Run, setting_label, symbol
-from qvpo_rllib.report.statistics import Array, Estimate, curve_band, profile
+from qvpo_rllib.report.statistics import Array, Estimate, common_points, curve_band, profile
 from qvpo_rllib.training.learning_curve import short_count
 from qvpo_rllib.tuning.results import FINISHED, STOPPED
 
@@ -153,9 +153,7 @@ def best_groups(groups: Sequence[Group]) -> list[Group]:
 
 def common_returns(runs: Sequence[Run]) -> tuple[Array, Array]:
     """Returns env steps at which all runs were evaluated, and their returns [runs, evaluations]."""
-    by_run = [dict(zip(run.steps, run.returns, strict=True)) for run in runs]
-    steps = sorted(set.intersection(*(set(values) for values in by_run)))
-    return np.array(steps), np.array([[values[s] for s in steps] for values in by_run])
+    return common_points([list(zip(run.steps, run.returns, strict=True)) for run in runs])
 
 
 def _faint(axes: Axes, runs: Sequence[Run], color: str) -> None:

@@ -5,7 +5,7 @@ It needs no Ray: a report can be made anywhere.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,12 @@ class Setting:
     def label(self) -> str:
         """The setting in symbols, such as "K_b=4, K_t=2"."""
         return setting_label(self.setting) or self.algorithm
+
+    @property
+    def key(self) -> Hashable:
+        """Algorithm and setting: what differs has another key, if not another (rounded) label."""
+        values = {n: tuple(v) if isinstance(v, list) else v for n, v in self.setting.items()}
+        return self.algorithm, frozenset(values.items())
 
 
 @dataclass(frozen=True)
@@ -114,10 +120,9 @@ class Group(Setting):
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
     """Returns the runs by experiment, stage, algorithm, task and setting."""
-    groups: dict[tuple[str, ...], list[Run]] = {}
+    groups: dict[Hashable, list[Run]] = {}
     for run in runs:
-        key = (run.experiment, run.stage, run.algorithm, run.task, run.label)
-        groups.setdefault(key, []).append(run)
+        groups.setdefault((run.experiment, run.stage, run.task, run.key), []).append(run)
     return [
         Group(one.experiment, one.stage, one.algorithm, one.task, one.setting, (one, *others))
         for one, *others in groups.values()

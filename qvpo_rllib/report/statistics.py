@@ -38,6 +38,34 @@ def iqm(values: Any, axis: int = -1) -> Any:
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
+def common_points(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[Array, Array]:
+    """Returns where all curves have a point: mean env steps [points], values [curves, points].
+
+    Points of two curves are the same one if each is the other's nearest, and less than a quarter of
+    an interval away: vector environments take a few env steps more or less between two evaluations.
+
+    Args:
+        curves: each (env steps, value) by rising env steps; none is empty.
+    """
+    steps = [np.array(list(dict(curve))) for curve in curves]
+    shortest = min(steps, key=len)
+    places = np.array([_nearest(shortest, other) for other in steps])  # [curves, points]
+    matched = np.ones(len(shortest), bool)
+    for other, place in zip(steps, places, strict=True):
+        least_interval = min(np.median(np.diff(s, prepend=0)) for s in (shortest, other))
+        matched &= np.abs(other[place] - shortest) < max(1, least_interval / 4)
+        matched &= _nearest(other, shortest)[place] == np.arange(len(shortest))
+    places = places[:, matched]
+    values = [np.array(list(dict(curve).values())) for curve in curves]
+    found = np.array([s[place] for s, place in zip(steps, places, strict=True)])
+    return found.mean(0), np.array([v[place] for v, place in zip(values, places, strict=True)])
+
+
+def _nearest(these: NDArray[Any], others: NDArray[Any]) -> NDArray[np.intp]:
+    """Returns the index of the nearest of `others` for each of `these`."""
+    return np.abs(these[:, None] - others).argmin(1)
+
+
 def curve_band(returns: Array, statistic: Callable[..., Any] = iqm) -> tuple[Array, Array, Array]:
     """Computes the statistic and its 95 % interval over seeds at every evaluation.
 

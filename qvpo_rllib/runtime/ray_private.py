@@ -183,12 +183,13 @@ def environment_maker(
             `ray.tune.register_env`, an id of Gymnasium's, "module:Id-v0", or "module.Class".
         frame_skip, wrappers: the options of these names; vector environments take neither.
         num_envs: the sub-environments of a vector environment; what takes no argument `num_envs`
-            has its own number. None: of an id that makes both kinds, the single one.
+            has its own number. None: of an id that makes both kinds, the single one, which is also
+            made where it is wrapped.
 
     Raises:
         ValueError: nobody knows the text or a wrapper here; it names the nearest ids.
     """
-    create = _creator_of(env, num_envs)
+    create = _creator_of(env, None if frame_skip > 1 or wrappers else num_envs)
     for path in wrappers:
         entry_point(path)
 

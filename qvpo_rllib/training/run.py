@@ -73,10 +73,12 @@ class TrainingRun:
                             "time_total_s": self._time_before_s,
                         }
                     )
-                # After an interrupted iteration: evaluations then keep their env steps.
-                aligned = -(-self.env_steps // iteration_steps) * iteration_steps
-                while self.env_steps < min(aligned, self.plan.env_steps):
-                    self.algorithm.training_step()
+                # After an interrupted iteration: evaluations then keep their env steps. One that
+                # ended has a row; it may end at other multiples, as in some vector environments.
+                if not self._has_row():
+                    aligned = -(-self.env_steps // iteration_steps) * iteration_steps
+                    while self.env_steps < min(aligned, self.plan.env_steps):
+                        self.algorithm.training_step()
                 while self.env_steps < self.plan.env_steps:
                     row = self._train()
                     if self.env_steps >= next_evaluation:
@@ -113,6 +115,11 @@ class TrainingRun:
         interval, end = self.plan.eval_interval, self.plan.env_steps
         at_the_end = self.env_steps >= end and evaluated_at < self.env_steps
         return self.env_steps // interval > evaluated_at // interval or at_the_end
+
+    def _has_row(self) -> bool:
+        """Returns whether the metrics reach as far as the training."""
+        rows = self.directory.metrics.rows()
+        return bool(rows) and number(rows[-1], "env_steps") == self.env_steps
 
     @contextlib.contextmanager
     def _showing_status(self) -> Iterator[None]:

@@ -10,11 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qvpo_rllib.algorithms import ALGORITHMS, entry_of
 from qvpo_rllib.core.env_config import encode_env_config
 from qvpo_rllib.core.options import RUN_DEFAULTS, Options, Range, Setting
+from qvpo_rllib.core.options.shared import EnvironmentOptions
 from qvpo_rllib.training.plan import check_environment
 from qvpo_rllib.tuning.search_space import Distribution, parse_space
 from qvpo_rllib.tuning.spec_file import KeyPath, Section, SpecError, is_number, read_yaml
@@ -70,6 +71,14 @@ class Confirmation:
 
     seeds: tuple[int, ...]
     top: int = 1
+
+
+class Made(NamedTuple):
+    """How an environment is made: see `environment_maker` for the three."""
+
+    frame_skip: int
+    wrappers: tuple[str, ...]
+    num_envs: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +148,19 @@ class ExperimentSpec:
             return {}
         options = self.options(algorithm).to_json()
         return {name: options[name] for name in self.swept}
+
+    @property
+    def made(self) -> list[Made]:
+        """Returns how the trials make their environments, each way once."""
+        space = {n: d for n, d in self.space.items() if n in EnvironmentOptions.__annotations__}
+        drawn: list[Setting] = [{n: value} for n, d in space.items() for value in d.values]
+        found: dict[Made, None] = {}
+        for algorithm, setting in itertools.product(self.algorithms, (*self.settings, *drawn)):
+            takes_vectors = entry_of(algorithm).load().config_class.takes_vectors
+            options = self.options(algorithm, setting).to_dict()
+            number = self.num_envs_per_env_runner if takes_vectors else None
+            found[Made(options["frame_skip"], options["wrappers"], number)] = None
+        return list(found)
 
     @property
     def steps_together(self) -> int:
@@ -219,13 +241,13 @@ def _check_tasks(spec: ExperimentSpec) -> None:
         encode_env_config(spec.env_config)
     except ValueError as error:
         raise SpecError(("env_config",), str(error)) from error
-    every = [spec.options(a, s).to_dict() for a in spec.algorithms for s in spec.settings]
-    for task in spec.tasks:
-        for wrappers in dict.fromkeys(options["wrappers"] for options in every):
-            try:
-                check_environment(task, spec.env_config, wrappers=wrappers)
-            except ValueError as error:
-                raise SpecError(("task",), str(error)) from error
+    for task, made in itertools.product(spec.tasks, spec.made):
+        try:
+            check_environment(
+                task, spec.env_config, made.frame_skip, made.wrappers, num_envs=made.num_envs
+            )
+        except ValueError as error:
+            raise SpecError(("task",), str(error)) from error
 
 
 def _per_algorithm(section: Section, algorithms: Sequence[str]) -> dict[str, Setting]:
@@ -294,7 +316,10 @@ def _confirmation(root: Section, seeds: tuple[int, ...]) -> Confirmation | None:
 
 
 def _check_steps(spec: ExperimentSpec, checkpoint_every: int) -> None:
-    """Evaluations, checkpoints and the end fall on whole iterations: exactly these env steps."""
+    """Evaluations, checkpoints and the end fall on whole iterations: exactly these env steps.
+
+    But where resets take the place of steps (vector environments, NEXT_STEP): soon after them.
+    """
     together, interval = spec.steps_together, spec.evaluation_interval
     if interval % together:
         raise SpecError(

@@ -153,7 +153,6 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     entropy_weight_end: float | None = option(
         None,
         "none: constant; a number: entropy_weight moves linearly to it",
-        "ω_ent",
         range=NON_NEGATIVE,
     )
     entropy_weight_floor: float = option(
@@ -255,7 +254,7 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         choices=("twin", "quantile"),
     )
     num_quantiles: int = option(
-        25, "critic=quantile: quantiles that each of the two predicts", "n", range=COUNT
+        25, "critic=quantile: quantiles that each of the two predicts", "M", range=COUNT
     )
     dropped_quantiles: int = option(
         2,
