@@ -106,6 +106,17 @@ def test_an_integer_beyond_every_float_is_refused_by_name():
         QVPOHyperparameters(actor_lr=10**400)
 
 
+def test_a_presets_schedule_is_refused_with_all_that_must_be_set():
+    auto = {"entropy_weight": "auto"}
+    with pytest.raises(ValueError, match=r"^entropy_weight_end=0\.0 .* must be none") as error:
+        QVPOHyperparameters.resolve("authors", auto)
+    assert "entropy_weight_end=none and entropy_weight_floor=0" in str(error.value)
+    left = {"entropy_weight_end": None}
+    with pytest.raises(ValueError, match=r"^entropy_weight_floor=0\.002 .* must be 0 with .*auto"):
+        QVPOHyperparameters.resolve("authors", auto | left)
+    QVPOHyperparameters.resolve("authors", auto | left | {"entropy_weight_floor": 0.0})
+
+
 @pytest.mark.parametrize(
     ("values", "name", "other"),
     [

@@ -100,6 +100,14 @@ def test_a_wrapper_that_is_none_is_refused(path: str, words: str) -> None:
     assert entry_point("environments:halved") is halved
 
 
+@pytest.mark.parametrize("env", ["environments.Six", Six], ids=["by name", "class"])
+def test_a_wrapper_that_cannot_be_imported_is_refused_before_anything_starts(
+    env: Any, tiny_config: Any
+) -> None:
+    with pytest.raises(ValueError, match="There is no wrapper 'environments:nothing'"):
+        tiny_config(wrappers=["environments:nothing"]).environment(env).validate()
+
+
 def test_an_observation_that_lacks_a_part_names_it() -> None:
     env = wrapped(InParts(broken_at=1), frame_skip=2)
     env.unwrapped.length = 1

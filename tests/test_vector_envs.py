@@ -346,6 +346,21 @@ def test_running_statistics_are_found_in_vectors() -> None:
             check_environment(EnvBatch(env, "Tested"), "Tested")
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("NormalizeObservation", "train with normalize_observations=true, whose"),
+        ("NormalizeReward", "scale by a fixed"),
+    ],
+)
+def test_running_statistics_have_a_substitute_that_suits_vectors(name: str, advice: str) -> None:
+    wrapper = getattr(gym.wrappers.vector, name)(vector("NEXT_STEP"))
+    with pytest.raises(ValueError, match=rf"Instead {advice}") as error:
+        check_environment(EnvBatch(wrapper, "Tested"), "Tested")
+    assert "normalize_rewards" not in str(error.value)  # PPO and SPO take no vectors
+    assert "gymnasium.wrappers.vector.Transform" in str(error.value)
+
+
 # --- how it is made ----------------------------------------------------------------------------
 
 

@@ -63,7 +63,7 @@ def common_points(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[Array,
 
 def _nearest(these: NDArray[Any], others: NDArray[Any]) -> NDArray[np.intp]:
     """Returns the index of the nearest of `others` for each of `these`."""
-    return np.abs(these[:, None] - others).argmin(1)
+    return np.asarray(np.abs(these[:, None] - others).argmin(1))
 
 
 def curve_band(returns: Array, statistic: Callable[..., Any] = iqm) -> tuple[Array, Array, Array]:

@@ -83,10 +83,13 @@ def _warn_of_endless_episodes(name: str) -> None:
     )
 
 
-RUNNING_STATISTICS = (
+RUNNING_STATISTICS_OF_OBSERVATIONS = (
     gym.wrappers.NormalizeObservation,
-    gym.wrappers.NormalizeReward,
     gym.wrappers.vector.NormalizeObservation,
+)
+RUNNING_STATISTICS = (
+    *RUNNING_STATISTICS_OF_OBSERVATIONS,
+    gym.wrappers.NormalizeReward,
     gym.wrappers.vector.NormalizeReward,
 )
 
@@ -95,20 +98,24 @@ def _refuse_running_statistics(env: gym.Env[Any, Any]) -> None:
     """Each environment would have statistics of its own, and checkpoints and bundles none."""
     for layer in layers_of(env):
         if isinstance(layer, RUNNING_STATISTICS) and layer.update_running_mean:
+            own = _own_statistics(layer, isinstance(env, EnvBatch))
+            is_vector = isinstance(layer, gym.vector.VectorWrapper)
+            home = "gymnasium.wrappers.vector" if is_vector else "gymnasium.wrappers"
             raise ValueError(
                 f"The wrapper {type(layer).__name__} is not supported: its statistics move with "
                 "the steps that it sees, so workers, evaluations and the exported policy would "
-                f"each see other observations or rewards. {_instead_of(layer)}, scale by a fixed "
-                "mean and deviation (gymnasium.wrappers.TransformObservation or TransformReward, "
-                "the numbers given by env_config), or set the wrapper's statistics and "
-                "update_running_mean=False."
+                f"each see other observations or rewards. Instead {own}scale by a fixed mean and "
+                f"deviation ({home}.TransformObservation or TransformReward, the numbers given by "
+                "env_config), or set the wrapper's statistics and update_running_mean=False."
             )
 
 
-def _instead_of(wrapper: gym.Env[Any, Any]) -> str:
-    if isinstance(wrapper, gym.wrappers.NormalizeObservation):
-        return "Train with normalize_observations=true, whose statistics are part of the policy"
-    return "Train PPO or SPO with normalize_rewards=true"
+def _own_statistics(wrapper: Any, in_vector: bool) -> str:
+    """Returns the option to use instead of the wrapper, if there is one for such environments."""
+    if isinstance(wrapper, RUNNING_STATISTICS_OF_OBSERVATIONS):
+        return "train with normalize_observations=true, whose statistics are part of the policy, "
+    # PPO and SPO take no vector environment.
+    return "" if in_vector else "train PPO or SPO with normalize_rewards=true, "
 
 
 def check_spaces(observation_space: gym.Space, action_space: gym.Space) -> None:

@@ -164,8 +164,7 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
                 f"Several policies (multi_agent) are not supported: {name} trains one."
             )
         self._refuse_unread_callbacks()
-        if isinstance(self.env, str):
-            environment_maker(self.env, wrappers=self.wrappers)
+        environment_maker(self.env, wrappers=self.wrappers)
         encode_env_config(self.env_config)
 
     def callbacks(self, callbacks_class: Any = NotProvided, **functions: Any) -> Self:

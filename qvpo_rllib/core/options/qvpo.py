@@ -280,6 +280,8 @@ class QVPOHyperparameters(DiffusionHyperparameters):
                 self.dropped_quantiles < self.num_quantiles,
                 f"below num_quantiles={self.num_quantiles}",
             )
+        if self.entropy_weight == "auto":
+            self._check_no_schedule()
         if self.entropy_weight_end is None:
             require(
                 "entropy_weight_floor",
@@ -302,6 +304,21 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         )
         self._check_beyond_the_paper()
         super().check()
+
+    def _check_no_schedule(self) -> None:
+        end, floor = self.entropy_weight_end, self.entropy_weight_floor
+        for name, value, holds, need in (
+            ("entropy_weight_end", end, end is None, "none"),
+            ("entropy_weight_floor", floor, floor == 0, "0"),
+        ):
+            require(
+                name,
+                value,
+                holds,
+                f"{need} with entropy_weight='auto', whose weight the spread "
+                "moves and no schedule: set entropy_weight_end=none and entropy_weight_floor=0, "
+                "also where a preset, such as authors, has others",
+            )
 
     def _check_beyond_the_paper(self) -> None:
         if self.q_weights == "softmax":
@@ -332,12 +349,6 @@ class QVPOHyperparameters(DiffusionHyperparameters):
                 "2 or more with target_refinement='guidance', which measures Q - V",
             )
         if self.entropy_weight == "auto":
-            require(
-                "entropy_weight_end",
-                self.entropy_weight_end,
-                self.entropy_weight_end is None,
-                "none with entropy_weight='auto': the spread moves the weight, no schedule",
-            )
             for name, least in (("num_uniform_samples", 1), ("num_policy_samples", 2)):
                 value = getattr(self, name)
                 require(
