@@ -301,7 +301,7 @@ def test_nothing_of_ours_in_an_experiment_knows_where_it_is(tmp_path: Path) -> N
     experiment._record(experiment.parts)
     experiment._fresh(experiment.parts[0], [])
     state = experiment.directory / "qvpo" / "tune" / "experiment_state-2026.json"
-    state.write_text('{"trial_data": []}')
+    state.write_text('{"trial_data": [], "runner_data": {}}')
     assert "old" not in (experiment.directory / "experiment.json").read_text()
     (tmp_path / "old").rename(tmp_path / "new")
     moved = Experiment(ExperimentSpec.from_dict({**values, "storage": str(tmp_path / "new")}))
