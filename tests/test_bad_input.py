@@ -35,7 +35,7 @@ OPTIONS = {
     "diffusion_steps=0": ["diffusion_steps=0", "1 or more"],
     "diffusion_steps=2.5": ["diffusion_steps='2.5'", "integer"],
     "noise_schedule=cosin": ["'cosin'", "cosine, linear, vp", "Did you mean 'cosine'"],
-    "q_weights=softmax": ["'softmax'", "qadv, qcut, qrelu, qexp"],
+    "q_weights=softmin": ["'softmin'", "qadv, qcut, qrelu, qexp"],
     "gamma=1": ["gamma=1", "[0, 1)"],
     "hidden=64,0": ["(64, 0)", "1 or more"],
     "batch_size": ["'batch_size'", "key=value"],
@@ -203,7 +203,7 @@ def test_discrete_actions_are_refused_by_every_algorithm(ray_session: None, algo
         ("k_behavior", 0, "k_behavior=0.*1 or more"),
         ("diffusion_steps", 0, "diffusion_steps=0.*1 or more"),
         ("noise_schedule", "sine", "'sine'.*cosine, linear, vp"),
-        ("q_weights", "softmax", "'softmax'.*qadv"),
+        ("q_weights", "softmin", "'softmin'.*qadv"),
     ],
 )
 def test_bad_hyperparameters_are_refused_by_the_config(option: str, value: Any, words: str) -> None:
