@@ -194,7 +194,7 @@ print(sorted(m for m in sys.modules if m.startswith("qvpo_rllib.") and m.count("
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    rooms = [f"qvpo_rllib.{room}" for room in ("core", "ray_session", "serving", "version")]
+    rooms = [f"qvpo_rllib.{room}" for room in ("core", "serving", "version")]
     assert run.stdout.splitlines() == ["[]", str(rooms)]
 
 

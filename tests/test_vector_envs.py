@@ -477,7 +477,7 @@ def test_remote_workers_step_vectors(build: Any, tiny_config: Any, sampling_mode
     config = config_of(
         tiny_config, "vector_environments.Own", "NEXT_STEP", sampling_mode=sampling_mode
     )
-    config.env_runners(num_env_runners=2)
+    config.env_runners(num_env_runners=2, num_cpus_per_env_runner=0.5)
     config.evaluation(evaluation_interval=1, evaluation_duration=5, evaluation_num_env_runners=1)
     algorithm = build(config)
     results = [algorithm.train() for _ in range(2)]

@@ -106,9 +106,8 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
             found: tuple[Any, Any] = Algorithm._get_env_id_and_creator(None, config)
             return found
         number = config.num_envs_per_env_runner if config.takes_vectors else None
-        hp = config.hyperparameters()
-        make = environment_maker(env_specifier, hp.frame_skip, hp.wrappers, num_envs=number)
-        return env_specifier, make
+        wrapping = config["frame_skip"], config["wrappers"]
+        return env_specifier, environment_maker(env_specifier, *wrapping, num_envs=number)
 
     def setup(self, config: Any) -> None:
         if self.config.num_gpus and not torch.cuda.is_available():
