@@ -35,6 +35,7 @@ from qvpo_rllib.runtime.ray_private import environment_maker
 from qvpo_rllib.training.plan import make_plan
 from qvpo_rllib.training.run import TrainingRun
 from qvpo_rllib.training.run_directory import RunDirectory
+from qvpo_rllib.tuning.spec import ExperimentSpec
 
 NUM_ENVS = 3
 LENGTH = 40  # steps of each environment in a fragment
@@ -428,8 +429,17 @@ def test_a_plan_says_what_does_not_fit_before_anything_starts() -> None:
     assert plan_of("vector_environments:Own-v0").num_envs_per_env_runner == 4
     with pytest.raises(ValueError, match=r"num_envs=5, but num_envs_per_env_runner=4\. Set"):
         plan_of("vectors-fixed")
-    with pytest.raises(ValueError, match="PPO, SPO and SAC"):
-        plan_of("vector_environments:Own-v0", algo="ppo")
+    for algo in ("ppo", "spo", "sac"):
+        with pytest.raises(ValueError, match="PPO, SPO and SAC"):
+            plan_of("vector_environments:Own-v0", algo=algo)
+        experiment = {"name": "e", "algorithm": ["qvpo", algo], "seeds": [0], "env_steps": 100,
+                      "workers": {"num_envs_per_env_runner": 5}}  # fmt: skip
+        for task in ("vector_environments:Own-v0", "vectors-fixed"):
+            with pytest.raises(ValueError, match=f"task.*{task} is a .* PPO, SPO and SAC"):
+                ExperimentSpec.from_dict(experiment | {"task": task})
+    assert ExperimentSpec.from_dict(
+        experiment | {"algorithm": "td3", "task": "vectors-fixed"}
+    ).tasks
 
 
 # --- whole runs --------------------------------------------------------------------------------

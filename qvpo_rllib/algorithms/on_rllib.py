@@ -19,7 +19,7 @@ from torch import Generator
 from qvpo_rllib.core.errors import ENDS_TRAINING, NonFiniteError
 from qvpo_rllib.core.seeding import Stream, environment_seed, spawn_seed
 from qvpo_rllib.rollout.callbacks import EpisodeCallbacks, LastStep, TrainingEpisode
-from qvpo_rllib.rollout.env_batch import EnvBatch
+from qvpo_rllib.rollout.env_batch import EnvBatch, not_for_rllib
 from qvpo_rllib.rollout.environments import action_scale, name_of
 from qvpo_rllib.rollout.episodes import check_finite, environment_failure, run_episodes
 from qvpo_rllib.rollout.outcomes import OutcomeCheck
@@ -283,15 +283,7 @@ class OnRLlibConfig(BaseConfig):
     def validate(self) -> None:
         super().validate()
         if makes_vectors(self.env):
-            raise _refuse_vector(name_of(self.env))
-
-
-def _refuse_vector(env: str) -> ValueError:
-    return ValueError(
-        f"{env} is a vector environment (gymnasium.vector.VectorEnv), which RLlib's own rollout "
-        "workers cannot step: they make num_envs_per_env_runner single environments. PPO, SPO and "
-        "SAC need a single environment; QVPO, DIPO, QSM and TD3 take this one."
-    )
+            raise ValueError(not_for_rllib(name_of(self.env)))
 
 
 class OnRLlibAlgorithm(BaseAlgorithm):
@@ -305,7 +297,7 @@ class OnRLlibAlgorithm(BaseAlgorithm):
     @staticmethod
     def validate_env(env: Any, env_context: Any) -> None:
         if isinstance(env, EnvBatch):
-            raise _refuse_vector(env.where)
+            raise ValueError(not_for_rllib(env.where))
         BaseAlgorithm.validate_env(env, env_context)
 
     @property

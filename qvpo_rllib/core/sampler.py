@@ -227,16 +227,17 @@ class ActionSelector:
         self.actor, self.critic, self.schedule = actor, critic, schedule
         self.kernels = kernels
         self._parameters = [*actor.parameters(), *critic.parameters()]
-        self._packed: tuple[PackedActor, PackedCritic] | None = None
+        self._packed_actor: PackedActor | None = None
+        self._packed_critic: PackedCritic | None = None
         self._packed_version = 0
 
     def weights_changed(self) -> None:
         """Drops what was kept: PyTorch's fused optimisers do not raise a tensor's version."""
-        self._packed = None
+        self._packed_actor = self._packed_critic = None
 
     def __getstate__(self) -> dict[str, object]:
         """Leaves out what was kept, pointers into this process's memory; it is made again."""
-        return self.__dict__ | {"_packed": None}
+        return self.__dict__ | {"_packed_actor": None, "_packed_critic": None}
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -250,14 +251,18 @@ class ActionSelector:
             The actions [B, A] in [-1, 1] and their Q [B]; Q is None for K = 1, which ranks nothing.
         """
         if self.kernels.native:
-            actor, critic = self._packed_weights()
-            actions = actor.sample(obs, noise)
+            self._drop_if_written()
+            if self._packed_actor is None:
+                self._packed_actor = PackedActor(self.actor, self.schedule)
+            actions = self._packed_actor.sample(obs, noise)
         else:
             actions = sample_actions(self.actor, self.schedule, obs, noise, self.kernels)
         if actions.shape[1] == 1:
             return actions[:, 0], None
         if self.kernels.native:
-            q = critic.min_q(obs, actions)
+            if self._packed_critic is None:
+                self._packed_critic = PackedCritic(self.critic)
+            q = self._packed_critic.min_q(obs, actions)
         else:
             q = min_q(self.critic, obs, actions, self.kernels)
         top_q, top = best_of(q, actions)
@@ -268,9 +273,8 @@ class ActionSelector:
         """Returns the twins' minimum: obs [B, O], actions [B, A] → [B]."""
         return min_q(self.critic, obs, actions[:, None], self.kernels)[:, 0]
 
-    def _packed_weights(self) -> tuple[PackedActor, PackedCritic]:
+    def _drop_if_written(self) -> None:
         version = sum(parameter._version for parameter in self._parameters)
-        if self._packed is None or version != self._packed_version:
-            self._packed = PackedActor(self.actor, self.schedule), PackedCritic(self.critic)
+        if version != self._packed_version:
+            self.weights_changed()
             self._packed_version = version
-        return self._packed

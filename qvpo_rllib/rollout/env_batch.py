@@ -225,6 +225,15 @@ def wrong_number(batch: EnvBatch, asked: int) -> str:
     )
 
 
+def not_for_rllib(env: str) -> str:
+    """Returns the message for an algorithm whose rollout workers are RLlib's own."""
+    return (
+        f"{env} is a vector environment (gymnasium.vector.VectorEnv), which RLlib's own rollout "
+        "workers cannot step: they make num_envs_per_env_runner single environments. PPO, SPO and "
+        "SAC need a single environment; QVPO, DIPO, QSM and TD3 take this one."
+    )
+
+
 def info_of(infos: Infos, i: int) -> dict[str, Any]:
     """Returns the info of sub-environment `i` alone.
 

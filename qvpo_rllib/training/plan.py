@@ -25,7 +25,7 @@ from qvpo_rllib.core.options import (
     require_at_least,
 )
 from qvpo_rllib.rollout import environments
-from qvpo_rllib.rollout.env_batch import EnvBatch, wrong_number
+from qvpo_rllib.rollout.env_batch import EnvBatch, not_for_rllib, wrong_number
 from qvpo_rllib.rollout.environments import filter_warnings
 from qvpo_rllib.rollout.episodes import try_a_step
 from qvpo_rllib.runtime.ray_private import environment_maker
@@ -99,13 +99,13 @@ class TrainingPlan:
     def check(self) -> None:
         """Raises `ValueError` for an environment or options with which it would not run."""
         wrapping: Any = self.hyperparameters
-        takes_vectors = self.algorithm.load().config_class.takes_vectors
         check_environment(
             self.env,
             decode_env_config(self.env_config),
             wrapping.get("frame_skip", 1),
             wrapping.get("wrappers", ()),
-            num_envs=self.num_envs_per_env_runner if takes_vectors else None,
+            num_envs=self.num_envs_per_env_runner,
+            takes_vectors=self.algorithm.load().config_class.takes_vectors,
         )
         check_loggers(self.log)
         _ = self.config
@@ -271,18 +271,22 @@ def check_environment(
     wrappers: Sequence[str] = (),
     *,
     num_envs: int | None = None,
+    takes_vectors: bool = True,
 ) -> None:
     """Makes the environment once and takes a step in it, before anything else starts.
 
     Args:
         num_envs: the sub-environments that a vector environment must have; None: any number.
+        takes_vectors: whether the algorithm steps vector environments; of an id that makes both
+            kinds, one that does not gets the single environment.
 
     Raises:
         ValueError: it does not exist, cannot be made, raises, does not suit any algorithm here, or
             returns what Gymnasium's API rules out.
     """
     filter_warnings()
-    make = environment_maker(env, frame_skip, wrappers, num_envs=num_envs)
+    number = num_envs if takes_vectors else None
+    make = environment_maker(env, frame_skip, wrappers, num_envs=number)
     try:
         made = make(EnvContext(env_config or {}, worker_index=0))
     except Exception as error:  # an environment's own code may raise anything
@@ -290,8 +294,11 @@ def check_environment(
             f"The environment {env!r} could not be made: {type(error).__name__}: {error}"
         ) from error
     try:
-        if isinstance(made, EnvBatch) and num_envs not in (None, made.num_envs):
-            raise ValueError(wrong_number(made, num_envs))
+        if isinstance(made, EnvBatch):
+            if not takes_vectors:
+                raise ValueError(not_for_rllib(env))
+            if number not in (None, made.num_envs):
+                raise ValueError(wrong_number(made, number))
         environments.check_environment(made, env)
         try_a_step(made, env)
     except (UnusableOutcome, EnvironmentFailure) as error:

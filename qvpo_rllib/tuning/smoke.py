@@ -58,7 +58,8 @@ def shrink(spec: ExperimentSpec) -> ExperimentSpec:
 def _steps_vectors(spec: ExperimentSpec) -> bool:
     """Returns whether any trial steps a vector environment, which only one that is made tells."""
     for task, way in itertools.product(spec.tasks, spec.made):
-        make = environment_maker(task, way.frame_skip, way.wrappers, num_envs=way.num_envs)
+        number = spec.num_envs_per_env_runner if way.takes_vectors else None
+        make = environment_maker(task, way.frame_skip, way.wrappers, num_envs=number)
         made = make(EnvContext(spec.env_config, worker_index=0))
         made.close()
         if isinstance(made, EnvBatch):

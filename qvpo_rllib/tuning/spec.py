@@ -74,11 +74,11 @@ class Confirmation:
 
 
 class Made(NamedTuple):
-    """How an environment is made: see `environment_maker` for the three."""
+    """How an environment is made: see `check_environment`."""
 
     frame_skip: int
     wrappers: tuple[str, ...]
-    num_envs: int | None
+    takes_vectors: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +158,7 @@ class ExperimentSpec:
         for algorithm, setting in itertools.product(self.algorithms, (*self.settings, *drawn)):
             takes_vectors = entry_of(algorithm).load().config_class.takes_vectors
             options = self.options(algorithm, setting).to_dict()
-            number = self.num_envs_per_env_runner if takes_vectors else None
-            found[Made(options["frame_skip"], options["wrappers"], number)] = None
+            found[Made(options["frame_skip"], options["wrappers"], takes_vectors)] = None
         return list(found)
 
     @property
@@ -244,7 +243,12 @@ def _check_tasks(spec: ExperimentSpec) -> None:
     for task, made in itertools.product(spec.tasks, spec.made):
         try:
             check_environment(
-                task, spec.env_config, made.frame_skip, made.wrappers, num_envs=made.num_envs
+                task,
+                spec.env_config,
+                made.frame_skip,
+                made.wrappers,
+                num_envs=spec.num_envs_per_env_runner,
+                takes_vectors=made.takes_vectors,
             )
         except ValueError as error:
             raise SpecError(("task",), str(error)) from error
