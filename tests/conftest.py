@@ -97,6 +97,20 @@ def build_shared(ray_session: None) -> Iterator[Callable[[Any], Any]]:
     yield from _build_and_stop()
 
 
+@pytest.fixture(scope="module")
+def save_trained(build_shared: Any, tmp_path_factory: Any) -> Callable[[Any], Path]:
+    """`save_trained(config)`: a checkpoint after one iteration."""
+
+    def make(config: Any) -> Path:
+        algorithm = build_shared(config)
+        algorithm.train()
+        directory: Path = tmp_path_factory.mktemp("trained") / "checkpoint"
+        algorithm.save(str(directory))
+        return directory
+
+    return make
+
+
 @pytest.fixture
 def build(ray_session: None) -> Iterator[Callable[[Any], Any]]:
     """`build(config)`: an algorithm that is stopped at the test's end, however it ends."""

@@ -38,13 +38,9 @@ CRITICS = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint(build_shared: Any, tiny_config: Any, tmp_path_factory: Any) -> Path:
+def checkpoint(save_trained: Any, tiny_config: Any) -> Path:
     # A rate so high that the ranking is far from that of new networks.
-    algo = build_shared(tiny_config(MODEL, **CRITICS, critic_lr=0.03))
-    algo.train()
-    directory = tmp_path_factory.mktemp("critics") / "checkpoint"
-    algo.save(str(directory))
-    return directory
+    return Path(save_trained(tiny_config(MODEL, **CRITICS, critic_lr=0.03)))
 
 
 @pytest.fixture(scope="module")

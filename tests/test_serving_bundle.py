@@ -35,13 +35,9 @@ print(json.dumps({"actions": actions.tolist(), "loaded": loaded}))
 
 
 @pytest.fixture(scope="module")
-def checkpoint(build_shared: Any, tiny_config: Any, tmp_path_factory: Any) -> Path:
+def checkpoint(save_trained: Any, tiny_config: Any) -> Path:
     """A checkpoint of a policy whose action box is lopsided."""
-    algo = build_shared(tiny_config("environments:RecordingActions-v0", diffusion_steps=5))
-    algo.train()
-    directory = tmp_path_factory.mktemp("export") / "checkpoint"
-    algo.save(str(directory))
-    return directory
+    return Path(save_trained(tiny_config("environments:RecordingActions-v0", diffusion_steps=5)))
 
 
 @pytest.fixture(scope="module")

@@ -34,12 +34,8 @@ def bundle(tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(build_shared: Any, tiny_config: Any, tmp_path_factory: Any) -> Path:
-    algo = build_shared(tiny_config())
-    algo.train()
-    directory = tmp_path_factory.mktemp("cli") / "checkpoint"
-    algo.save(str(directory))
-    return directory
+def checkpoint(save_trained: Any, tiny_config: Any) -> Path:
+    return Path(save_trained(tiny_config()))
 
 
 def free_port() -> int:

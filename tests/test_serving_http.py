@@ -39,12 +39,8 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(build_shared: Any, tiny_config: Any, tmp_path_factory: Any) -> Path:
-    algo = build_shared(tiny_config(MODEL))
-    algo.train()
-    directory = tmp_path_factory.mktemp("serving") / "checkpoint"
-    algo.save(str(directory))
-    return directory
+def checkpoint(save_trained: Any, tiny_config: Any) -> Path:
+    return Path(save_trained(tiny_config(MODEL)))
 
 
 @pytest.fixture(scope="module")
