@@ -129,10 +129,9 @@ def compiles():
             "update_order": "policy_then_critic",
             "q_weights": "qexp",
             "entropy_reduction": "mean",
+            "target_refinement": "gradient",
         },
-        QUANTILES,
-        {"q_weights": "softmax", "entropy_weight": "auto", "entropy_in_target": "auto"},
-        {"target_refinement": "gradient"},
+        QUANTILES | {"q_weights": "softmax", "entropy_weight": "auto", "entropy_in_target": "auto"},
         {"target_refinement": "guidance"},
     ],
 )

@@ -37,3 +37,13 @@ print(*sorted({m.split(".")[0] for m in sys.modules}))
     )
     assert "qvpo_rllib" in run.stdout.split()
     assert not {"ray", "torch", "gymnasium", "mujoco"} & set(run.stdout.split())
+
+
+def test_a_learner_on_a_cpu_loads_no_triton():
+    """It takes a third of a second, and its LLVM and Mesa's cannot be in one process."""
+    program = "import sys, qvpo_rllib.core.qvpo; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "qvpo_rllib.core.sampler" in run.stdout.split()
+    assert "triton" not in run.stdout.split()

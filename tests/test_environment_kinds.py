@@ -123,7 +123,7 @@ def test_an_observation_that_lacks_a_part_names_it() -> None:
 @pytest.mark.parametrize(
     ("env", "module", "extra"),
     [
-        ("dm_control/cartpole-swingup-v0", "shimmy", "dm_control"),
+        ("dm_control/cartpole-swingup-v0", "shimmy", "dm-control"),
         ("FetchReachDense-v4", "gymnasium_robotics", "robotics"),
         ("PointMaze_UMaze-v3", "gymnasium_robotics", "robotics"),
     ],
@@ -196,8 +196,10 @@ class Lengths(RLlibCallback):
         episode.custom_metrics["policy_steps"] = episode.length
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("name", ALGORITHMS)
+# There are two kinds of remote workers: of the off-policy algorithms, and of those on RLlib's.
+@pytest.mark.parametrize(
+    ("name", "num_workers"), [*((name, 0) for name in ALGORITHMS), ("qvpo", 1), ("ppo", 1)]
+)
 def test_all_algorithms_train_and_evaluate_the_wrapped_environment(
     name: str, num_workers: int, build: Any
 ) -> None:
@@ -432,8 +434,8 @@ def test_a_video_keeps_the_speed_of_the_environment(run: Path, tmp_path: Path) -
 
 FAMILIES = {
     "pendulum": None,
-    "dm_control_cartpole": "dm_control",
-    "dm_control_walker": "dm_control",
+    "dm_control_cartpole": "dm-control",
+    "dm_control_walker": "dm-control",
     "robotics_fetch_reach": "robotics",
     "box2d_bipedal_walker": "box2d",
 }

@@ -453,7 +453,7 @@ def test_what_a_restart_would_meet_again_ends_training(
     name: str, env: str, message: str, build: Callable[[Any], Any]
 ) -> None:
     """RLlib alone restarts the workers for ever."""
-    config = config_of(name, env=f"environments:{env}-v0").env_runners(num_env_runners=2)
+    config = config_of(name, env=f"environments:{env}-v0").env_runners(num_env_runners=1)
     config.reporting(min_sample_timesteps_per_iteration=300)
     algorithm = build(config.evaluation(evaluation_interval=None))
     with pytest.raises(ENDS_TRAINING, match=rf"environments:{env}-v0 \(worker \d.*{message}"):

@@ -488,7 +488,10 @@ def test_remote_workers_step_vectors(build: Any, tiny_config: Any, sampling_mode
         tiny_config, "vector_environments.Own", "NEXT_STEP", sampling_mode=sampling_mode
     )
     config.env_runners(num_env_runners=2, num_cpus_per_env_runner=0.5)
-    config.evaluation(evaluation_interval=1, evaluation_duration=5, evaluation_num_env_runners=1)
+    num_evaluating = int(sampling_mode == "sync")
+    config.evaluation(
+        evaluation_interval=1, evaluation_duration=5, evaluation_num_env_runners=num_evaluating
+    )
     algorithm = build(config)
     results = [algorithm.train() for _ in range(2)]
     columns = columns_of(algorithm)

@@ -1,6 +1,8 @@
 """`qvpo evaluate`, `record`, `export`, `replay export`: what a trained policy is used for."""
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import shlex
@@ -121,8 +123,9 @@ def _record(options: argparse.Namespace) -> int:
     # Before anything imports MuJoCo, which reads it once.
     os.environ[VARIABLE] = choose_renderer()
     # Before RLlib, which imports dm_control where it is installed, and that starts EGL: Mesa's LLVM
-    # and then Triton's, which this brings in, end the process.
-    import qvpo_rllib.core.qvpo  # noqa: F401
+    # and then Triton's, which PyTorch's compiler brings in, end the process.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton")
     from qvpo_rllib.play.recording import record_checkpoint
 
     out = options.out or Path(f"video-{time.strftime('%Y%m%d-%H%M%S')}.mp4")

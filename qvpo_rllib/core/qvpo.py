@@ -2,13 +2,12 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qvpo_rllib.core import losses
-from qvpo_rllib.core.backends.fused import Chain, FusedSampler, fused_sampler
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import SecondStream, matmul_precision
 from qvpo_rllib.core.extensions.entropy import TargetEntropy
@@ -24,7 +23,10 @@ from qvpo_rllib.core.normalization import RunningMoments
 from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.options.shared import DiffusionHyperparameters
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
-from qvpo_rllib.core.sampler import draw_noise, min_q, sample_actions
+from qvpo_rllib.core.sampler import Chain, draw_noise, min_q, sample_actions
+
+if TYPE_CHECKING:
+    from qvpo_rllib.core.backends.fused import FusedSampler
 
 # Rate of the running mean and standard deviation by which `qexp` normalises Q (alpha_mean and
 # alpha_std in the authors' program).
@@ -134,7 +136,10 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         super().__init__(networks, hp, seed=seed, device=device)
         self._beside = SecondStream(on=self.engine == "cuda_graph" and device.type == "cuda")
         self.fused: FusedSampler | None = None
-        if hp.engine == "auto":
+        if hp.engine == "auto" and device.type == "cuda":
+            # Not at the head: Triton, which no CPU needs, takes a third of a second to import.
+            from qvpo_rllib.core.backends.fused import fused_sampler
+
             nets = self.networks
             self.fused = fused_sampler(nets.actor, nets.critic, nets.schedule, hp, device)
 

@@ -129,6 +129,14 @@ class SamplerKernels(NamedTuple):
 EAGER = SamplerKernels()
 
 
+class Chain(NamedTuple):
+    """A reverse chain, as `sample_actions` takes it."""
+
+    actor: NoisePredictor
+    obs: Tensor  # [B, O]
+    noise: Tensor  # [T, B, N, A]
+
+
 @torch.no_grad()
 def sample_actions(
     actor: NoisePredictor,

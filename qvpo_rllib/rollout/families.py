@@ -25,7 +25,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = (
-    Family(r"dm_control/", ("shimmy", "dm_control"), "dm_control", ends_itself=True),
+    Family(r"dm_control/", ("shimmy", "dm_control"), "dm-control", ends_itself=True),
     Family(
         r"(Fetch(Reach|Push|Slide|PickAndPlace)|HandReach|HandManipulate|AdroitHand|FrankaKitchen"
         r"|PointMaze_|AntMaze_)",

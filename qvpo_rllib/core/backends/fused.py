@@ -19,7 +19,7 @@ from torch import Tensor
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import FALLBACKS, first_line, matmul_precision
 from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
-from qvpo_rllib.core.sampler import min_q, sample_actions
+from qvpo_rllib.core.sampler import Chain, min_q, sample_actions
 
 try:
     import triton
@@ -46,14 +46,6 @@ class Block(NamedTuple):
     slice: int = 64
     warps: int = 8
     stages: int = 3
-
-
-class Chain(NamedTuple):
-    """A reverse chain, as `sampler.sample_actions` takes it."""
-
-    actor: NoisePredictor
-    obs: Tensor  # [B, O]
-    noise: Tensor  # [T, B, N, A]
 
 
 @jit
