@@ -141,7 +141,7 @@ class DIPOLearner(OffPolicyLearner[QVPONetworks, DIPOHyperparameters, UpdateNois
         loss = self.kernels.denoising_objective(
             nets.actor, nets.schedule, obs, improved, noise.step, noise.forward
         )
-        grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)
+        grad_norm = self.descend(loss, self.actor_optimizer)
         self.move_target(nets.target_critic, nets.critic)
         if (self.num_updates + 1) % hp.target_actor_interval == 0:
             self.move_target(nets.target_actor, nets.actor)

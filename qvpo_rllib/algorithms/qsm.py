@@ -137,7 +137,7 @@ class QSMLearner(OffPolicyLearner[QVPONetworks, QSMHyperparameters, UpdateNoise]
         gradient = q_gradient(nets.critic, batch.obs, noisy)
         predicted = nets.actor(noisy, noise.step, nets.actor.obs_part(batch.obs))
         loss = score_matching_loss(predicted, gradient, self.hp.q_gradient_scale)
-        grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)
+        grad_norm = self.descend(loss, self.actor_optimizer)
         return {
             "actor_loss": loss.detach(),
             "actor_grad_norm": grad_norm,

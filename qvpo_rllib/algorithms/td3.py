@@ -152,7 +152,7 @@ class TD3Learner(OffPolicyLearner[TD3Networks, TD3Hyperparameters, Tensor]):
     def _update_policy(self, obs: Tensor) -> None:
         nets = self.networks
         loss = policy_loss(nets.actor, nets.critic, obs)
-        grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)
+        grad_norm = self.descend(loss, self.actor_optimizer)
         self.actor_metrics = torch.stack([loss.detach(), grad_norm])
 
     def state_dict(self) -> dict[str, Any]:

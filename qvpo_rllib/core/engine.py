@@ -20,6 +20,7 @@ from qvpo_rllib.core import losses, sampler
 from qvpo_rllib.core.backends import fit
 from qvpo_rllib.core.backends.native import load_library
 from qvpo_rllib.core.kernels import mish
+from qvpo_rllib.core.networks import TwinQ
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Kernels(NamedTuple):
     critic_objective: Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     actor_objective: Callable[..., tuple[Tensor, Tensor, Tensor]]
     denoising_objective: Callable[..., Tensor] = losses.denoising_objective
+    critic_estimates: Callable[[TwinQ, Tensor, Tensor], Tensor] = losses.critic_estimates
 
 
 EAGER = Kernels(sampler.EAGER, losses.critic_objective, losses.actor_objective)
@@ -87,10 +89,14 @@ def kernels_of(engine: str, device: torch.device) -> Kernels:
             fit.critic_objective,
             fit.actor_objective,
             fit.denoising_objective,
+            fit.critic_estimates,
         )
     if engine == "compiled" or (engine == "cuda_graph" and _compiling_works(device.type, "eager")):
         kernels = _compiled()
-        return kernels._replace(sampler=kernels.sampler._replace(native=device.type == "cpu"))
+        if device.type != "cpu":
+            return kernels
+        native = kernels.sampler._replace(native=True)
+        return kernels._replace(sampler=native, critic_estimates=fit.critic_estimates)
     return EAGER
 
 

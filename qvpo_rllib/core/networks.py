@@ -6,7 +6,7 @@ O observation dimensions, H width of a hidden layer, T diffusion steps. All tens
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -129,6 +129,10 @@ class NoisePredictor(nn.Module):
         return self.mlp.tail(pre)
 
 
+# What computes the critics' estimates for obs [B, O] and action [B, A].
+Estimates = Callable[["TwinQ", Tensor, Tensor], Tensor]
+
+
 class TwinQ(nn.Module):
     """Two critics Q(s, a) that share nothing but their shape.
 
@@ -173,11 +177,14 @@ class TwinQ(nn.Module):
         """Returns the loss of estimates [2, B] for the targets [B]."""
         return losses.critic_loss(estimates, target)
 
-    def target(self, next_obs: Tensor, actions: Tensor, q: Tensor) -> Tensor:
+    def target(
+        self, next_obs: Tensor, actions: Tensor, q: Tensor, estimates_of: Estimates
+    ) -> Tensor:
         """Returns what the TD target takes of the next states: the Q of the best action, [B].
 
         Args:
             next_obs, actions, q: [B, O], K_t actions of each state [B, K_t, A], their Q [B, K_t].
+            estimates_of: does what `forward` does, such as `losses.critic_estimates`.
         """
         return q.amax(dim=1)
 
@@ -220,10 +227,13 @@ class QuantileTwinQ(TwinQ):
         return losses.quantile_loss(estimates, target)
 
     @torch.no_grad()
-    def target(self, next_obs: Tensor, actions: Tensor, q: Tensor) -> Tensor:
+    def target(
+        self, next_obs: Tensor, actions: Tensor, q: Tensor, estimates_of: Estimates
+    ) -> Tensor:
         """Returns the kept quantiles of the best action, [2(n - d), B]."""
         best = losses.best_of(q, actions)[1][:, 0]
-        return losses.lowest_of(torch.cat([*self(next_obs, best)], dim=-1), self.kept).t()
+        estimates = estimates_of(self, next_obs, best)
+        return losses.lowest_of(torch.cat([*estimates], dim=-1), self.kept).t()
 
 
 def new_critic(obs_dim: int, act_dim: int, options: Any) -> TwinQ:

@@ -277,7 +277,8 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             samples = self._sample_actions(chain)
         nets, kernels = self.networks, self.kernels.sampler
         q = min_q(nets.target_critic, batch.next_obs, samples, kernels)
-        next_q = nets.target_critic.target(batch.next_obs, samples, q)
+        estimates_of = self.kernels.critic_estimates
+        next_q = nets.target_critic.target(batch.next_obs, samples, q, estimates_of)
         if self.hp.entropy_in_target == 0:
             return next_q
         action = losses.best_of(q, samples)[1][:, 0]
@@ -345,7 +346,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             hp.vlo_coefficient,
             hp.num_chosen_samples,
         )
-        grad_norm = self.descend(loss, self.actor_optimizer, nets.actor)
+        grad_norm = self.descend(loss, self.actor_optimizer)
         metrics = {
             "actor_loss": loss.detach(),
             "entropy_loss": entropy_term,

@@ -117,13 +117,19 @@ class FittedNoisePredictor(NamedTuple):
         return _run(x, obs_part, weight, actor.mlp)
 
 
-def critic_objective(critic: TwinQ, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what `losses.critic_objective` does.
+def _fitted(critic: TwinQ) -> losses.Critic:
+    """PyTorch runs critics with layer normalisation: the library only ranks by them."""
+    return critic if critic.q1.norms else FittedTwinQ(critic)
 
-    PyTorch fits critics with layer normalisation: the library only ranks by them.
-    """
-    fitted = critic if critic.q1.norms else FittedTwinQ(critic)
-    return losses.critic_objective(fitted, *inputs)
+
+def critic_estimates(critic: TwinQ, obs: Tensor, action: Tensor) -> Tensor:
+    """Returns what `losses.critic_estimates` does."""
+    return _fitted(critic)(obs, action)
+
+
+def critic_objective(critic: TwinQ, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what `losses.critic_objective` does."""
+    return losses.critic_objective(_fitted(critic), *inputs)
 
 
 def actor_objective(actor: NoisePredictor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
