@@ -118,7 +118,7 @@ class FittedNoisePredictor(NamedTuple):
 
 
 def _fitted(critic: TwinQ) -> losses.Critic:
-    """PyTorch runs critics with layer normalisation: the library only ranks by them."""
+    """Returns what runs and fits them: the library, or PyTorch if they normalise their layers."""
     return critic if critic.q1.norms else FittedTwinQ(critic)
 
 
