@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from tracing import Trace
+
+from qvpo_rllib.rollout import pool
 
 TESTS = Path(__file__).parent
 TRACEABLE = "environments:Traceable-v0"
@@ -61,7 +65,7 @@ def run(request: Any, build_shared: Any, tiny_config: Any, tmp_path_factory: Any
         num_env_runners=2,
         num_envs_per_env_runner=4,
         rollout_fragment_length=FRAGMENT // 4,
-        sample_timeout_s=3.0,
+        sample_timeout_s=10.0,
     )
     config.fault_tolerance(delay_between_env_runner_restarts_s=0.1)
     config.reporting(min_sample_timesteps_per_iteration=640)
@@ -114,6 +118,21 @@ def test_a_slow_worker_loses_nothing(run: Run) -> None:
         run.trace.check()
     assert run.faults == before
     assert not list(run.commands.iterdir())
+
+
+@ASYNC
+def test_a_learner_that_looks_late_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an evaluation that took longer than `sample_timeout_s`."""
+    before = dict(run.faults)
+    asked = [ref for w in run.algorithm.collector.pool._workers.values() for ref, _ in w.asked]
+    assert len(ray.wait(asked, num_returns=len(asked))[0]) >= 2
+    later = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 1000, sleep=time.sleep)
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "time", later)
+        run.algorithm.train()
+    run.result = run.algorithm.train()
+    assert run.faults == before
+    run.trace.check()
 
 
 @ASYNC

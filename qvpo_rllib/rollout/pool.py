@@ -197,12 +197,20 @@ class WorkerPool:
         return Answer(request, fragment)
 
     def _restart_slow_workers(self) -> None:
-        limit = self.config.sample_timeout_s
-        for worker in self._workers.values():
-            if worker.asked and time.monotonic() - worker.waiting_since > limit:
-                self.faults.timeouts += 1
-                reason = f"no fragment within sample_timeout_s={limit:g}"
-                self._lose(worker, reason, kill=True)
+        limit, now = self.config.sample_timeout_s, time.monotonic()
+        late = {
+            worker.asked[0][0]: worker
+            for worker in self._workers.values()
+            if worker.asked and now - worker.waiting_since > limit
+        }
+        if not late:
+            return
+        # What has arrived was in time: the learner did not look, during an evaluation for instance.
+        _, missing = ray.wait(list(late), num_returns=len(late), timeout=0, fetch_local=False)
+        for ref in missing:
+            self.faults.timeouts += 1
+            reason = f"no fragment within sample_timeout_s={limit:g}"
+            self._lose(late[ref], reason, kill=True)
 
     def _lose(self, worker: _Worker, reason: str, *, kill: bool) -> None:
         """Counts all that a worker still owes as lost; probes then wait for its next process."""
