@@ -188,7 +188,7 @@ class Elsewhere(Counting):
 
 
 class Holding(gym.Wrapper):
-    """InvertedPendulum, but that step 400 of its life waits for the file `go` in the directory that
+    """InvertedPendulum, but that step 200 of its life waits for the file `go` in the directory that
     the variable HOLDING names. It puts a file there to say so."""
 
     metadata = {"render_modes": []}  # noqa: RUF012
@@ -199,7 +199,7 @@ class Holding(gym.Wrapper):
 
     def step(self, action: Any) -> Any:
         self.life += 1
-        if self.life == 400:
+        if self.life == 200:
             directory = Path(os.environ["HOLDING"])
             (directory / f"held-{uuid.uuid4()}").touch()
             while not (directory / "go").exists():

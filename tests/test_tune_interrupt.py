@@ -18,7 +18,7 @@ from qvpo_rllib.tuning.results import read_rows, read_trials
 from qvpo_rllib.tuning.spec import ExperimentSpec
 from qvpo_rllib.tuning.tuner import fixed_config
 
-INTERVAL, STEPS = 300, 900  # held in step 400
+INTERVAL, STEPS = 150, 450  # held in step 200
 FILE = f"""
 name: interrupted
 task: environments:Holding-v0
@@ -78,7 +78,7 @@ def test_trials_go_on_where_ctrl_c_stopped_them(
     assert code == 130, output
     assert "Saved. To go on, the same command again: qvpo tune" in output
     assert not (tmp_path / "interrupted" / ".lock").exists()
-    assert list(checkpoints(part).values()) == [[300, 400]] * 2  # the best one, and the last
+    assert list(checkpoints(part).values()) == [[150, 200]] * 2  # the best one, and the last
     assert {entry["status"] for entry in read_trials(part).values()} == {"running"}
 
     code, output = finish(start(*command))
@@ -86,7 +86,7 @@ def test_trials_go_on_where_ctrl_c_stopped_them(
     trials = read_trials(part)
     assert [entry["status"] for entry in trials.values()] == ["finished"] * 2
     rows = {entry["config"]["seed"]: read_rows(part, trial) for trial, entry in trials.items()}
-    assert [[row["env_steps"] for row in rows[seed]] for seed in (0, 1)] == [[300, 600, 900]] * 2
+    assert [[row["env_steps"] for row in rows[seed]] for seed in (0, 1)] == [[150, 300, 450]] * 2
     request.getfixturevalue("ray_session")  # not before: one Ray at a time is enough
     for found, expected in zip(rows[0], uninterrupted(file), strict=True):
         del found["time_total_s"], expected["time_total_s"]

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from qvpo_rllib import cli
 from qvpo_rllib.tuning.results import read_rows, read_trials
 
 TIMEOUT_S = 240
-STEPS = 2400
+STEPS, INTERVAL = 1200, 200
 TRAINING = """
 training:
   hidden: [16]
@@ -35,7 +36,7 @@ env_steps: {STEPS}
   grid:
     k_behavior: [1, 4]
 evaluation:
-  interval: 400
+  interval: {INTERVAL}
   episodes: 2
 """
 
@@ -102,7 +103,7 @@ def test_every_trial_ends_after_a_kill(killed: Any) -> None:
     assert statuses(part) == ["finished"] * 4
     for trial in read_trials(part):
         steps = [row["env_steps"] for row in read_rows(part, trial)]
-        assert steps == list(range(400, STEPS + 1, 400))
+        assert steps == list(range(INTERVAL, STEPS + 1, INTERVAL))
 
 
 def test_no_trial_is_run_twice(killed: Any) -> None:
@@ -114,14 +115,14 @@ def test_no_trial_is_run_twice(killed: Any) -> None:
     for trial in ended:
         assert after[trial] == before[trial]
         lines = (part / "results" / f"{trial}.jsonl").read_text().splitlines()
-        assert len(lines) == STEPS // 400
+        assert len(lines) == STEPS // INTERVAL
     assert set(before) <= set(after)
     configs = [(e["config"]["seed"], e["config"]["k_behavior"]) for e in after.values()]
     assert sorted(configs) == [(0, 1), (0, 4), (1, 1), (1, 4)]
 
 
 def test_best_and_last_checkpoint_are_kept(killed: Any) -> None:
-    """Evaluations are 400 env steps apart: checkpoint n is of evaluation n."""
+    """Each evaluation has a checkpoint: number n is of evaluation n."""
     part = killed[0]
     for trial, entry in read_trials(part).items():
         returns = [row["evaluation/return_mean"] for row in read_rows(part, trial)]
@@ -131,26 +132,24 @@ def test_best_and_last_checkpoint_are_kept(killed: Any) -> None:
         assert max(returns) in [returns[number] for number in kept]
 
 
-def test_a_finished_experiment_says_so_at_once(killed: Any) -> None:
+def test_a_finished_experiment_says_so_at_once(killed: Any, capsys: Any) -> None:
     part, command, _, _ = killed
     before = (part / "trials.json").read_bytes()
-    code, output = finish(start(*command))
-    assert code == 0
-    assert "Finished already" in output
+    assert cli.main(["tune", *command]) == 0
+    assert "Finished already" in capsys.readouterr().out
     assert (part / "trials.json").read_bytes() == before
 
 
-def test_another_experiment_of_that_name_is_refused(killed: Any) -> None:
+def test_another_experiment_of_that_name_is_refused(killed: Any, capsys: Any) -> None:
     part, command, _, _ = killed
     file = Path(command[0])
     text = file.read_text()
     try:
         file.write_text(text.replace("k_behavior: [1, 4]", "k_behavior: [1, 8]"))
-        code, output = finish(start(*command))
+        assert cli.main(["tune", *command]) == 2
     finally:
         file.write_text(text)
-    assert code == 2
-    assert "other values of settings" in " ".join(output.split())
+    assert "other values of settings" in " ".join(capsys.readouterr().err.split())
     record = json.loads((part.parent / "experiment.json").read_text())
     assert len(record["parts"]) == 1
     assert [start["command"][:2] for start in record["starts"]] == [["qvpo", "tune"]] * 2
@@ -188,7 +187,7 @@ def test_a_full_disk_ends_the_experiment_which_goes_on_when_there_is_room(
     large = TRAINING.replace("[16]", "[128, 128]")
     file.write_text(
         f"name: full\ntask: environments:Limited-v0\npreset: quick\nseeds: [0, 1]\n"
-        f"env_steps: 800\n{large}  engine: eager\nevaluation: {{interval: 400, episodes: 1}}\n"
+        f"env_steps: 400\n{large}  engine: eager\nevaluation: {{interval: 200, episodes: 1}}\n"
         "resources: {max_concurrent: 1}\n"
     )
     command = [str(file), "--storage", str(tmp_path)]
@@ -206,4 +205,4 @@ def test_a_full_disk_ends_the_experiment_which_goes_on_when_there_is_room(
     assert statuses(part) == ["finished"] * 2
     assert "File too large" not in output.partition("running")[2]
     for trial in read_trials(part):
-        assert read_rows(part, trial)[-1]["env_steps"] == 800
+        assert read_rows(part, trial)[-1]["env_steps"] == 400
