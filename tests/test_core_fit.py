@@ -1,5 +1,7 @@
 """The native forward and backward pass of a fit: the eager gradients, up to rounding."""
 
+import math
+
 import pytest
 import torch
 from test_core_native import networks
@@ -73,6 +75,20 @@ def test_values_and_gradients_equal_the_eager_ones(name, shape):
         scale = float(other.abs().max())
         assert scale > 0
         torch.testing.assert_close(mine, other, atol=1e-5 * scale, rtol=0, msg=parameter)
+
+
+@pytest.mark.parametrize(("num", "kept", "states"), [(25, 46, 9), (5, 8, 3), (1, 1, 2), (3, 21, 5)])
+def test_the_quantile_loss_is_the_eager_one(num, kept, states):
+    generator = torch.Generator().manual_seed(num)
+    quantiles = 2 * torch.randn(2, states, num, generator=generator)
+    target = 2 * torch.randn(kept, states, generator=generator)
+    for value in (0.0, 1e6, math.inf, math.nan):
+        target[-1, -1] = value
+        found = []
+        for loss in (fit.quantile_loss, losses.quantile_loss):
+            z = quantiles.clone().requires_grad_()
+            found.append((loss(z, target), *torch.autograd.grad(loss(z, target), z)))
+        torch.testing.assert_close(*found, atol=1e-7, rtol=1e-5, equal_nan=True)
 
 
 def test_a_fit_is_the_same_bits_on_any_number_of_threads(monkeypatch):

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.backends.native import load_library, num_threads, padded
-from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
+from qvpo_rllib.core.networks import NoisePredictor, QuantileTwinQ, SplitMLP, TwinQ
 
 
 class _FittedLayer(ctypes.Structure):
@@ -85,18 +85,48 @@ def _run(x: Tensor, start: Tensor | None, first_weight: Tensor, mlp: SplitMLP) -
     return out
 
 
+class _QuantileLoss(torch.autograd.Function):
+    """`losses.quantile_loss`; the targets get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, quantiles: Tensor, target: Tensor) -> Tensor:
+        quantiles, target = quantiles.contiguous(), target.t().contiguous()
+        twins, rows, num = quantiles.shape
+        of_rows, gradient = torch.empty(twins, rows), torch.empty_like(quantiles)
+        load_library().qvpo_quantile_loss(
+            *(quantiles.data_ptr(), twins, rows, num, target.data_ptr(), target.shape[1]),
+            *(of_rows.data_ptr(), gradient.data_ptr()),
+        )
+        ctx.gradient = gradient.div_(rows)
+        return of_rows.mean(dim=1).sum()
+
+    @staticmethod
+    def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient * out_gradient, None
+
+
+def quantile_loss(quantiles: Tensor, target: Tensor) -> Tensor:
+    """Returns what `losses.quantile_loss` does."""
+    loss: Tensor = _QuantileLoss.apply(quantiles, target)  # type: ignore[no-untyped-call]
+    return loss
+
+
 class FittedTwinQ(NamedTuple):
     """`TwinQ.forward` for obs [B, O] and action [B, A], and its loss."""
 
     critic: TwinQ
 
     def __call__(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], dim=1)
         twins = (self.critic.q1, self.critic.q2)
+        if twins[0].norms:  # the library has no backward pass for them
+            return self.critic.stacked(*(mlp(obs, action) for mlp in twins))
+        x = torch.cat([obs, action], dim=1)
         q = [_run(x, None, mlp.linears()[0].weight, mlp) for mlp in twins]
         return self.critic.stacked(*q)
 
     def loss(self, estimates: Tensor, target: Tensor) -> Tensor:
+        if isinstance(self.critic, QuantileTwinQ):
+            return quantile_loss(estimates, target)
         return self.critic.loss(estimates, target)
 
 
@@ -117,19 +147,14 @@ class FittedNoisePredictor(NamedTuple):
         return _run(x, obs_part, weight, actor.mlp)
 
 
-def _fitted(critic: TwinQ) -> losses.Critic:
-    """Returns what runs and fits them: the library, or PyTorch if they normalise their layers."""
-    return critic if critic.q1.norms else FittedTwinQ(critic)
-
-
 def critic_estimates(critic: TwinQ, obs: Tensor, action: Tensor) -> Tensor:
     """Returns what `losses.critic_estimates` does."""
-    return _fitted(critic)(obs, action)
+    return FittedTwinQ(critic)(obs, action)
 
 
 def critic_objective(critic: TwinQ, *inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Returns what `losses.critic_objective` does."""
-    return losses.critic_objective(_fitted(critic), *inputs)
+    return losses.critic_objective(FittedTwinQ(critic), *inputs)
 
 
 def actor_objective(actor: NoisePredictor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -602,4 +602,39 @@ void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t ro
         stride = width;
     }
 }
+
+// losses.quantile_loss: z [twins, rows, n], y [rows, m] -> of each twin and row the mean over i and j,
+// [twins, rows], and its gradient for z. A NaN in z or y comes out in both.
+void qvpo_quantile_loss(const float *z, int64_t twins, int64_t rows, int64_t n, const float *y,
+                        int64_t m, float *losses, float *gradient) {
+    const float share = 1.0f / (n * m);
+    for (int64_t row = 0; row < twins * rows; ++row) {
+        const float *targets = y + row % rows * m;
+        float total = 0.0f;
+        for (int64_t i = 0; i < n; ++i) {
+            const float quantile = z[row * n + i], level = (i + 0.5f) / n;
+            const Vector over = broadcast(level), under = broadcast(1.0f - level);
+            Vector huber_sum{}, slope_sum{};
+            for (int64_t j = 0; j < m; j += LANES) {
+                Vector error{};
+                if (j + LANES <= m)
+                    error = load(targets + j) - quantile;
+                else  // an error of zero adds nothing
+                    for (int64_t k = j; k < m; ++k) error[k - j] = targets[k] - quantile;
+                const Vector slope = error > 1.0f ? broadcast(1.0f)
+                                     : error < -1.0f ? broadcast(-1.0f) : error;
+                const Vector weighted = (error < 0.0f ? under : over) * slope;
+                slope_sum += weighted;
+                huber_sum += weighted * (error - 0.5f * slope);
+            }
+            float slope = 0.0f;
+            for (int lane = 0; lane < LANES; ++lane) {
+                total += huber_sum[lane];
+                slope += slope_sum[lane];
+            }
+            gradient[row * n + i] = -slope * share;
+        }
+        losses[row] = total * share;
+    }
+}
 }
