@@ -305,16 +305,16 @@ def test_graphs_run_every_step_once(monkeypatch):
         self.done_eagerly += 1
 
     monkeypatch.setattr(engine.CudaGraphs, "_run_on_side_stream", eagerly)
-    monkeypatch.setattr(engine.CudaGraphs, "_capture", lambda self, step, size: Graph(size))
+    monkeypatch.setattr(engine.CudaGraphs, "_capture", lambda self, steps: Graph(len(steps)))
     graphs = engine.CudaGraphs([])
     counts = [1, 1, 4, 0, 8, 19, 1, 100]
     for count in counts:
         before = len(done)
-        graphs.run(lambda: None, count)
+        graphs.run(lambda number: None, count)
         assert len(done) - before == count
     assert done[:3] == [0, 0, 0]
     assert 0 not in done[3:]
-    assert sorted(graphs.graphs) == [1, engine.UPDATES_PER_GRAPH]
+    assert sorted(graphs.graphs) == [(1, 0), (engine.UPDATES_PER_GRAPH, 0)]
 
 
 def test_a_failed_capture_says_what_to_do(monkeypatch):
@@ -324,7 +324,7 @@ def test_a_failed_capture_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     with pytest.raises(RuntimeError, match=r"not permitted.*engine='compiled'"):
-        engine.CudaGraphs([torch.Generator()])._capture(lambda: None, 1)
+        engine.CudaGraphs([torch.Generator()])._capture([lambda: None])
 
 
 def test_nothing_keeps_the_replay_alive_that_was_trained_on():
@@ -395,13 +395,13 @@ def trained(device, updates, **options):
 
 
 @gpu
-@pytest.mark.parametrize("options", [{}, QUANTILES])
+@pytest.mark.parametrize("options", [{}, QUANTILES, {"policy_interval": 3}])
 def test_a_cuda_graph_gives_the_updates_of_the_eager_engine(options):
     """Same seeds: the graph goes on in the generators' streams as eager updates do."""
     graph = trained("cuda", 30, engine="cuda_graph", **options)
     eager = trained("cuda", 30, engine="eager", **options)
     assert graph.engine == "cuda_graph"
-    assert graph._graphs.graphs.keys() == {1, engine.UPDATES_PER_GRAPH}
+    assert {size for size, _ in graph._graphs.graphs} == {1, engine.UPDATES_PER_GRAPH}
     assert_same_networks(graph.networks, eager.networks, atol=1e-3)
     mine, other = graph.pop_metrics(), eager.pop_metrics()
     for name, value in mine.items():

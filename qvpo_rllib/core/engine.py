@@ -151,27 +151,33 @@ class CudaGraphs:
     def __init__(self, generators: list[Generator]) -> None:
         self.generators = generators
         self.done_eagerly = 0
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and first step
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
-    def run(self, step: Callable[[], None], num_steps: int) -> None:
+    def run(
+        self, step: Callable[[int], None], num_steps: int, first: int = 0, cycle: int = 1
+    ) -> None:
         """Does `num_steps` steps.
 
         Args:
-            step: does one update and leaves nothing on the host; the same in every call. All that
-                it reads and writes must stay where it is in memory for as long as this object is
-                used.
+            step: does the update of a number, from `first` on, and leaves nothing on the host; the
+                same in every call. All that it reads and writes must stay where it is in memory for
+                as long as this object is used.
+            cycle: steps whose numbers differ by it do the same.
         """
-        while num_steps > 0 and self.done_eagerly < UPDATES_BEFORE_CAPTURE:
-            self._run_on_side_stream(step)
-            num_steps -= 1
-        while num_steps > 0:
-            size = UPDATES_PER_GRAPH if num_steps >= UPDATES_PER_GRAPH else 1
-            if size not in self.graphs:
-                self.graphs[size] = self._capture(step, size)
-            self.graphs[size].replay()
-            num_steps -= size
+        number, end = first, first + num_steps
+        while number < end and self.done_eagerly < max(UPDATES_BEFORE_CAPTURE, cycle):
+            self._run_on_side_stream(functools.partial(step, number))
+            number += 1
+        while number < end:
+            size = UPDATES_PER_GRAPH if end - number >= UPDATES_PER_GRAPH else 1
+            key = size, number % cycle
+            if key not in self.graphs:
+                steps = [functools.partial(step, number + i) for i in range(size)]
+                self.graphs[key] = self._capture(steps)
+            self.graphs[key].replay()
+            number += size
 
     def close(self) -> None:
         """Frees the graphs, once the device has done with them."""
@@ -191,13 +197,13 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(self._stream)
         self.done_eagerly += 1
 
-    def _capture(self, step: Callable[[], None], size: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, steps: list[functools.partial[None]]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
             for generator in self.generators:
                 graph.register_generator_state(generator)
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                for _ in range(size):
+                for step in steps:
                     step()
         except Exception as error:
             # PyTorch 2.11 leaves the generators in a state that draws nothing any more.

@@ -95,6 +95,11 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         self.hp = hp
         self.configure(hp)
 
+    @property
+    def cycle(self) -> int:
+        """Updates after which the same operations come again; an update may read `num_updates`."""
+        return 1
+
     def draw_update_noise(self, batch_size: int) -> Noise:
         """Returns every random number of one update, from the learner's generator."""
         raise NotImplementedError
@@ -142,8 +147,14 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
                 self._captured_replay = weakref.ref(replay)
             if self._graphs is None:
                 self._graphs = CudaGraphs([self.generator, replay.generator])
-            self._graphs.run(lambda: self._step(replay), num_updates)
-            self.num_updates += num_updates
+            first = self.num_updates
+
+            def step(number: int) -> None:
+                self.num_updates = number
+                self._step(replay)
+
+            self._graphs.run(step, num_updates, first, self.cycle)
+            self.num_updates = first + num_updates
         else:
             for _ in range(num_updates):
                 self._step(replay)

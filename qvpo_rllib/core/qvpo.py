@@ -1,6 +1,7 @@
 """QVPO's networks and learner: one update of actor, critics and targets."""
 
 import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -125,14 +126,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         self.q_mean = torch.zeros((), device=device)
         self.q_std = torch.ones((), device=device)
         # Those of the last update of the policy, which `policy_interval` - 1 updates repeat.
-        names = [
-            *POLICY_METRICS,
-            *EXTRA_METRICS.get(hp.q_weights, ()),
-            *EXTRA_METRICS.get(hp.target_refinement, ()),
-        ]
-        self.policy_metrics = {n: torch.zeros((), device=device) for n in names}
-        if hp.policy_interval > 1 and hp.engine == "auto" and device.type == "cuda":
-            hp = dataclasses.replace(hp, engine="compiled")
+        self.policy_metrics: dict[str, Tensor] = {}
         super().__init__(networks, hp, seed=seed, device=device)
         self._beside = SecondStream(on=self.engine == "cuda_graph" and device.type == "cuda")
         self.fused: FusedSampler | None = None
@@ -143,6 +137,10 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             nets = self.networks
             self.fused = fused_sampler(nets.actor, nets.critic, nets.schedule, hp, device)
 
+    @property
+    def cycle(self) -> int:
+        return self.hp.policy_interval
+
     def graph_constants(self, hp: QVPOHyperparameters) -> QVPOHyperparameters:
         return dataclasses.replace(
             super().graph_constants(hp),
@@ -150,6 +148,15 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             entropy_weight_end=None,
             entropy_weight_floor=0.0,
         )
+
+    def configure(self, hp: QVPOHyperparameters) -> None:
+        extra = [EXTRA_METRICS.get(word, ()) for word in (hp.q_weights, hp.target_refinement)]
+        zero = torch.zeros((), device=self.device)
+        self.policy_metrics = {
+            name: self.policy_metrics.get(name, zero.clone())
+            for name in itertools.chain(POLICY_METRICS, *extra)
+        }
+        super().configure(hp)
 
     def set_env_steps(self, env_steps: int) -> None:
         """Moves ω_ent to its value after `env_steps` environment steps."""
@@ -233,7 +240,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         policy = Chain(nets.actor, obs, noise.policy)
         with_policy = (self.num_updates + 1) % hp.policy_interval == 0
         samples = next_samples = None
-        if beside and self.fused is not None and self.fused.samples:
+        if beside and with_policy and self.fused is not None and self.fused.samples:
             samples, next_samples = self.fused.sample(
                 policy, self._target_chain(critic_batch, noise)
             )
@@ -246,9 +253,13 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             samples = self._sample_actions(policy)  # [B, N_d, A]
         if critic_first:
             self._beside.join()
+        found = self.policy_metrics
         if samples is not None:
-            self.policy_metrics = self.improve_policy(obs, samples, self._rank(obs, samples), noise)
-        metrics |= self.policy_metrics
+            found = self.improve_policy(obs, samples, self._rank(obs, samples), noise)
+            if hp.policy_interval > 1:
+                kept = self.policy_metrics
+                torch._foreach_copy_([*kept.values()], [found[name] for name in kept])
+        metrics |= {name: found[name] for name in self.policy_metrics}
         if not critic_first:
             self._beside.join()
             if not beside:
@@ -381,7 +392,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             "q_mean": self.q_mean.clone(),
             "q_std": self.q_std.clone(),
             **{name: tensor.clone() for name, tensor in self._learnt().items()},
-            "policy_metrics": dict(self.policy_metrics),
+            "policy_metrics": {n: v.clone() for n, v in self.policy_metrics.items()},
         }
 
     def _learnt(self) -> dict[str, Tensor]:
@@ -401,8 +412,8 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
                 tensor.copy_(state[name])
         kept = state.get("policy_metrics", {})  # earlier checkpoints have none, nor need any
         # Those of options that are no longer in force would be of no update.
-        kept = {n: v.to(self.device) for n, v in kept.items() if n in self.policy_metrics}
-        self.policy_metrics |= kept
+        for name in kept.keys() & self.policy_metrics.keys():
+            self.policy_metrics[name].copy_(kept[name])
         super().load_state_dict(state)
 
 

@@ -230,8 +230,7 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     )
     policy_interval: int = option(
         1,
-        "updates of critics and targets for one of the policy; above 1 a GPU's updates are "
-        "compiled and not captured",
+        "updates of critics and targets for one of the policy",
         range=COUNT,
     )
     sampling_precision: str = option(
@@ -294,13 +293,6 @@ class QVPOHyperparameters(DiffusionHyperparameters):
             self.num_chosen_samples,
             self.num_chosen_samples <= self.num_policy_samples,
             f"at most num_policy_samples={self.num_policy_samples}",
-        )
-        # A captured graph does the same in every update.
-        require(
-            "policy_interval",
-            self.policy_interval,
-            self.policy_interval == 1 or self.engine != "cuda_graph",
-            "1 with engine='cuda_graph'; engine='auto' and 'compiled' take any",
         )
         self._check_beyond_the_paper()
         super().check()
