@@ -30,7 +30,6 @@ from qvpo_rllib.core.options import (
     RunDefaults,
     Setting,
     option,
-    require,
 )
 from qvpo_rllib.core.options.shared import EnvironmentOptions
 
@@ -101,9 +100,8 @@ class PPOHyperparameters(EnvironmentOptions):
     )
 
     def check(self) -> None:
-        require(
+        self.require(
             "minibatch_size",
-            self.minibatch_size,
             self.minibatch_size <= self.train_batch_size,
             f"at most train_batch_size={self.train_batch_size}",
         )

@@ -34,7 +34,6 @@ from qvpo_rllib.core.options import (
     Options,
     Setting,
     option,
-    require,
 )
 from qvpo_rllib.core.options.shared import TINY_REPLAY, EnvironmentOptions
 from qvpo_rllib.core.seeding import Stream, spawn_seed
@@ -91,9 +90,8 @@ class SACHyperparameters(EnvironmentOptions):
     )
 
     def check(self) -> None:
-        require(
+        self.require(
             "replay_capacity",
-            self.replay_capacity,
             self.replay_capacity >= max(self.batch_size, self.warmup_steps),
             f"at least batch_size={self.batch_size} and warmup_steps={self.warmup_steps}",
         )

@@ -125,6 +125,13 @@ class Options:
     def check(self) -> None:
         """Raises `ValueError` where options contradict one another."""
 
+    def require(self, name: str, holds: bool, allowed: str) -> None:
+        """Raises `ValueError` naming option, value and what is allowed, unless `holds`."""
+        if not holds:
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}."
+            )
+
     @classmethod
     def resolve(
         cls,
@@ -269,12 +276,6 @@ def option_table(kind: type[Options]) -> str:
     return "\n".join(rows)
 
 
-def require(name: str, value: object, holds: bool, allowed: str) -> None:
-    """Raises `ValueError` naming option, value and what is allowed, unless `holds`."""
-    if not holds:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}.")
-
-
 def require_at_least(option: str, value: int | None, least: int) -> None:
     """Raises `ValueError` that names `option` ("--k") if `value` is given and below `least`."""
     if value is not None and value < least:
@@ -337,9 +338,9 @@ def _checked(name: str, value: Any, declared: _Type, metadata: Mapping[str, Any]
     if not valid:
         raise ValueError(f"{name}={value!r} is not valid: it must be {declared}.")
     allowed: Range | None = metadata["range"]
-    if allowed is not None:
+    if allowed is not None and not allowed.holds(value):
         text = ", or ".join([allowed.text, *declared.words, *["none"] * declared.optional])
-        require(name, value, allowed.holds(value), text)
+        raise ValueError(f"{name}={value!r} is not allowed: it must be {text}.")
     choices = metadata["choices"]
     if choices and value not in choices:
         raise ValueError(

@@ -15,7 +15,6 @@ from qvpo_rllib.core.options import (
     Setting,
     option,
     options_of,
-    require,
 )
 from qvpo_rllib.core.options.shared import DiffusionHyperparameters
 
@@ -267,95 +266,48 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     )
 
     def check(self) -> None:
+        chosen, drawn = self.num_chosen_samples, self.num_policy_samples
         if self.critic == "twin":
+            need = "{} while the critics have no quantiles (critic is twin)"
             for name in ("num_quantiles", "dropped_quantiles"):
-                value, default = getattr(self, name), options_of(type(self))[name].default
-                need = f"{default} while the critics have no quantiles (critic is twin)"
-                require(name, value, value == default, need)
+                default = options_of(type(self))[name].default
+                self.require(name, getattr(self, name) == default, need.format(default))
         else:
-            require(
-                "dropped_quantiles",
-                self.dropped_quantiles,
-                self.dropped_quantiles < self.num_quantiles,
-                f"below num_quantiles={self.num_quantiles}",
-            )
+            need = f"below num_quantiles={self.num_quantiles}"
+            self.require("dropped_quantiles", self.dropped_quantiles < self.num_quantiles, need)
         if self.entropy_weight == "auto":
-            self._check_no_schedule()
+            need = (
+                "with entropy_weight='auto', whose weight the spread moves and no schedule: set "
+                "entropy_weight_end=none and entropy_weight_floor=0, also where a preset, such as "
+                "authors, has others"
+            )
+            self.require("entropy_weight_end", self.entropy_weight_end is None, f"none {need}")
+            self.require("entropy_weight_floor", self.entropy_weight_floor == 0, f"0 {need}")
+            need = (
+                "or more with entropy_weight='auto', which moves the entropy term by the spread of "
+                "the policy's samples"
+            )
+            self.require("num_uniform_samples", self.num_uniform_samples >= 1, f"1 {need}")
+            self.require("num_policy_samples", drawn >= 2, f"2 {need}")
         if self.entropy_weight_end is None:
-            require(
-                "entropy_weight_floor",
-                self.entropy_weight_floor,
-                self.entropy_weight_floor == 0,
-                "0 while entropy_weight is constant (entropy_weight_end is none)",
-            )
-        require(
-            "num_chosen_samples",
-            self.num_chosen_samples,
-            self.num_chosen_samples <= self.num_policy_samples,
-            f"at most num_policy_samples={self.num_policy_samples}",
-        )
-        self._check_beyond_the_paper()
-        super().check()
-
-    def _check_no_schedule(self) -> None:
-        end, floor = self.entropy_weight_end, self.entropy_weight_floor
-        for name, value, holds, need in (
-            ("entropy_weight_end", end, end is None, "none"),
-            ("entropy_weight_floor", floor, floor == 0, "0"),
-        ):
-            require(
-                name,
-                value,
-                holds,
-                f"{need} with entropy_weight='auto', whose weight the spread "
-                "moves and no schedule: set entropy_weight_end=none and entropy_weight_floor=0, "
-                "also where a preset, such as authors, has others",
-            )
-
-    def _check_beyond_the_paper(self) -> None:
+            need = "0 while entropy_weight is constant (entropy_weight_end is none)"
+            self.require("entropy_weight_floor", self.entropy_weight_floor == 0, need)
+        self.require("num_chosen_samples", chosen <= drawn, f"at most num_policy_samples={drawn}")
         if self.q_weights == "softmax":
-            require(
-                "num_chosen_samples",
-                self.num_chosen_samples,
-                self.num_chosen_samples == 1,
-                "1 with q_weights='softmax', which trains all N_d samples",
-            )
-            require(
-                "kl_target",
-                self.kl_target,
-                self.kl_target < math.log(self.num_policy_samples),
-                f"below ln(num_policy_samples={self.num_policy_samples}) = "
-                f"{math.log(self.num_policy_samples):.4g}, where one sample has all the weight",
-            )
-            require(
-                "target_refinement",
-                self.target_refinement,
-                self.target_refinement == "none",
-                "'none' with q_weights='softmax', which trains all N_d samples as they are drawn",
-            )
+            need = "1 with q_weights='softmax', which trains all N_d samples"
+            self.require("num_chosen_samples", chosen == 1, need)
+            most = f"ln(num_policy_samples={drawn}) = {math.log(drawn):.4g}"
+            need = f"below {most}, where one sample has all the weight"
+            self.require("kl_target", self.kl_target < math.log(drawn), need)
+            need = "'none' with q_weights='softmax', which trains all N_d samples as they are drawn"
+            self.require("target_refinement", self.target_refinement == "none", need)
         if self.target_refinement == "guidance":
-            require(
-                "num_policy_samples",
-                self.num_policy_samples,
-                self.num_policy_samples >= 2,
-                "2 or more with target_refinement='guidance', which measures Q - V",
-            )
-        if self.entropy_weight == "auto":
-            for name, least in (("num_uniform_samples", 1), ("num_policy_samples", 2)):
-                value = getattr(self, name)
-                require(
-                    name,
-                    value,
-                    value >= least,
-                    f"{least} or more with entropy_weight='auto', which moves the entropy term by "
-                    "the spread of the policy's samples",
-                )
-        require(
-            "target_entropy",
-            self.target_entropy,
-            self.target_entropy is None or self.entropy_in_target == "auto",
-            "none unless entropy_in_target='auto', which alone has a target",
-        )
+            need = "2 or more with target_refinement='guidance', which measures Q - V"
+            self.require("num_policy_samples", drawn >= 2, need)
+        has_use = self.target_entropy is None or self.entropy_in_target == "auto"
+        need = "none unless entropy_in_target='auto', which alone has a target"
+        self.require("target_entropy", has_use, need)
+        super().check()
 
     @property
     def num_trained_samples(self) -> int:

@@ -14,7 +14,6 @@ from qvpo_rllib.core.options import (
     Options,
     Setting,
     option,
-    require,
 )
 
 TINY_REPLAY: Setting = {
@@ -113,15 +112,13 @@ class OffPolicyHyperparameters(EnvironmentOptions):
     )
 
     def check(self) -> None:
-        require(
+        self.require(
             "replay_capacity",
-            self.replay_capacity,
             self.replay_capacity >= max(self.batch_size, self.warmup_steps),
             f"at least batch_size={self.batch_size} and warmup_steps={self.warmup_steps}",
         )
-        require(
+        self.require(
             "n_step",
-            self.n_step,
             self.n_step <= self.replay_capacity,
             f"at most replay_capacity={self.replay_capacity}",
         )
