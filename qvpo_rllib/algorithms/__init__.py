@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from qvpo_rllib.core.options import Options, nearest
@@ -22,18 +22,13 @@ class AlgorithmEntry:
 
     def load(self) -> Any:
         """Returns the RLlib algorithm's class."""
-        return _load(self.home)
+        return resolve_name(self.home)
 
     @cached_property
     def hyperparameters(self) -> type[Options]:
         """The class of its options."""
         kind: type[Options] = self.load().config_class.hyperparameters_class
         return kind
-
-
-def _load(home: str) -> Any:
-    module, _, name = home.partition(":")
-    return getattr(import_module(module), name)
 
 
 ALGORITHMS = {

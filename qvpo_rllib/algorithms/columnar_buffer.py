@@ -12,6 +12,7 @@ from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, MultiAgentBatch, Sa
 from ray.rllib.utils.replay_buffers import ReplayBuffer as RllibBuffer
 
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
+from qvpo_rllib.rollout.policy import to_transitions
 
 WEIGHTS = "weights"  # of prioritised replay, which RLlib's SAC reads: all 1 here
 
@@ -51,19 +52,7 @@ class ColumnarBuffer(RllibBuffer):  # type: ignore[misc]
     def add(self, batch: Any, **kwargs: Any) -> None:
         """Adds RLlib's batch of one policy."""
         rows = batch[DEFAULT_POLICY_ID] if isinstance(batch, MultiAgentBatch) else batch
-        terminal = np.array(rows[SampleBatch.TERMINATEDS], bool)
-        if self.truncation_as_terminal:
-            terminal |= np.array(rows[SampleBatch.TRUNCATEDS], bool)
-        columns = [
-            rows[SampleBatch.OBS],
-            rows[SampleBatch.ACTIONS],
-            rows[SampleBatch.REWARDS],
-            rows[SampleBatch.NEXT_OBS],
-            terminal,
-        ]
-        transitions = Transitions(
-            *(torch.as_tensor(np.asarray(column, np.float32)) for column in columns)
-        )
+        transitions = to_transitions(rows, self.truncation_as_terminal)
         self._ring(transitions).add(transitions)
 
     def sample(self, num_items: int, **kwargs: Any) -> MultiAgentBatch:

@@ -18,7 +18,7 @@ from torch import Generator
 
 from qvpo_rllib.core.errors import ENDS_TRAINING, NonFiniteError
 from qvpo_rllib.core.seeding import Stream, environment_seed, spawn_seed
-from qvpo_rllib.rollout.callbacks import EpisodeCallbacks, LastStep, TrainingEpisode
+from qvpo_rllib.rollout.callbacks import EpisodeCallbacks, LastStep, WatchedEpisode
 from qvpo_rllib.rollout.env_batch import EnvBatch, not_for_rllib
 from qvpo_rllib.rollout.environments import action_scale, name_of
 from qvpo_rllib.rollout.episodes import check_finite, environment_failure, run_episodes
@@ -199,10 +199,10 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
 
         return super().apply(guarded, *args, **kwargs)
 
-    def _new_episode(self, i: int) -> TrainingEpisode:
+    def _new_episode(self, i: int) -> WatchedEpisode:
         envs: CheckedVectorEnv = self.async_env.vector_env
         envs.forget_ended(i)
-        return TrainingEpisode(
+        return WatchedEpisode(
             i,
             self.policy_map,
             self.policy_mapping_fn,

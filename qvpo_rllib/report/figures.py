@@ -66,15 +66,7 @@ def learning_curves(groups: Sequence[Group], *, title: str) -> Figure:
             axes.plot([], [], color="#bbbbbb", linewidth=0.8, label="other settings")
     for group, (color, dashes, _) in zip(shown, STYLES, strict=False):
         _faint(axes, group.evaluated, color)
-        steps, returns = common_returns(group.evaluated)
-        centre, low, high = curve_band(returns)
-        if np.isfinite(low).all():
-            axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
-        axes.plot(
-            steps, centre, color=color, linestyle=dashes, linewidth=1.5,
-            marker="o" if len(steps) == 1 else None, markersize=3,
-            label=f"{group.label} ({_count(group)})",
-        )  # fmt: skip
+        _curve(axes, group, f"{group.label} ({_count(group)})", color, dashes, 1.5)
     step_axis(axes)
     legend_below(figure, axes)
     return figure
@@ -98,13 +90,7 @@ def curves_of_tasks(groups: Sequence[Group], name_of: Callable[[Group], str]) ->
             if group.task != task or name_of(group) not in styles or not group.evaluated:
                 continue
             color, dashes, _ = styles[name_of(group)]
-            steps, returns = common_returns(group.evaluated)
-            centre, low, high = curve_band(returns)
-            if np.isfinite(low).all():
-                axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
-            axes.plot(steps, centre, color=color, linestyle=dashes, linewidth=1.3,
-                      marker="o" if len(steps) == 1 else None, markersize=3,
-                      label=name_of(group))  # fmt: skip
+            _curve(axes, group, name_of(group), color, dashes, 1.3)
         axes.set_title(task, fontsize=8)
         axes.tick_params(labelsize=6.5)
         plain(axes)
@@ -154,6 +140,17 @@ def best_groups(groups: Sequence[Group]) -> list[Group]:
 def common_returns(runs: Sequence[Run]) -> tuple[Array, Array]:
     """Returns env steps at which all runs were evaluated, and their returns [runs, evaluations]."""
     return common_points([list(zip(run.steps, run.returns, strict=True)) for run in runs])
+
+
+def _curve(axes: Axes, group: Group, label: str, color: str, dashes: Any, width: float) -> None:
+    """Draws the IQM over a group's seeds with its 95 % interval."""
+    steps, returns = common_returns(group.evaluated)
+    centre, low, high = curve_band(returns)
+    if np.isfinite(low).all():
+        axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+    marker = "o" if len(steps) == 1 else None
+    axes.plot(steps, centre, color=color, linestyle=dashes, linewidth=width, marker=marker,
+              markersize=3, label=label)  # fmt: skip
 
 
 def _faint(axes: Axes, runs: Sequence[Run], color: str) -> None:

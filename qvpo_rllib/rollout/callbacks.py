@@ -43,31 +43,10 @@ class WatchedEpisode(EpisodeV2):  # type: ignore[misc]
 
     `last_observation_for`, `last_action_for` and `last_info_for` are as in RLlib's first `Episode`;
     the action is in [-1, 1].
-    """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.agent_index(AGENT)
-        self.last_obs: NDArray[np.float32] | None = None
-        self.last_action: NDArray[np.floating] | None = None
-        self.last_info: dict[str, Any] | None = None
-
-    def last_observation_for(self, agent_id: str = AGENT) -> NDArray[np.float32] | None:
-        return self.last_obs
-
-    def last_action_for(self, agent_id: str = AGENT) -> NDArray[np.floating] | None:
-        return self.last_action
-
-    def last_info_for(self, agent_id: str = AGENT) -> dict[str, Any] | None:
-        return self.last_info
-
-
-class TrainingEpisode(EpisodeV2):  # type: ignore[misc]
-    """RLlib's episode as its own loop plays it, with the last step as `WatchedEpisode` has it.
 
     Args:
-        last: returns observation, action in [-1, 1] and info of the episode's last step; of the
-            reset the action is None, and before it all are.
+        last: returns observation, action and info of the episode's last step; of the reset the
+            action is None, and before it all are.
     """
 
     def __init__(self, *arguments: Any, last: Callable[[], LastStep], **options: Any) -> None:
@@ -91,6 +70,7 @@ class EpisodeCallbacks(Hooks):
         self.worker = worker
         self.wanted = {name for name in EPISODE_CALLBACKS if overrides(worker.callbacks, name)}
         self.episodes: dict[int, WatchedEpisode] = {}
+        self._last: dict[int, LastStep] = {}
 
     def start(self, i: int, reset: Reset) -> tuple[Any, dict[str, Any]]:
         """Calls `reset` between `on_episode_created` and `on_episode_start`."""
@@ -98,7 +78,8 @@ class EpisodeCallbacks(Hooks):
             return reset()
         episode = self.episodes[i] = self._new_episode(i)
         self._call("on_episode_created", i)
-        episode.last_obs, episode.last_info = first = reset()
+        obs, info = first = reset()
+        self._last[i] = obs, None, info
         self._call("on_episode_start", i)
         episode.step()  # RLlib counts from -1, and a reset as a step
         return first
@@ -119,8 +100,7 @@ class EpisodeCallbacks(Hooks):
         episode.total_agent_steps += 1
         episode.total_reward += reward
         episode.agent_rewards[AGENT, episode.policy_for(AGENT)] += reward
-        episode.last_obs, episode.last_info = obs, info
-        episode.last_action = np.array(action)
+        self._last[i] = obs, np.array(action), info
         self._call("on_episode_step", i)
 
     def end(self, i: int) -> dict[str, Any]:
@@ -153,9 +133,17 @@ class EpisodeCallbacks(Hooks):
                 setattr(self.episodes[i], name, value)
 
     def _new_episode(self, i: int) -> WatchedEpisode:
-        worker = self.worker
-        policies, mapping = worker.policy_map, worker.policy_mapping_fn
-        return WatchedEpisode(i, policies, mapping, worker=worker, callbacks=worker.callbacks)
+        worker, self._last[i] = self.worker, (None, None, None)
+        episode = WatchedEpisode(
+            i,
+            worker.policy_map,
+            worker.policy_mapping_fn,
+            last=lambda: self._last[i],
+            worker=worker,
+            callbacks=worker.callbacks,
+        )
+        episode.agent_index(AGENT)
+        return episode
 
     def _call(self, name: str, i: int, error: Exception | None = None) -> None:
         if name in self.wanted:

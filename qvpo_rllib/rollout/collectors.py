@@ -31,8 +31,8 @@ class Collector:
 
     Attributes:
         faults: counts of what went wrong in remote workers.
-        episodes: those of remote workers that have ended since `pop_episodes`; assign to it to
-            restore them. RLlib asks the local worker itself for its episodes.
+        episodes: those of remote workers that have ended since they were last taken; assign to it
+            to restore them. RLlib asks the local worker itself for its episodes.
     """
 
     def __init__(self, ledger: UpdateLedger) -> None:
@@ -64,11 +64,6 @@ class Collector:
 
     def close(self) -> None:
         """Kills workers that hang, so that stopping the others does not wait for them."""
-
-    def pop_episodes(self) -> list[RolloutMetrics]:
-        """Returns `episodes` and empties it."""
-        episodes, self.episodes = self.episodes, []
-        return episodes
 
     def pop_recreated(self) -> list[int]:
         """Returns the indices of the workers that have come back since the last call."""
