@@ -346,6 +346,14 @@ def test_resume_interrupt_and_resume(trained: Any, capsys: Any, ray_address: str
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 3
 
 
+def test_fewer_env_steps_than_are_done_are_refused(trained: Any, capsys: Any) -> None:
+    run, _ = trained
+    before = (run / "config.json").read_bytes()
+    assert cli.main(["train", "--resume", str(run), "--env-steps", "300"]) == 2
+    assert re.search(r"--env-steps 300 .*has done \d+ env\s", capsys.readouterr().err)
+    assert (run / "config.json").read_bytes() == before
+
+
 def test_sigterm_does_not_wait_for_an_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_address: str
 ) -> None:
@@ -450,7 +458,12 @@ def test_modules_here_are_found_alike_but_not_for_a_bundle(
     monkeypatch.chdir(tmp_path)
     here = str(tmp_path)
     for first in ("", "/somewhere"):  # as `python -m` and `qvpo` begin
-        for arguments, found in ((["train"], True), (["evaluate", "."], False)):
+        for arguments, found in (
+            (["train"], True),
+            (["evaluate", "."], False),
+            (["evaluate", ".", "--import", "my_envs"], True),
+            (["export", "."], False),
+        ):
             monkeypatch.setattr(sys, "path", [first, *sys.path])
             cli._import_from_here(cli.build_parser().parse_args(arguments))
             assert (here in sys.path, "" in sys.path) == (found, False)

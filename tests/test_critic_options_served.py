@@ -73,7 +73,7 @@ def test_a_bundle_says_which_critics_it_has_and_acts_as_the_policy(
     actions = policy.act(obs, 8, seeded(3))
     np.testing.assert_allclose(actions, policy.scale.to_env(normalized), atol=1e-5)
     assert len(np.unique(actions.round(2))) > 3  # where all actions are one, any ranking is right
-    played = TrainedPolicy.load(checkpoint).act(obs, 8, seeded(3))
+    played = TrainedPolicy.load(str(checkpoint)).act(obs, 8, seeded(3))
     np.testing.assert_array_equal(played, actions)
 
 

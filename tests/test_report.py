@@ -15,6 +15,7 @@ from qvpo_rllib import cli
 from qvpo_rllib.report.build import build_report
 from qvpo_rllib.report.comparison import candidates
 from qvpo_rllib.report.diagnostics import PANELS, diagnostics
+from qvpo_rllib.report.figures import curves_of_tasks
 from qvpo_rllib.report.runs import SYMBOLS, Group, Run, grouped, load_runs
 from qvpo_rllib.report.statistics import (
     common_points,
@@ -263,6 +264,29 @@ def test_train_runs_are_grouped_by_what_sets_them_apart(tmp_path: Path) -> None:
     ]
 
 
+def train_run(path: Path, seed: int = 0, rows: int = 1) -> Path:
+    config = {
+        "algo": "qvpo", "env": "Ant-v5", "preset": "light", "seed": seed, "env_steps": 200,
+        "hyperparameters": {"tau": 0.1},
+    }  # fmt: skip
+    with RunDirectory.create(path, config, ["qvpo"]) as run:
+        for _ in range(rows):
+            run.metrics.append({"env_steps": 200, "evaluation/return_mean": 2.0})
+    return path
+
+
+def test_one_seed_is_not_counted_twice(tmp_path: Path) -> None:
+    first, copy, other = (train_run(tmp_path / n, s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert len(load_runs([first, other])) == 2
+    with pytest.raises(ValueError, match=r"/a'.*/b' have the same .* seed.*Leave one of them out"):
+        load_runs([first, copy, other])
+
+
+def test_a_run_that_ended_before_its_first_evaluation_had_begun(tmp_path: Path) -> None:
+    (run,) = load_runs([train_run(tmp_path / "a", rows=0)])
+    assert run.status == "unfinished"
+
+
 def test_a_run_of_an_earlier_version_stands_with_those_of_its_options_defaults(
     tmp_path: Path,
 ) -> None:
@@ -291,7 +315,8 @@ def test_it_opens_with_tasks_by_algorithms_and_the_curves_of_all_tasks(tmp_path:
         high = (next(calls) < 48) == (config["env"] == "Hopper-v5")
         return (200.0 if high else 100.0) * share + config["seed"]
 
-    build_report([make_results(tmp_path, values, returns)], tmp_path / "out")
+    results = make_results(tmp_path, values, returns)
+    build_report([results], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.startswith("## Summary")
     summary = (tmp_path / "out" / "summary.md").read_text()
@@ -303,6 +328,14 @@ def test_it_opens_with_tasks_by_algorithms_and_the_curves_of_all_tasks(tmp_path:
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<b>201 [200, 202]</b>" in page
     assert page.index("Summary") < page.index('alt="curves"') < page.index("compared")
+
+    groups = grouped(load_runs([results]))
+    for length, shown in itertools.product((3, 60, 150), (groups, groups[:1])):
+        names = {id(g): f"{g.algorithm} {'long ' * length}"[:length] for g in groups}
+        figure = curves_of_tasks(shown, lambda g, names=names: names[id(g)])
+        figure.draw_without_rendering()
+        legend = figure.legends[0].get_window_extent()
+        assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
 
 
 def test_settings_that_leave_options_out_are_named_by_what_they_change(tmp_path: Path) -> None:

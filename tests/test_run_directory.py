@@ -33,6 +33,8 @@ def test_a_new_run_says_how_it_was_started(run: RunDirectory) -> None:
 
 def test_a_resumed_run_adds_its_start_and_keeps_its_configuration(run: RunDirectory) -> None:
     commit(run, 3)
+    with pytest.raises(ValueError, match=f"already holds a run.*--resume {run.path}"):
+        RunDirectory.create(run.path, {}, COMMAND)
     resumed = reopen(run)
     assert resumed.config == run.config
     starts = json.loads((run.path / "run.json").read_text())["starts"]
@@ -44,8 +46,8 @@ def test_create_refuses_a_path_that_holds_a_run(tmp_path: Path, trace: str) -> N
     (tmp_path / trace).mkdir() if trace == "checkpoints" else (tmp_path / trace).write_text("old")
     with pytest.raises(ValueError, match="already holds a run") as refusal:
         RunDirectory.create(tmp_path, {}, COMMAND)
-    assert f"--resume {tmp_path}" in str(refusal.value)
-    assert "--run-dir" in str(refusal.value)
+    assert "ended before its first checkpoint" in str(refusal.value)
+    assert "another --run-dir" in str(refusal.value)
     assert [entry.name for entry in tmp_path.iterdir()] == [trace]
     assert trace == "checkpoints" or (tmp_path / trace).read_text() == "old"
 

@@ -87,13 +87,13 @@ def _import_from_here(options: argparse.Namespace) -> None:
     """Lets modules in the working directory be imported where the user names an environment or
     loads a checkpoint, which runs code anyway: `qvpo` would find none, `python -m` always.
 
-    The environment that a bundle names is no reason to run what lies there.
+    The environment that a bundle names is no reason to run what lies there; `--import` is one.
     """
     here = os.getcwd()
     sys.path[:] = [entry for entry in sys.path if entry not in ("", here)]
     source = getattr(options, "checkpoint", None)
     is_bundle = source is not None and (source / "policy.json").is_file()
-    if options.command != "serve" and not is_bundle:
+    if options.command != "serve" and (not is_bundle or getattr(options, "modules", None)):
         sys.path.append(here)
 
 

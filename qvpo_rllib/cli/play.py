@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 A_CHECKPOINT = "a checkpoint directory, or a run directory (its best)"
+A_POLICY = "a checkpoint directory, a run directory (its best) or a bundle"
 
 
 def add(commands: Any) -> None:
@@ -51,7 +52,7 @@ def _add_evaluate(commands: Any) -> None:
         "checkpoint",
         type=Path,
         nargs="?",
-        help="a checkpoint directory, a run directory (its best) or a bundle",
+        help=A_POLICY,
     )
     evaluate.add_argument(
         "--server", metavar="URL", help="ask this server instead, such as http://127.0.0.1:8000"
@@ -105,7 +106,7 @@ def _add_record(commands: Any) -> None:
         "or OSMesa. Loading a checkpoint runs code: load only your own.",
         allow_abbrev=False,
     )
-    record.add_argument("checkpoint", type=Path, help=A_CHECKPOINT)
+    record.add_argument("checkpoint", type=Path, help=A_POLICY)
     _add_episodes(record, 1)
     record.add_argument(
         "--out",

@@ -91,7 +91,8 @@ def add(commands: Any) -> None:
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with the run in directory RUN; only --env-steps can be given anew",
+        help="go on with the run in directory RUN; only --env-steps, --num-gpus and --address can "
+        "be given anew",
     )
     train.add_argument(
         "--or-resume",
@@ -133,6 +134,7 @@ def add(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from qvpo_rllib.checkpoints.metadata import Metadata
     from qvpo_rllib.checkpoints.run_state import check_whole
     from qvpo_rllib.training.plan import TrainingPlan, gpus_here, make_plan
     from qvpo_rllib.training.run_directory import RunDirectory, can_resume
@@ -158,6 +160,12 @@ def _train(options: argparse.Namespace) -> int:
     def check(run: RunDirectory) -> None:
         nonlocal plan
         check_whole(run.checkpoint("last"))
+        done = Metadata.read(run.checkpoint("last")).ledger["ingested"]
+        if anew and not options.or_resume and options.env_steps < done:
+            raise ValueError(
+                f"--env-steps {options.env_steps} is not allowed: this run has done {done} env "
+                "steps. Give more of them to go on."
+            )
         plan = TrainingPlan.from_config(run.config | anew)
         plan = dataclasses.replace(plan, num_gpus=gpus_here(plan.num_gpus, options.num_gpus))
         plan.check()

@@ -59,7 +59,7 @@ class TrainedPolicy:
     takes_vectors: bool = True
 
     @classmethod
-    def load(cls, path: Path) -> "TrainedPolicy":
+    def load(cls, path: str | Path) -> "TrainedPolicy":
         """Returns the policy of a bundle, a checkpoint or a run directory (its best, else last).
 
         Loading a checkpoint unpickles it, which runs code: load only your own. A bundle runs none.
@@ -67,7 +67,7 @@ class TrainedPolicy:
         Raises:
             ValueError: there is neither, or it is damaged or of another format.
         """
-        source = find_checkpoint(path)
+        source = find_checkpoint(Path(path))
         if is_bundle(source):
             served = load(source)
             d = served.description
@@ -136,6 +136,9 @@ def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint meant by `path`: itself, or a run directory's best (else its last).
 
     A bundle is itself, whatever lies beside it: nothing in one is unpickled.
+
+    Raises:
+        ValueError: `path` is a run that has saved no checkpoint.
     """
     path = path.expanduser().absolute()
     if is_bundle(path):
@@ -146,6 +149,8 @@ def find_checkpoint(path: Path) -> Path:
         if in_run
         else named.find(path, "best") or named.find(path, "last")
     )
+    if found is None and (path / named.CHECKPOINTS).is_dir():
+        raise ValueError(f"The run {str(path)!r} has saved no checkpoint.")
     return found or path.resolve()
 
 

@@ -1,5 +1,6 @@
 """The report's figures: one style, readable in grey and at a column's width (3.5 inches)."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from qvpo_rllib.training.learning_curve import short_count
 from qvpo_rllib.tuning.results import FINISHED, STOPPED
 
 WIDTH_IN, HEIGHT_IN = 3.5, 2.7
+LEGEND_CHARACTERS = 34  # in a line of a panel's width
 # Dark to light, so that they differ in grey too; dashes and markers tell them apart as well.
 STYLES = (
     ("#0b3c6f", "-", "o"),
@@ -81,7 +83,12 @@ def curves_of_tasks(groups: Sequence[Group], name_of: Callable[[Group], str]) ->
     shown = best_groups_of([[g for g in groups if g.task == task] for task in tasks], name_of)
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
-    size = (columns * 2.4, lines * 1.9 + 0.2 + 0.13 * -(-len(shown) // 3))
+    width = columns * 2.4
+    texts = {name: textwrap.fill(name, LEGEND_CHARACTERS) for name in shown}
+    longest = max((len(line) for text in texts.values() for line in text.split("\n")), default=0)
+    beside = max(1, min(3, int(width / (0.5 + 0.055 * longest))))  # entries of the legend, inches
+    rows = -(-sum(text.count("\n") + 1 for text in texts.values()) // beside)
+    size = (width, lines * 1.9 + 0.2 + 0.13 * rows)
     figure = Figure(figsize=size, dpi=300, layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     styles = dict(zip(shown, STYLES, strict=False))
@@ -90,7 +97,7 @@ def curves_of_tasks(groups: Sequence[Group], name_of: Callable[[Group], str]) ->
             if group.task != task or name_of(group) not in styles or not group.evaluated:
                 continue
             color, dashes, _ = styles[name_of(group)]
-            _curve(axes, group, name_of(group), color, dashes, 1.3)
+            _curve(axes, group, texts[name_of(group)], color, dashes, 1.3)
         axes.set_title(task, fontsize=8)
         axes.tick_params(labelsize=6.5)
         plain(axes)
@@ -107,8 +114,8 @@ def curves_of_tasks(groups: Sequence[Group], name_of: Callable[[Group], str]) ->
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     if entries:
-        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3,
-                      fontsize=7, frameon=False, handlelength=2.6)  # fmt: skip
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center",
+                      ncols=beside, fontsize=7, frameon=False, handlelength=2.6)  # fmt: skip
     return figure
 
 

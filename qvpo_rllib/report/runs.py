@@ -220,7 +220,8 @@ def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
         and any(o.get(name) != group[0].get(name) for group in alike.values() for o in group)
     ]
     several = len({config["algo"] for _, config in trained}) > 1
-    runs = []
+    runs: list[Run] = []
+    seen: dict[Any, Path] = {}
     for path, config in trained:
         label, options = entry_of(config["algo"]).label, config["hyperparameters"]
         setting = {"algorithm": label} if several else {}
@@ -229,6 +230,12 @@ def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
             if name in options:
                 value = options[name]
                 setting[name] = str(value) if isinstance(value, list) else value  # hashable
+        same = (label, config["env"], config["seed"], tuple(setting.items()))
+        if (other := seen.setdefault(same, path)) != path:
+            raise ValueError(
+                f"{str(other)!r} and {str(path)!r} have the same algorithm, options, task and "
+                "seed: a report would count them as two seeds. Leave one of them out."
+            )
         rows = _evaluations(_recorded(path))
         done = bool(rows) and int(rows[-1]["env_steps"] or 0) >= config["env_steps"]
         runs.append(
@@ -239,7 +246,7 @@ def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
                 task=config["env"],
                 setting=setting,
                 seed=config["seed"],
-                status=FINISHED if done else UNFINISHED if rows else MISSING,
+                status=FINISHED if done else UNFINISHED,
                 planned_steps=config["env_steps"],
                 rows=rows,
                 directory=str(path),

@@ -20,6 +20,7 @@ BatchStep = tuple[
     dict[str, Any],
 ]
 
+FLAG = (bool, np.bool_)
 RESET_API = "reset(seed=…, options=…) returns (observation, info), info a dict"
 STEP_API = "step(action) returns (observation, reward, terminated, truncated, info)"
 BATCH_RESET_API = "reset(seed=…, options=…) of a vector environment returns (observations, infos)"
@@ -38,9 +39,9 @@ class Misfit(NamedTuple):
 class OutcomeCheck:
     """Checks and copies what one environment returns.
 
-    Copies, because an environment may hand out one array and change it later. All is checked at
-    each reset and first step; of the other steps, the number of parts, the observation's shape and
-    that the reward is a number. Whether numbers are finite is left to `check_finite`.
+    Copies, because an environment may hand out one array and change it later. That observations
+    are numbers is checked at each reset and first step, all else at every step, and whether numbers
+    are finite by `check_finite`.
 
     Args:
         where: names the environment in messages.
@@ -69,6 +70,9 @@ class OutcomeCheck:
             obs = np.array(observed, self._dtype)
             if not isinstance(reward, float):
                 reward = _number(reward)
+            flags = isinstance(terminated, FLAG) and isinstance(truncated, FLAG)
+            if not (flags and isinstance(info, dict)):
+                self._check_step(returned, number)
             # A `Misfit` could be an array of the right shape: that of one text.
             if obs.shape == self._shape and not isinstance(observed, Misfit):
                 return obs, float(reward), bool(terminated), bool(truncated), info
@@ -101,7 +105,7 @@ class OutcomeCheck:
             raise self._error(
                 when,
                 f"an observation that does not fit: {observed.why}",
-                "its space declares other parts",
+                "it must be an element of its space",
             )
         try:
             plain = np.array(observed)

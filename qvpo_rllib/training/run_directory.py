@@ -291,6 +291,9 @@ def _refuse_occupied(path: Path) -> None:
     if any((path / name).exists() for name in ("config.json", "metrics.jsonl", "checkpoints")):
         what = "already holds a run"
         advice = f"Continue it with `{resume_command(path)}`, or give another --run-dir."
+        if named.find(path, "last") is None:
+            what += " that ended before its first checkpoint"
+            advice = "Give another --run-dir, or remove this one."
     raise ValueError(f"Cannot start a run in {str(path)!r}: it {what}. {advice}")
 
 
