@@ -47,7 +47,7 @@ WORDS = {
     ("--env", "no_such_module:Ant-v5"): ["no_such_module"],
     ("--env-config", "frame"): ["'frame'", "key=value"],
     ("--env-config", "a=[1"): ["'a=[1'", "YAML"],
-    ("--env-config", "nonsense=1"): ["could not be made", "nonsense"],
+    ("--env-config", "nonsense=1"): ["could not be made", "nonsense", ".py:"],
     ("--set", "frame_skip=0"): ["frame_skip=0", "1 or more"],
     ("--set", "wrappers=halved"): ["wrappers=('halved',)", "module:function"],
     ("--set", "wrappers=environments:nothing"): ["'environments:nothing'", "no attribute"],

@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from ray.rllib.env.vector_env import VectorEnv
 
-from qvpo_rllib.core.errors import EnvironmentFailure
+from qvpo_rllib.core.errors import EnvironmentFailure, described
 from qvpo_rllib.rollout.outcomes import BatchCheck
 
 Infos = dict[str, Any]  # of all sub-environments: arrays by name, and masks by "_name"
@@ -188,7 +188,7 @@ class EnvBatch(VectorEnv):  # type: ignore[misc]
         return self._check.reset(returned)
 
     def _failure(self, error: Exception, when: str) -> EnvironmentFailure:
-        return EnvironmentFailure(f"{self.where}: {type(error).__name__}: {error} (in {when})")
+        return EnvironmentFailure(f"{self.where}: {described(error)} (in {when})")
 
 
 def as_batch(env: Any, where: str) -> Any:

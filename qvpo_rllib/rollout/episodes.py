@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvpo_rllib.core.action_scale import ActionScale
-from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError
+from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError, described
 from qvpo_rllib.rollout.env_batch import EnvBatch, info_of
 from qvpo_rllib.rollout.environments import MAX_EPISODE_STEPS, has_time_limit
 from qvpo_rllib.rollout.outcomes import OutcomeCheck
@@ -84,7 +84,7 @@ def check_finite(
 def environment_failure(where: str, error: Exception, env_steps: int) -> EnvironmentFailure:
     """Returns the error for an environment that raised after so many steps of an episode."""
     return EnvironmentFailure(
-        f"{where}: {type(error).__name__}: {error} (after {env_steps} steps of the episode)"
+        f"{where}: {described(error)} (after {env_steps} steps of the episode)"
     )
 
 

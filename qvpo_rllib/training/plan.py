@@ -15,7 +15,7 @@ from ray.rllib.env.env_context import EnvContext
 
 from qvpo_rllib.algorithms import AlgorithmEntry, entry_of
 from qvpo_rllib.core.env_config import decode_env_config, encode_env_config
-from qvpo_rllib.core.errors import EnvironmentFailure, UnusableOutcome
+from qvpo_rllib.core.errors import EnvironmentFailure, UnusableOutcome, described
 from qvpo_rllib.core.options import (
     Options,
     OptionValue,
@@ -291,7 +291,7 @@ def check_environment(
         made = make(EnvContext(env_config or {}, worker_index=0))
     except Exception as error:  # an environment's own code may raise anything
         raise ValueError(
-            f"The environment {env!r} could not be made: {type(error).__name__}: {error}"
+            f"The environment {env!r} could not be made: {described(error)}"
         ) from error
     try:
         if isinstance(made, EnvBatch):
