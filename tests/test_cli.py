@@ -462,7 +462,7 @@ def test_modules_here_are_found_alike_but_not_for_a_bundle(
             (["train"], True),
             (["evaluate", "."], False),
             (["evaluate", ".", "--import", "my_envs"], True),
-            (["export", "."], False),
+            (["export", ".", "out"], False),
         ):
             monkeypatch.setattr(sys, "path", [first, *sys.path])
             cli._import_from_here(cli.build_parser().parse_args(arguments))
