@@ -186,7 +186,9 @@ def test_only_the_environment_that_raised_is_restarted(monkeypatch: Any) -> None
 
 def test_without_that_the_error_names_environment_and_step(monkeypatch: Any) -> None:
     monkeypatch.setattr(Fails, "made", 0)
-    with pytest.raises(EnvironmentFailure, match=r"gear jammed \[test_outcomes\.py:\d+\] \(after 3 steps"):
+    with pytest.raises(
+        EnvironmentFailure, match=r"gear jammed \[test_outcomes\.py:\d+\] \(after 3 steps"
+    ):
         worker_of(lambda: Fails(at=4)).collect(random_actions=True)
 
 
