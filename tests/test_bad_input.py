@@ -144,7 +144,7 @@ def test_gpu_is_refused_where_there_is_none(capsys: Any, tmp_path: Path) -> None
 def test_run_directory_that_holds_a_run_is_not_touched(capsys: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     arguments = ["train", "--run-dir", str(tmp_path)]
-    assert_refused(capsys, arguments, [str(tmp_path), "already holds a run", "first checkpoint"])
+    assert_refused(capsys, arguments, [str(tmp_path), "already holds a run", "last checkpoint"])
     assert [entry.name for entry in tmp_path.iterdir()] == ["config.json"]
     assert (tmp_path / "config.json").read_text() == "{}"
 

@@ -46,7 +46,7 @@ def test_create_refuses_a_path_that_holds_a_run(tmp_path: Path, trace: str) -> N
     (tmp_path / trace).mkdir() if trace == "checkpoints" else (tmp_path / trace).write_text("old")
     with pytest.raises(ValueError, match="already holds a run") as refusal:
         RunDirectory.create(tmp_path, {}, COMMAND)
-    assert "ended before its first checkpoint" in str(refusal.value)
+    assert "without a last checkpoint" in str(refusal.value)
     assert "another --run-dir" in str(refusal.value)
     assert [entry.name for entry in tmp_path.iterdir()] == [trace]
     assert trace == "checkpoints" or (tmp_path / trace).read_text() == "old"

@@ -292,8 +292,8 @@ def _refuse_occupied(path: Path) -> None:
         what = "already holds a run"
         advice = f"Continue it with `{resume_command(path)}`, or give another --run-dir."
         if named.find(path, "last") is None:
-            what += " that ended before its first checkpoint"
-            advice = "Give another --run-dir, or remove this one."
+            what += " without a last checkpoint to go on from"
+            advice = "Give another --run-dir."
     raise ValueError(f"Cannot start a run in {str(path)!r}: it {what}. {advice}")
 
 
