@@ -162,6 +162,15 @@ def test_auto_is_eager_where_no_compiler_is_found_and_says_so_in_one_line(tmp_pa
     assert "apt-get install g++" in said[0]
 
 
+def test_where_no_compiler_is_found_samples_are_not_drawn_in_slow_bfloat16(monkeypatch):
+    monkeypatch.setattr(engine, "_native_works", lambda: False)
+    mine, expected = learner(engine="auto", sampling_precision="bf16"), learner()
+    assert mine.engine == "eager"
+    for one in (mine, expected):
+        one.train(replay(), 2)
+    assert_same_networks(mine.networks, expected.networks, atol=0)
+
+
 def test_compiled_is_native_where_only_torch_compile_fails_and_says_so(monkeypatch, caplog):
     def broken(function, **options):
         raise RuntimeError("Python.h: no such file")

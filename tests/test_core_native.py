@@ -7,7 +7,16 @@ import sys
 
 import pytest
 import torch
-from test_core_engine import ACT, CPU, OBS, assert_same_updates, learner, transitions
+from test_core_engine import (
+    ACT,
+    CPU,
+    OBS,
+    assert_same_networks,
+    assert_same_updates,
+    learner,
+    replay,
+    transitions,
+)
 
 from qvpo_rllib.core import engine, sampler
 from qvpo_rllib.core.backends import native
@@ -173,6 +182,55 @@ def test_a_row_is_the_same_bits_in_every_batch_and_on_any_number_of_threads(opti
     for actions, q in results[1:]:
         assert torch.equal(actions, results[0][0])
         assert torch.equal(q, results[0][1])
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_an_update_is_the_same_bits_on_any_number_of_threads(three_threads):
+    options = {"hidden": (256, 256), "num_policy_samples": 64, "engine": "native"}
+    one, other = learner(**options), learner(**options)
+    assert native.num_threads(80 * 64 * 256 * 256) == 3  # else three threads are never used
+    one.train(replay(), 3)
+    torch.set_num_threads(1)
+    other.train(replay(), 3)
+    assert_same_networks(one.networks, other.networks, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (1, 3)),
+        ({"target_refinement": "gradient"}, (3, 3)),
+        ({"critic_layer_norm": True}, (3, 3)),
+        ({"entropy_in_target": 0.1}, (3, 3)),
+    ],
+)
+def test_pytorch_has_one_thread_where_the_library_does_the_work(three_threads, options, expected):
+    mine, seen = learner(**options, engine="native"), []
+
+    def update_from(source):
+        seen.append((torch.get_num_threads(), native.num_threads(10**9)))
+        return mine.update(mine.draw(source))
+
+    mine.update_from = update_from
+    mine.train(replay(), 1)
+    assert seen == [expected]
+    assert (torch.get_num_threads(), native.num_threads(10**9)) == (3, 3)
+
+
+def test_acting_gives_pytorch_its_threads_back(three_threads):
+    nets = networks()
+    selector(nets).act(*inputs(nets, 1, 2))
+    assert (torch.get_num_threads(), native.num_threads(10**9)) == (3, 3)
+    with pytest.raises(AttributeError):
+        selector(nets).act(None, inputs(nets, 1, 2)[1])
+    assert (torch.get_num_threads(), native.num_threads(10**9)) == (3, 3)
 
 
 def test_mish_over_the_whole_range_of_float32():

@@ -3,16 +3,15 @@
 import importlib.util
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
-from qvpo_rllib.bench.options import ENGINES, Row, positive
+from qvpo_rllib.bench.options import Row, add_set, positive
 from qvpo_rllib.bench.sizes import TASKS, hyperparameters
 
 HELP = "an env step of training with `light`, beside Stable-Baselines3's SAC"
 COLUMNS = {
     "threads": "threads",
-    "policy_interval": "policy interval",
+    "options": "options",
     "ours_ms": "ms per env step",
     "sac_ms": "SB3's SAC, ms per env step",
     "ratio": "times SB3's",
@@ -26,21 +25,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--threads", dest="thread_counts", nargs="+", type=positive, default=[1, 2], metavar="N",
         help="CPU threads, a row each (default 1 2)",
     )  # fmt: skip
-    parser.add_argument(
-        "--policy-interval", type=positive, nargs="+", metavar="N",
-        help="values of the option, a row each (default: the preset's)",
-    )  # fmt: skip
-    parser.add_argument("--engine", choices=ENGINES, help="default: the preset's")
     parser.add_argument("--env-steps", type=positive, default=100, metavar="N", help="of a round")
     parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="default 7")
+    add_set(parser)
 
 
 def run(options: Namespace) -> Iterator[Row]:
-    """Yields a row per number of threads and interval.
+    """Yields a row per number of threads; with --set a second one each, with these options.
 
     Both train on HalfCheetah-v5 in this process: environment, replay, acting and updates, in rounds
-    that visit SAC and every interval in turn. SAC has SB3's defaults: one environment, an update of
-    a batch of 256 for each env step, two hidden layers of 256.
+    that visit SAC and every row in turn. SAC has SB3's defaults: one environment, an update of a
+    batch of 256 for each env step, two hidden layers of 256.
     """
     if importlib.util.find_spec(PACKAGE) is None:
         raise ValueError(f"bench peers needs {PACKAGE}: pip install 'qvpo_rllib[peers]'.")
@@ -52,26 +47,25 @@ def run(options: Namespace) -> Iterator[Row]:
 
     start_ray(1)
     try:
+        changes = [{}, dict(options.settings)] if options.settings else [{}]
         for threads in options.thread_counts:
             torch.set_num_threads(threads)
-            calls: dict[Any, Callable[[], int]] = {"sac": _sac(options.env_steps)}
-            for interval in options.policy_interval or [None]:
-                ours, interval = _ours(options.env_steps, options.engine, interval)
-                calls[interval] = ours
-            rounds: dict[Any, list[float]] = {name: [] for name in calls}
+            calls = [_sac(options.env_steps)]
+            calls += [_ours(options.env_steps, changed) for changed in changes]
+            rounds: list[list[float]] = [[] for _ in calls]
             for _ in range(options.repeats):
-                for name, call in calls.items():
+                for call, seconds in zip(calls, rounds, strict=True):
                     start = time.perf_counter()
                     steps = call()
-                    rounds[name].append((time.perf_counter() - start) / steps)
-            sac = Times(rounds.pop("sac"))
-            for interval, seconds in rounds.items():
+                    seconds.append((time.perf_counter() - start) / steps)
+            sac, *ours = map(Times, rounds)
+            for changed, times in zip(changes, ours, strict=True):
                 yield {
                     "threads": threads,
-                    "policy_interval": interval,
-                    **Times(seconds).columns("ours_ms", 1e3),
+                    "options": " ".join("=".join(pair) for pair in changed.items()),
+                    **times.columns("ours_ms", 1e3),
                     **sac.columns("sac_ms", 1e3),
-                    **ratio(Times(seconds), sac).columns("ratio"),
+                    **ratio(times, sac).columns("ratio"),
                 }
     finally:
         ray.shutdown()
@@ -91,16 +85,11 @@ def _sac(env_steps: int) -> Callable[[], int]:
     return train
 
 
-def _ours(
-    env_steps: int, engine: str | None, interval: int | None
-) -> tuple[Callable[[], int], int]:
-    """Returns a call that trains and returns the env steps it took, and the policy's interval."""
+def _ours(env_steps: int, changed: Mapping[str, str]) -> Callable[[], int]:
     from qvpo_rllib.algorithms.qvpo import QVPOConfig
 
     task = TASKS["halfcheetah"]
-    given = {"engine": engine, "policy_interval": interval}
-    hp = hyperparameters("light", task, warmup_steps=WARMUP_STEPS,
-                         **{k: v for k, v in given.items() if v is not None})  # fmt: skip
+    hp = hyperparameters("light", task, **{"warmup_steps": WARMUP_STEPS, **changed})
     config = QVPOConfig().environment(task.env).training(**hp.to_dict())
     config.env_runners(num_env_runners=0, num_envs_per_env_runner=1)
     config.reporting(min_sample_timesteps_per_iteration=env_steps)
@@ -114,4 +103,4 @@ def _ours(
         algorithm.train()
         return int(algorithm.ledger.ingested - before)
 
-    return train, hp.policy_interval
+    return train

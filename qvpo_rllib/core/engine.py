@@ -56,8 +56,9 @@ EAGER = Kernels(sampler.EAGER, losses.critic_objective, losses.actor_objective)
 def resolve_engine(engine: str, device: torch.device) -> str:
     """Returns the engine that `engine` comes to on this machine.
 
-    `auto` is `cuda_graph` on a GPU and `compiled` on a CPU. An engine whose compiler does not work
-    here falls back and logs it: `compiled` to `native`, and `native` to `eager`.
+    `auto` is `cuda_graph` on a GPU and `native` on a CPU, where compiled fits are no faster. An
+    engine whose compiler does not work here falls back and logs it: `compiled` to `native`, and
+    `native` to `eager`.
 
     Raises:
         ValueError: `cuda_graph` without a CUDA device.
@@ -68,7 +69,7 @@ def resolve_engine(engine: str, device: torch.device) -> str:
             "engine='auto', 'compiled', 'native' or 'eager', or give it a GPU (num_gpus=1)."
         )
     if engine == "auto":
-        engine = "cuda_graph" if device.type == "cuda" else "compiled"
+        engine = "cuda_graph" if device.type == "cuda" else "native"
     if device.type == "cpu":
         if engine != "eager" and not _native_works():
             return "eager"

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Generator, Tensor, nn
 
 from qvpo_rllib.core import losses
+from qvpo_rllib.core.backends.native import pytorch_on_one_thread
 from qvpo_rllib.core.engine import CudaGraphs, kernels_of, matmul_precision, resolve_engine
 from qvpo_rllib.core.normalization import Moments, RunningMoments
 from qvpo_rllib.core.options.shared import OffPolicyHyperparameters
@@ -77,10 +79,20 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         self.engine = resolve_engine(hp.engine, self.device)
         self.kernels = kernels_of(self.engine, self.device)
         self.networks = networks.to(self.device)
+        # Kept, since walking over a module's tree takes as long as Adam.
+        self._parameters = {
+            module: list(module.parameters())
+            for module in (
+                *(networks.actor, networks.critic),
+                *(networks.target_actor, networks.target_critic),
+            )
+        }
         self.generator = Generator(device=self.device)
         self.generator.manual_seed(seed)
-        self.actor_optimizer = torch.optim.Adam(networks.actor.parameters(), fused=True)
-        self.critic_optimizer = torch.optim.Adam(networks.critic.parameters(), fused=True)
+        self.actor_optimizer, self.critic_optimizer = (
+            torch.optim.Adam(self._parameters[module], fused=True)
+            for module in (networks.actor, networks.critic)
+        )
         self.num_updates = 0
         self.env_steps = 0
         # All that was observed, in double precision: a buffer would lose what a single step adds.
@@ -99,6 +111,10 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
     def cycle(self) -> int:
         """Updates after which the same operations come again; an update may read `num_updates`."""
         return 1
+
+    def is_native(self) -> bool:
+        """Returns whether all of an update that several threads are worth is the library's."""
+        return False
 
     def draw_update_noise(self, batch_size: int) -> Noise:
         """Returns every random number of one update, from the learner's generator."""
@@ -156,9 +172,10 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
             self._graphs.run(step, num_updates, first, self.cycle)
             self.num_updates = first + num_updates
         else:
-            for _ in range(num_updates):
-                self._step(replay)
-                self.num_updates += 1
+            with pytorch_on_one_thread() if self.is_native() else nullcontext():
+                for _ in range(num_updates):
+                    self._step(replay)
+                    self.num_updates += 1
         self._num_summed += num_updates
 
     def close(self) -> None:
@@ -260,7 +277,7 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         limit = float("inf") if self.hp.grad_clip is None else self.hp.grad_clip
-        (group,) = optimizer.param_groups  # walking over a module's tree takes as long as Adam
+        (group,) = optimizer.param_groups
         norm = nn.utils.clip_grad_norm_(group["params"], limit, foreach=True)
         optimizer.step()
         return norm
@@ -268,7 +285,7 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
     @torch.no_grad()
     def move_target(self, target: nn.Module, online: nn.Module) -> None:
         """Takes one step of the moving average, of rate τ."""
-        torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), self.hp.tau)
+        torch._foreach_lerp_(self._parameters[target], self._parameters[online], self.hp.tau)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that an update reads or writes, except the hyperparameters."""

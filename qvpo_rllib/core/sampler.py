@@ -16,7 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from qvpo_rllib.core.backends.native import PackedActor, PackedCritic, multiplies_bfloat16
+from qvpo_rllib.core.backends.native import (
+    PackedActor,
+    PackedCritic,
+    multiplies_bfloat16,
+    pytorch_on_one_thread,
+)
 from qvpo_rllib.core.diffusion import NoiseSchedule, reverse_step
 from qvpo_rllib.core.kernels import linear, mish_
 from qvpo_rllib.core.losses import best_of, lowest_of
@@ -259,30 +264,37 @@ class ActionSelector:
             The actions [B, A] in [-1, 1] and their Q [B]; Q is None for K = 1, which ranks nothing.
         """
         if self.kernels.native:
-            self._drop_if_written()
-            if self._packed_actor is None:
-                self._packed_actor = PackedActor(self.actor, self.schedule)
-            actions = self._packed_actor.sample(obs, noise)
-        else:
-            actions = sample_actions(self.actor, self.schedule, obs, noise, self.kernels)
+            with pytorch_on_one_thread():
+                return self._act_natively(obs, noise)
+        actions = sample_actions(self.actor, self.schedule, obs, noise, self.kernels)
         if actions.shape[1] == 1:
             return actions[:, 0], None
-        if self.kernels.native:
-            if self._packed_critic is None:
-                self._packed_critic = PackedCritic(self.critic)
-            q = self._packed_critic.min_q(obs, actions)
-        else:
-            q = min_q(self.critic, obs, actions, self.kernels)
-        top_q, top = best_of(q, actions)
-        return top[:, 0], top_q[:, 0]
+        return _best(min_q(self.critic, obs, actions, self.kernels), actions)
 
     @torch.no_grad()
     def q_of(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Returns the twins' minimum: obs [B, O], actions [B, A] → [B]."""
         return min_q(self.critic, obs, actions[:, None], self.kernels)[:, 0]
 
+    def _act_natively(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+        self._drop_if_written()
+        if self._packed_actor is None:
+            self._packed_actor = PackedActor(self.actor, self.schedule)
+        actions = self._packed_actor.sample(obs, noise)
+        if actions.shape[1] == 1:
+            return actions[:, 0], None
+        if self._packed_critic is None:
+            self._packed_critic = PackedCritic(self.critic)
+        return _best(self._packed_critic.min_q(obs, actions), actions)
+
     def _drop_if_written(self) -> None:
         version = sum(parameter._version for parameter in self._parameters)
         if version != self._packed_version:
             self.weights_changed()
             self._packed_version = version
+
+
+def _best(q: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the actions of the highest q, and that: [B, K], [B, K, A] → [B, A], [B]."""
+    top_q, top = best_of(q, actions)
+    return top[:, 0], top_q[:, 0]

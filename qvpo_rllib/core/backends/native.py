@@ -13,6 +13,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -24,6 +27,9 @@ from qvpo_rllib.core.networks import NoisePredictor, SplitMLP, TwinQ
 
 # A thread pays from this many multiplications on (about 50 microseconds of work).
 PRODUCTS_PER_THREAD = 5_000_000
+# Its `count` is the library's threads within `pytorch_on_one_thread`; PyTorch's count is a thread's
+# own, too.
+_library_threads = threading.local()
 
 
 class _Layer(ctypes.Structure):
@@ -189,7 +195,24 @@ def padded(width: int) -> int:
 
 
 def num_threads(products: int) -> int:
-    return max(1, min(torch.get_num_threads(), products // PRODUCTS_PER_THREAD))
+    available: int = getattr(_library_threads, "count", 0) or torch.get_num_threads()
+    return max(1, min(available, products // PRODUCTS_PER_THREAD))
+
+
+@contextmanager
+def pytorch_on_one_thread() -> Iterator[None]:
+    """Leaves PyTorch's own operations one thread within it, and the rest to the library.
+
+    PyTorch's threads wait for work by spinning, on cores that the library's own threads need.
+    """
+    threads, before = torch.get_num_threads(), getattr(_library_threads, "count", 0)
+    _library_threads.count = before or threads
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _library_threads.count = before
 
 
 SOURCE = Path(__file__).with_name("native.cpp")

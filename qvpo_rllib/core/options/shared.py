@@ -95,7 +95,7 @@ class OffPolicyHyperparameters(EnvironmentOptions):
     engine: str = option(
         "auto",
         "how updates and action selection run; the numbers are the same. auto: a CUDA graph on a "
-        "GPU; on a CPU compiled, or eager where no C++ compiler is found",
+        "GPU; on a CPU native, or eager where no C++ compiler is found",
         choices=("auto", "eager", "native", "compiled", "cuda_graph"),
     )
     sampling_mode: str = option(
