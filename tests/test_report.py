@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -404,8 +405,34 @@ def test_report_command_writes_again_but_over_nothing_else(reported: Any, tmp_pa
 
 def test_a_directory_without_results_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "holds no results" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("Give such directories.")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_results_is_refused_with_one_of_them(
+    reported: Any, tmp_path: Path, capsys: Any
+) -> None:
+    inner = tmp_path / "all" / "mine"
+    shutil.copytree(reported[0], inner)
+    assert cli.main(["report", str(inner.parent), "--out", str(tmp_path / "out")]) == 2
+    said = "".join(capsys.readouterr().err.split())
+    assert f"suchas'{inner}'init." in said
+
+
+def test_figures_of_an_earlier_report_go_and_other_files_stay(
+    reported: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(reported[1], out)
+    (out / "old.png").write_text("")
+    (out / "old.pdf").write_text("")
+    (out / "mine.png").write_text("")
+    with (out / "report.md").open("a") as file:
+        file.write("![old](old.png)\n![../mine](../mine.png)\n")
+    before = {path.name for path in out.iterdir()}
+    assert cli.main(["report", str(reported[0]), "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == before - {"old.png", "old.pdf"}
 
 
 def test_a_config_of_something_else_is_refused(tmp_path: Path, capsys: Any) -> None:

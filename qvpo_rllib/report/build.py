@@ -36,6 +36,7 @@ from qvpo_rllib.report.tables import (
 )
 
 MARK = "evaluations.parquet"  # by it a report's folder is known, and may be written again
+FIGURE_KINDS = ("png", "pdf")
 MIN_SCATTER = 5  # settings from which on a cloud of points says something
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 84em; margin: 2em auto; padding: 0 1em;
@@ -61,6 +62,8 @@ def build_report(
     Args:
         action_time: measures the milliseconds of one action of the policy in a run's directory;
             None leaves the column of the time table empty.
+
+    An earlier report in `out` is replaced, its figures included.
 
     Raises:
         ValueError: a path without results, or `out` holds something else.
@@ -264,7 +267,7 @@ class _Page:
     def figure(self, name: str, figure: Figure, *, wide: bool = False) -> None:
         """Adds a figure beside the one before; a wide one takes the page's width."""
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
-        for kind in ("png", "pdf"):
+        for kind in FIGURE_KINDS:
             with replacing(self.out / f"{name}.{kind}") as temporary:
                 figure.savefig(temporary)
         image = base64.b64encode((self.out / f"{name}.png").read_bytes()).decode()
@@ -290,6 +293,15 @@ class _Page:
             f"<style>{STYLE}</style></head><body>{''.join(self._html)}"
             "</body></html>"
         )
-        write_atomically(self.out / "report.md", "\n".join(self._markdown).encode())
+        report, markdown = self.out / "report.md", "\n".join(self._markdown)
+        earlier = report.read_text() if report.is_file() else ""
+        write_atomically(report, markdown.encode())
         write_atomically(self.out / "report.html", page.encode())
+        for name in _figures_in(earlier) - _figures_in(markdown):
+            for kind in FIGURE_KINDS:
+                (self.out / f"{name}.{kind}").unlink(missing_ok=True)
         return self.out / "report.html"
+
+
+def _figures_in(markdown: str) -> set[str]:
+    return set(re.findall(r"^!\[([A-Za-z0-9_.-]+)\]\(\1\.png\)$", markdown, re.MULTILINE))

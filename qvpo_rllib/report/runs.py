@@ -134,16 +134,28 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     runs: list[Run] = []
     trained: list[tuple[Path, dict[str, Any]]] = []
     for path in paths:
-        if (path / "experiment.json").is_file():
+        if _is_experiment(path):
             runs += _tune_runs(path)
-        elif (path / "config.json").is_file() and any((path / n).is_file() for n in OF_A_RUN):
+        elif _is_run(path):
             trained.append((path, read_json(path / "config.json", dict, LEAVE_OUT, CONFIG)))
         else:
+            below = sorted(
+                inner for inner in path.glob("*/") if _is_experiment(inner) or _is_run(inner)
+            )
             raise ValueError(
                 f"{str(path)!r} holds no results: it has neither experiment.json (qvpo tune) nor "
-                "config.json with metrics (qvpo train). Give such directories."
+                "config.json with metrics (qvpo train). Give such directories"
+                + (f", such as {str(below[0])!r} in it." if below else ".")
             )
     return runs + _train_runs(trained)
+
+
+def _is_experiment(path: Path) -> bool:
+    return (path / "experiment.json").is_file()
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.json").is_file() and any((path / n).is_file() for n in OF_A_RUN)
 
 
 def setting_label(setting: Mapping[str, Any]) -> str:
