@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,7 @@ from ray.rllib.policy.policy import Policy
 from qvpo_rllib import cli
 from qvpo_rllib.checkpoints.metadata import Metadata
 from qvpo_rllib.checkpoints.replay_files import Segment, read_segments
-from qvpo_rllib.cli.train import _interrupts_are_kept
+from qvpo_rllib.cli.train import _interrupts_are_kept, _run_training
 from qvpo_rllib.play.trained_policy import action_time_ms
 from qvpo_rllib.training.rows import RETURN
 
@@ -344,6 +345,17 @@ def test_resume_interrupt_and_resume(trained: Any, capsys: Any, ray_address: str
     assert evaluated_at(rows) == list(range(200, end + 1, 200))
     assert_ledger_exact(Metadata.read(run / "checkpoints" / "last"))
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 3
+
+
+@pytest.mark.parametrize(("done", "says"), [(400, True), (399, False)])
+def test_a_run_that_had_ended_says_how_to_take_it_on(done: int, says: bool, capsys: Any) -> None:
+    plan = SimpleNamespace(env_steps=400, num_env_runners=0)
+    directory = SimpleNamespace(path=Path("run"))
+    training = SimpleNamespace(
+        plan=plan, directory=directory, env_steps=done, best=1.0, last=None, run=lambda: None
+    )
+    assert _run_training(cast(Any, training)) == 0
+    assert ("--env-steps N takes it on to N." in capsys.readouterr().out) == says
 
 
 def test_fewer_env_steps_than_are_done_are_refused(trained: Any, capsys: Any) -> None:

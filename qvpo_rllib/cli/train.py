@@ -258,7 +258,8 @@ def _interrupts_are_kept() -> Iterator[None]:
 
 
 def _run_training(training: "TrainingRun") -> int:
-    path = training.directory.path
+    path, planned = training.directory.path, training.plan.env_steps
+    had_ended = training.env_steps >= planned
     try:
         training.run()
     except ValueError:  # not the user's input any more
@@ -272,6 +273,8 @@ def _run_training(training: "TrainingRun") -> int:
         f"  {path}/metrics.parquet      every number\n"
         f"  {path}/checkpoints/best     the best policy: {shlex.join(evaluate)}"
     )
+    if had_ended:
+        print(f"All its {planned:,} env steps were done before; --env-steps N takes it on to N.")
     return 0
 
 
