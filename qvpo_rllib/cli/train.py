@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from qvpo_rllib.training.run import TrainingRun
     from qvpo_rllib.training.run_directory import RunDirectory
 
-# Numbers in a hidden layer for all the samples of an update from which a second thread is worth its
-# synchronisation: beside other programs an update of `quick` takes 15 ms on two threads and 6 ms on
-# one.
+# Numbers in a hidden layer for all the samples of an update from which a second one of PyTorch's
+# threads is worth its synchronisation: beside other programs an update of `quick` took 15 ms on two
+# of them and 6 ms on one.
 NUMBERS_FOR_THREADS = 200_000
 ANEW = ("resume", "env_steps", "num_gpus", "address", "run")  # may be given with --resume
 # The other options of the command are the arguments of `make_plan`.
