@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from qvpo_rllib.bench.options import Row, add_set, positive
 from qvpo_rllib.bench.sizes import TASKS, hyperparameters
+from qvpo_rllib.core.options import OptionValue
 
 HELP = "an env step of training with `light`, beside Stable-Baselines3's SAC"
 COLUMNS = {
@@ -89,7 +90,8 @@ def _ours(env_steps: int, changed: Mapping[str, str]) -> Callable[[], int]:
     from qvpo_rllib.algorithms.qvpo import QVPOConfig
 
     task = TASKS["halfcheetah"]
-    hp = hyperparameters("light", task, **{"warmup_steps": WARMUP_STEPS, **changed})
+    values: dict[str, OptionValue] = {"warmup_steps": WARMUP_STEPS, **changed}
+    hp = hyperparameters("light", task, **values)
     config = QVPOConfig().environment(task.env).training(**hp.to_dict())
     config.env_runners(num_env_runners=0, num_envs_per_env_runner=1)
     config.reporting(min_sample_timesteps_per_iteration=env_steps)

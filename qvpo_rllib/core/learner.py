@@ -80,7 +80,7 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
         self.kernels = kernels_of(self.engine, self.device)
         self.networks = networks.to(self.device)
         # Kept, since walking over a module's tree takes as long as Adam.
-        self._parameters = {
+        self._parameters: dict[nn.Module, list[Tensor]] = {
             module: list(module.parameters())
             for module in (
                 *(networks.actor, networks.critic),
