@@ -143,7 +143,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
 
     def is_native(self) -> bool:
         hp = self.hp
-        by_pytorch = hp.critic_layer_norm or hp.target_refinement != "none" or hp.entropy_in_target
+        by_pytorch = hp.target_refinement != "none" or hp.entropy_in_target
         return self.engine == "native" and not by_pytorch
 
     def graph_constants(self, hp: QVPOHyperparameters) -> QVPOHyperparameters:

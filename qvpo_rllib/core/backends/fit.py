@@ -6,10 +6,10 @@ number of threads. Inputs get no gradient.
 """
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from qvpo_rllib.core import losses
@@ -27,20 +27,33 @@ class _FittedLayer(ctypes.Structure):
         ("bias_gradient", ctypes.c_void_p),
         ("activation", ctypes.c_void_p),
         ("slope", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("scale_gradient", ctypes.c_void_p),
+        ("shift_gradient", ctypes.c_void_p),
+        ("normalized", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p),
     )
 
 
 class _FittedMLP(torch.autograd.Function):
-    """A `SplitMLP` of x [R, in]; `start` [R, H], if given, is added to its first layer's sums."""
+    """A `SplitMLP` of x [R, in]; `start` [R, H], if given, is added to its first layer's sums.
+
+    Its parameters are each layer's weight and bias, then scale and shift of the `num_norms` hidden
+    layers that are normalised: all or none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, start: Tensor | None, *parameters: Tensor) -> Tensor:
-        rows, num_layers = x.shape[0], len(parameters) // 2
+    def forward(
+        ctx: Any, x: Tensor, start: Tensor | None, num_norms: int, *parameters: Tensor
+    ) -> Tensor:
+        rows, num_layers = x.shape[0], len(parameters) // 2 - num_norms
         x = x.contiguous()
         # The memory that the structures point to is kept for the backward pass.
         parameters = tuple(parameter.contiguous() for parameter in parameters)
         layers = (_FittedLayer * num_layers)()
         kept: list[Tensor] = []  # of each hidden layer, Mish and its slope
+        norms: list[Tensor] = []  # of each normalised one, what the library keeps
         for index, layer in enumerate(layers):
             weight, bias = parameters[2 * index : 2 * index + 2]
             layer.outputs, layer.inputs = weight.shape
@@ -48,6 +61,11 @@ class _FittedMLP(torch.autograd.Function):
             if index + 1 < num_layers:
                 kept += [torch.empty(rows, padded(layer.outputs)) for _ in range(2)]
                 layer.activation, layer.slope = kept[-2].data_ptr(), kept[-1].data_ptr()
+            if index < num_norms:
+                scale, shift = parameters[2 * (num_layers + index) :][:2]
+                layer.scale, layer.shift = scale.data_ptr(), shift.data_ptr()
+                norms += [torch.empty(rows, padded(layer.outputs)), torch.empty(rows)]
+                layer.normalized, layer.factor = norms[-2].data_ptr(), norms[-1].data_ptr()
         if start is not None:
             start = functional.pad(start, (0, padded(start.shape[1]) - start.shape[1])).contiguous()
         out = torch.empty(rows, layers[-1].outputs)
@@ -56,24 +74,27 @@ class _FittedMLP(torch.autograd.Function):
             *(layers, num_layers, rows, x.data_ptr()),
             *(None if start is None else start.data_ptr(), out.data_ptr(), threads),
         )
-        ctx.held = x, parameters, kept, layers, threads, start is not None
+        ctx.held = x, parameters, kept, norms, layers, threads, start is not None
         return out
 
     @staticmethod
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, parameters, kept, layers, threads, has_start = ctx.held
+        x, parameters, kept, norms, layers, threads, has_start = ctx.held
         out_gradient = out_gradient.contiguous()
         gradients = [torch.empty_like(parameter) for parameter in parameters]
+        addresses = [gradient.data_ptr() for gradient in gradients]
         for index, layer in enumerate(layers):
-            layer.weight_gradient = gradients[2 * index].data_ptr()
-            layer.bias_gradient = gradients[2 * index + 1].data_ptr()
+            layer.weight_gradient, layer.bias_gradient = addresses[2 * index :][:2]
+            if index < len(norms) // 2:
+                scale_and_shift = addresses[2 * (len(layers) + index) :][:2]
+                layer.scale_gradient, layer.shift_gradient = scale_and_shift
         start_gradient = torch.empty_like(kept[0])
         load_library().qvpo_fit_backward(
             *(layers, len(layers), x.shape[0], x.data_ptr()),
             *(out_gradient.data_ptr(), start_gradient.data_ptr(), threads),
         )
         of_start = start_gradient[:, : layers[0].outputs] if has_start else None
-        return None, of_start, *gradients
+        return None, of_start, None, *gradients
 
 
 def _run(x: Tensor, start: Tensor | None, first_weight: Tensor, mlp: SplitMLP) -> Tensor:
@@ -81,7 +102,10 @@ def _run(x: Tensor, start: Tensor | None, first_weight: Tensor, mlp: SplitMLP) -
     parameters = [first_weight, first.bias]
     for layer in behind:
         parameters += [layer.weight, layer.bias]
-    out: Tensor = _FittedMLP.apply(x, start, *parameters)  # type: ignore[no-untyped-call]
+    norms = cast(list[nn.LayerNorm], list(mlp.norms))
+    for norm in norms:
+        parameters += [norm.weight, norm.bias]
+    out: Tensor = _FittedMLP.apply(x, start, len(norms), *parameters)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -118,8 +142,6 @@ class FittedTwinQ(NamedTuple):
 
     def __call__(self, obs: Tensor, action: Tensor) -> Tensor:
         twins = (self.critic.q1, self.critic.q2)
-        if twins[0].norms:  # the library has no backward pass for them
-            return self.critic.stacked(*(mlp(obs, action) for mlp in twins))
         x = torch.cat([obs, action], dim=1)
         q = [_run(x, None, mlp.linears()[0].weight, mlp) for mlp in twins]
         return self.critic.stacked(*q)

@@ -141,6 +141,8 @@ void put(float *to, Vector sum) {
 
 namespace {
 
+int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
+
 // A block of sums: R rows of the input times a panel of the weights, onto what `start` holds.
 template <int R, int C, bool ACTIVATE, typename In, typename Out>
 void multiply(const In *x, int64_t x_stride, const In *panel, int64_t in,
@@ -208,22 +210,45 @@ void apply(const Layer &layer, int64_t rows, const In *x, int64_t x_stride,
     }
 }
 
-// A row of sums -> Mish of them, normalised over the units as torch.nn.LayerNorm does.
-void normalize_and_activate(const Layer &layer, float *row) {
-    const auto mean_of = [&](Vector sum) {
-        float total = 0.0f;
-        for (int lane = 0; lane < LANES; ++lane) total += sum[lane];
-        return total / layer.units;
-    };
+float total(Vector sum) {
+    float all = 0.0f;
+    for (int lane = 0; lane < LANES; ++lane) all += sum[lane];
+    return all;
+}
+
+// A row of `units` sums and padding that is zero -> the row less its mean, over its deviation as
+// torch.nn.LayerNorm has it; the padding stays zero. Returns one over the deviation.
+float normalize(float *row, int64_t units) {
+    const int64_t width = padded(units);
     Vector sum{}, squares{};
-    for (int64_t j = 0; j < layer.out; j += LANES) sum += load(row + j);  // the padding is zero
-    const float mean = mean_of(sum);
-    for (int64_t j = 0; j < layer.out; j += LANES) store(row + j, load(row + j) - mean);
-    std::fill(row + layer.units, row + layer.out, 0.0f);
-    for (int64_t j = 0; j < layer.out; j += LANES) squares += load(row + j) * load(row + j);
-    const float factor = 1.0f / std::sqrt(mean_of(squares) + 1e-5f);
+    for (int64_t j = 0; j < width; j += LANES) sum += load(row + j);
+    const float mean = total(sum) / units;
+    for (int64_t j = 0; j < width; j += LANES) store(row + j, load(row + j) - mean);
+    std::fill(row + units, row + width, 0.0f);
+    for (int64_t j = 0; j < width; j += LANES) squares += load(row + j) * load(row + j);
+    const float factor = 1.0f / std::sqrt(total(squares) / units + 1e-5f);
+    for (int64_t j = 0; j < width; j += LANES) store(row + j, load(row + j) * factor);
+    return factor;
+}
+
+// The gradient of the normalised row -> that of the row before.
+void normalize_backward(float *gradient, const float *normalized, float factor, int64_t units) {
+    const int64_t width = padded(units);
+    Vector sum{}, along{};
+    for (int64_t j = 0; j < width; j += LANES) {
+        sum += load(gradient + j);
+        along += load(gradient + j) * load(normalized + j);
+    }
+    const float mean = total(sum) / units, slope = total(along) / units;
+    for (int64_t j = 0; j < width; j += LANES)
+        store(gradient + j, (load(gradient + j) - mean - load(normalized + j) * slope) * factor);
+}
+
+// A row of sums -> Mish of them, normalised over the units.
+void normalize_and_activate(const Layer &layer, float *row) {
+    normalize(row, layer.units);
     for (int64_t j = 0; j < layer.out; j += LANES)
-        store(row + j, mish(load(row + j) * factor * load(layer.scale + j) + load(layer.shift + j)));
+        store(row + j, mish(load(row + j) * load(layer.scale + j) + load(layer.shift + j)));
 }
 
 // A hidden layer's activations.
@@ -336,8 +361,6 @@ void in_parallel(int64_t count, int64_t threads, Work work) {
     for (auto &thread : others) thread.join();
 }
 
-int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
-
 // out = start + bias + x W for many rows, by several threads.
 void product(const Layer &layer, int64_t rows, const float *x, int64_t x_stride,
              const float *start, float *out, int64_t threads) {
@@ -387,6 +410,11 @@ struct FittedLayer {
     // Of a hidden layer, written by the forward pass for the other: Mish of the sum, and the slope
     // there. [rows, out padded to a multiple of LANES]
     float *activation, *slope;
+    // Of a hidden layer with layer normalisation, else null: its parameters and their gradients, [out],
+    // and, written by the forward pass, the normalised sums [rows, out padded] and one over the
+    // deviation of each row.
+    const float *scale, *shift;
+    float *scale_gradient, *shift_gradient, *normalized, *factor;
 };
 
 extern "C" {
@@ -551,6 +579,18 @@ void qvpo_fit_forward(const FittedLayer *layers, int64_t num_layers, int64_t row
         product({layer.in, width, weight.data(), bias.data()}, rows, x, stride,
                 l == 0 ? start : nullptr, sums.data(), threads);
         if (l + 1 == num_layers) break;
+        if (layer.scale) {
+            std::vector<float> scale(width), shift(width);
+            std::copy_n(layer.scale, layer.out, scale.data());
+            std::copy_n(layer.shift, layer.out, shift.data());
+            for (int64_t r = 0; r < rows; ++r) {
+                float *row = sums.data() + r * width;
+                layer.factor[r] = normalize(row, layer.out);
+                std::copy_n(row, width, layer.normalized + r * width);
+                for (int64_t j = 0; j < width; j += LANES)
+                    store(row + j, load(row + j) * load(&scale[j]) + load(&shift[j]));
+            }
+        }
         for (int64_t i = 0; i < rows * width; i += LANES) {
             Vector slope;
             store(layer.activation + i, mish_and_slope(load(sums.data() + i), slope));
@@ -595,8 +635,23 @@ void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t ro
         }
         product({layer.out, width, weight.data(), nullptr}, rows, gradient, stride, nullptr, to,
                 threads);
+        const FittedLayer &before = layers[l - 1];
         for (int64_t i = 0; i < rows * width; i += LANES)
-            store(to + i, load(to + i) * load(layers[l - 1].slope + i));
+            store(to + i, load(to + i) * load(before.slope + i));
+        if (before.scale) {
+            std::fill_n(before.scale_gradient, before.out, 0.0f);
+            std::fill_n(before.shift_gradient, before.out, 0.0f);
+            for (int64_t r = 0; r < rows; ++r) {
+                float *row = to + r * width;
+                const float *normalized = before.normalized + r * width;
+                for (int64_t j = 0; j < before.out; ++j) {
+                    before.shift_gradient[j] += row[j];
+                    before.scale_gradient[j] += row[j] * normalized[j];
+                    row[j] *= before.scale[j];
+                }
+                normalize_backward(row, normalized, before.factor[r], before.out);
+            }
+        }
         if (l > 1) held.swap(below);
         gradient = to;
         stride = width;
