@@ -54,7 +54,8 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         },
         # Locomotion on a laptop's CPU: about a hundredth of the default's sampling per update. So
         # short a run is limited by its critics and by what it has tried: critics and targets move
-        # faster, and a behaviour of single samples explores more.
+        # faster, and a behaviour of single samples explores more. Both normalisations keep the
+        # policy from falling back (tune_configs/results).
         "light": {
             "k_behavior": 1,
             "k_target": 2,
@@ -70,6 +71,8 @@ class QVPOHyperparameters(DiffusionHyperparameters):
             "batch_size": 128,
             "replay_capacity": 200_000,
             "warmup_steps": 5_000,
+            "critic_layer_norm": True,
+            "normalize_observations": True,
             # In float32 where the processor is faster so.
             "sampling_precision": "bf16",
         },
