@@ -35,9 +35,28 @@ TINY = {
 }
 
 
+# The files that take longest come first, lest one worker do them while the others have nothing left.
+LONGEST = (
+    "test_tune_run",
+    "test_tune_interrupt",
+    "test_faults",
+    "test_cli",
+    "test_algorithms",
+    "test_two_nodes",
+    "test_core_engine",
+    "test_exact_resume",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # of pytest-xdist: by the number of tests in a file
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
     if torch.cuda.is_available():
         return
     for item in items:

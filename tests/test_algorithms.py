@@ -234,5 +234,5 @@ def test_the_benchmark_times_an_update_and_an_action_of_each_algorithm() -> None
         assert min(row["explore_ms"], row["evaluate_ms"]) > 0
         hours = 1e6 * row["updates_per_step"] * row["update_ms"] / 1e3 / 3600
         assert row["learning_h"] == pytest.approx(hours)
-    assert rows["QVPO"]["updates_per_step"] == 2
+    assert rows["QVPO"]["updates_per_step"] == 1
     assert rows["PPO"]["updates_per_step"] == pytest.approx(10 / 256)

@@ -108,7 +108,7 @@ def test_the_slope_of_mish_over_the_whole_range_of_float32():
     values = torch.cat([torch.linspace(-100, 100, 2001), torch.tensor([-3e38, -1e4, 0.0, 3e38])])
     start = values[:, None].clone().requires_grad_()
     zero, one, bias = torch.zeros(1, 1), torch.ones(1, 1), torch.zeros(1)
-    out = fit._FittedMLP.apply(torch.zeros(len(values), 1), start, zero, bias, one, bias)
+    out = fit._FittedMLP.apply(torch.zeros(len(values), 1), start, 0, zero, bias, one, bias)
     (slope,) = torch.autograd.grad(out.sum(), start)
     exact = values.double().requires_grad_()
     (expected,) = torch.autograd.grad(torch.nn.functional.mish(exact).sum(), exact)

@@ -53,7 +53,7 @@ def test_a_full_disk_names_the_checkpoint_to_go_on_from(
 
     class FullDisk:
         def __init__(self, plan: object, directory: RunDirectory, *, resume: bool) -> None:
-            self.plan, self.directory = plan, directory
+            self.plan, self.directory, self.env_steps = plan, directory, 0
 
         def run(self) -> None:
             if saved:

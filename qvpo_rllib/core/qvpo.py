@@ -128,6 +128,8 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         # Those of the last update of the policy, which `policy_interval` - 1 updates repeat.
         self.policy_metrics: dict[str, Tensor] = {}
         super().__init__(networks, hp, seed=seed, device=device)
+        # On a CPU without AVX512-BF16 PyTorch's own products take three times as long in bfloat16.
+        self._fell_back = self.engine == "eager" != hp.engine and device.type == "cpu"
         self._beside = SecondStream(on=self.engine == "cuda_graph" and device.type == "cuda")
         self.fused: FusedSampler | None = None
         if hp.engine == "auto" and device.type == "cuda":
@@ -387,9 +389,8 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         if self.fused is not None and self.fused.samples:
             return self.fused.sample(chain)[0]
         hp = self.hp
-        # On a CPU without AVX512-BF16 PyTorch's own products take three times as long in bfloat16.
-        fell_back = self.engine == "eager" != hp.engine and self.device.type == "cpu"
-        dtype = torch.bfloat16 if hp.sampling_precision == "bf16" and not fell_back else None
+        narrow = hp.sampling_precision == "bf16" and not self._fell_back
+        dtype = torch.bfloat16 if narrow else None
         schedule, kernels = self.networks.schedule, self.kernels.sampler
         with matmul_precision(hp.sampling_precision, self.device):
             return sample_actions(chain.actor, schedule, chain.obs, chain.noise, kernels, dtype)
