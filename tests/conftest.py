@@ -35,7 +35,7 @@ TINY = {
 }
 
 
-# The files that take longest come first, lest one worker do them while the others have nothing left.
+# The files that take longest come first, lest one worker do them while the other has nothing left.
 LONGEST = (
     "test_tune_run",
     "test_tune_interrupt",
