@@ -18,7 +18,7 @@ PANELS = {
     "learner/sample_std": "spread of the samples",
     "learner/nearest_sample_distance": "distance to the nearest sample",
     "evaluation/q_overestimation": "Q predicted − observed",
-    "learner/td_target_std": "spread of the TD target (quantile critics)",
+    "learner/td_target_std": "spread of the TD target",
     "learner/entropy_weight": "effective ω_ent",
 }
 PANEL_HEIGHT_IN = 1.25
