@@ -123,8 +123,12 @@ def test_a_slow_worker_loses_nothing(run: Run) -> None:
 @ASYNC
 def test_a_learner_that_looks_late_loses_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an evaluation that took longer than `sample_timeout_s`."""
+    workers, deadline = run.algorithm.collector.pool._workers, time.monotonic() + 60
+    while sum(bool(w.asked) for w in workers.values()) < 2:  # one of an earlier test is coming back
+        assert time.monotonic() < deadline
+        run.result = run.algorithm.train()
     before = dict(run.faults)
-    asked = [ref for w in run.algorithm.collector.pool._workers.values() for ref, _ in w.asked]
+    asked = [ref for w in workers.values() for ref, _ in w.asked]
     assert len(ray.wait(asked, num_returns=len(asked))[0]) >= 2
     later = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 1000, sleep=time.sleep)
     with monkeypatch.context() as patch:
