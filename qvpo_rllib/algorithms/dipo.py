@@ -136,7 +136,8 @@ class DIPOLearner(OffPolicyLearner[QVPONetworks, DIPOHyperparameters, UpdateNois
         assert hp.target_actor_interval is not None
         limit = hp.action_clip_ratio * nets.act_dim
         improved = improved_actions(
-            q_function(nets.critic), obs, action, hp.action_steps, hp.action_lr, limit
+            q_function(nets.critic, obs, self.kernels.critic_estimates),
+            *(action, hp.action_steps, hp.action_lr, limit),
         )
         loss = self.kernels.denoising_objective(
             nets.actor, nets.schedule, obs, improved, noise.step, noise.forward

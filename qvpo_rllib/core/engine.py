@@ -20,7 +20,7 @@ from qvpo_rllib.core import losses, sampler
 from qvpo_rllib.core.backends import fit
 from qvpo_rllib.core.backends.native import load_library
 from qvpo_rllib.core.kernels import mish
-from qvpo_rllib.core.networks import TwinQ
+from qvpo_rllib.core.networks import Estimates, TwinQ
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class Kernels(NamedTuple):
     critic_objective: Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     actor_objective: Callable[..., tuple[Tensor, Tensor, Tensor]]
     denoising_objective: Callable[..., Tensor] = losses.denoising_objective
-    critic_estimates: Callable[[TwinQ, Tensor, Tensor], Tensor] = losses.critic_estimates
+    # Their gradient is the action's.
+    critic_estimates: Estimates = TwinQ.of_action
 
 
 EAGER = Kernels(sampler.EAGER, losses.critic_objective, losses.actor_objective)

@@ -190,11 +190,6 @@ def policy_loss(
     raise ValueError(f"reduction={reduction!r} does not exist: use sum or mean.")
 
 
-def critic_estimates(critic: Critic, obs: Tensor, action: Tensor) -> Tensor:
-    """Returns the critics' estimates for obs [B, O] and action [B, A]."""
-    return critic(obs, action)
-
-
 def critic_objective(
     critic: Critic, obs: Tensor, action: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:

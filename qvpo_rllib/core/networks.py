@@ -129,8 +129,8 @@ class NoisePredictor(nn.Module):
         return self.mlp.tail(pre)
 
 
-# What computes the critics' estimates for obs [B, O] and action [B, A].
-Estimates = Callable[["TwinQ", Tensor, Tensor], Tensor]
+# Returns the critics' estimates for obs [B, O] as a function of action [B, A]: `TwinQ.of_action`.
+Estimates = Callable[["TwinQ", Tensor], Callable[[Tensor], Tensor]]
 
 
 class TwinQ(nn.Module):
@@ -165,6 +165,13 @@ class TwinQ(nn.Module):
         """
         return self.stacked(self.q1(obs, action), self.q2(obs, action))
 
+    def of_action(self, obs: Tensor) -> Callable[[Tensor], Tensor]:
+        """Returns `forward` as a function of the action alone; obs's share is computed once."""
+        firsts = [(q, q.first(0, obs)) for q in (self.q1, self.q2)]
+        return lambda action: self.stacked(
+            *(q.tail(first + q.first(1, action)) for q, first in firsts)
+        )
+
     def stacked(self, *outputs: Tensor) -> Tensor:
         """Returns what `forward` does for the twins' outputs, [..., 1] each."""
         return torch.stack(outputs).squeeze(-1)
@@ -184,7 +191,7 @@ class TwinQ(nn.Module):
 
         Args:
             next_obs, actions, q: [B, O], K_t actions of each state [B, K_t, A], their Q [B, K_t].
-            estimates_of: does what `forward` does, such as `losses.critic_estimates`.
+            estimates_of: does what `of_action` does.
         """
         return q.amax(dim=1)
 
@@ -232,7 +239,7 @@ class QuantileTwinQ(TwinQ):
     ) -> Tensor:
         """Returns the kept quantiles of the best action, [2(n - d), B]."""
         best = losses.best_of(q, actions)[1][:, 0]
-        estimates = estimates_of(self, next_obs, best)
+        estimates = estimates_of(self, next_obs)(best)
         return losses.lowest_of(torch.cat([*estimates], dim=-1), self.kept).t()
 
 

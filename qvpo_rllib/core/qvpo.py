@@ -145,7 +145,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
 
     def is_native(self) -> bool:
         hp = self.hp
-        by_pytorch = hp.target_refinement != "none" or hp.entropy_in_target
+        by_pytorch = hp.target_refinement == "guidance" or hp.entropy_in_target
         return self.engine == "native" and not by_pytorch
 
     def graph_constants(self, hp: QVPOHyperparameters) -> QVPOHyperparameters:
@@ -335,7 +335,9 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         advantage, extra = (chosen_q[:, 0] - value).mean(), {}
         if hp.target_refinement != "none":
             assert isinstance(noise, UpdateNoise)
-            chosen = self.refinement.moved(nets, hp, obs, q, chosen, noise.policy)
+            chosen = self.refinement.moved(
+                nets, hp, obs, q, chosen, noise.policy, self.kernels.critic_estimates
+            )
             moved_q = self._rank(obs, chosen)
             extra["refinement_gain"] = (moved_q - chosen_q).mean()
             chosen_q = moved_q

@@ -2,10 +2,11 @@
 
 PyTorch's calls take longer than the arithmetic of a few hundred rows. Here a whole network is one
 call each way. The numbers are those of `networks.py` up to rounding, and do not depend on the
-number of threads. Inputs get no gradient.
+number of threads.
 """
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -39,6 +40,7 @@ class _FittedLayer(ctypes.Structure):
 class _FittedMLP(torch.autograd.Function):
     """A `SplitMLP` of x [R, in]; `start` [R, H], if given, is added to its first layer's sums.
 
+    Either the parameters get gradients, and `start`, or none of them and x alone.
     Its parameters are each layer's weight and bias, then scale and shift of the `num_norms` hidden
     layers that are normalised: all or none.
     """
@@ -81,23 +83,32 @@ class _FittedMLP(torch.autograd.Function):
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, parameters, kept, norms, layers, threads, has_start = ctx.held
         out_gradient = out_gradient.contiguous()
-        gradients = [torch.empty_like(parameter) for parameter in parameters]
-        addresses = [gradient.data_ptr() for gradient in gradients]
-        for index, layer in enumerate(layers):
-            layer.weight_gradient, layer.bias_gradient = addresses[2 * index :][:2]
-            if index < len(norms) // 2:
-                scale_and_shift = addresses[2 * (len(layers) + index) :][:2]
-                layer.scale_gradient, layer.shift_gradient = scale_and_shift
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        x_gradient = of_start = None
         start_gradient = torch.empty_like(kept[0])
+        if ctx.needs_input_grad[0]:
+            x_gradient = torch.empty_like(x)
+        else:
+            found = [torch.empty_like(parameter) for parameter in parameters]
+            addresses = [gradient.data_ptr() for gradient in found]
+            for index, layer in enumerate(layers):
+                layer.weight_gradient, layer.bias_gradient = addresses[2 * index :][:2]
+                if index < len(norms) // 2:
+                    scale_and_shift = addresses[2 * (len(layers) + index) :][:2]
+                    layer.scale_gradient, layer.shift_gradient = scale_and_shift
+            gradients = [*found]
+            if has_start:
+                of_start = start_gradient[:, : layers[0].outputs]
         load_library().qvpo_fit_backward(
-            *(layers, len(layers), x.shape[0], x.data_ptr()),
-            *(out_gradient.data_ptr(), start_gradient.data_ptr(), threads),
+            *(layers, len(layers), x.shape[0], x.data_ptr(), out_gradient.data_ptr()),
+            *(start_gradient.data_ptr(), None if x_gradient is None else x_gradient.data_ptr()),
+            threads,
         )
-        of_start = start_gradient[:, : layers[0].outputs] if has_start else None
-        return None, of_start, None, *gradients
+        return x_gradient, of_start, None, *gradients
 
 
 def _run(x: Tensor, start: Tensor | None, first_weight: Tensor, mlp: SplitMLP) -> Tensor:
+    """Returns `mlp` of x, whose parameters get gradients where x needs none."""
     first, *behind = mlp.linears()
     parameters = [first_weight, first.bias]
     for layer in behind:
@@ -105,6 +116,8 @@ def _run(x: Tensor, start: Tensor | None, first_weight: Tensor, mlp: SplitMLP) -
     norms = cast(list[nn.LayerNorm], list(mlp.norms))
     for norm in norms:
         parameters += [norm.weight, norm.bias]
+    if x.requires_grad:
+        parameters = [parameter.detach() for parameter in parameters]
     out: Tensor = _FittedMLP.apply(x, start, len(norms), *parameters)  # type: ignore[no-untyped-call]
     return out
 
@@ -169,9 +182,13 @@ class FittedNoisePredictor(NamedTuple):
         return _run(x, obs_part, weight, actor.mlp)
 
 
-def critic_estimates(critic: TwinQ, obs: Tensor, action: Tensor) -> Tensor:
-    """Returns what `losses.critic_estimates` does."""
-    return FittedTwinQ(critic)(obs, action)
+def critic_estimates(critic: TwinQ, obs: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns what `TwinQ.of_action` does; the gradient is the action's alone."""
+    with torch.no_grad():
+        twins = [(q, q.first(0, obs), q.first_weights()[1]) for q in (critic.q1, critic.q2)]
+    return lambda action: critic.stacked(
+        *(_run(action, first, weight, q) for q, first, weight in twins)
+    )
 
 
 def critic_objective(critic: TwinQ, *inputs: Tensor) -> tuple[Tensor, Tensor]:

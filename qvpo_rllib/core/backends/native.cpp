@@ -405,7 +405,7 @@ std::vector<float> transposed(const float *from, int64_t stride, int64_t rows, i
 struct FittedLayer {
     int64_t in, out;
     const float *weight, *bias;  // [out, in], [out]
-    // Written by the backward pass: gradients of weight and bias.
+    // Written by the backward pass, or null: gradients of weight and bias.
     float *weight_gradient, *bias_gradient;
     // Of a hidden layer, written by the forward pass for the other: Mish of the sum, and the slope
     // there. [rows, out padded to a multiple of LANES]
@@ -604,51 +604,61 @@ void qvpo_fit_forward(const FittedLayer *layers, int64_t num_layers, int64_t row
         std::copy_n(sums.data() + r * padded(outputs), outputs, out + r * outputs);
 }
 
-// The gradients of the layers, and that of `start` [rows, layers[0].out padded], for the gradient
-// of the output.
+// For the gradient of the output: those of the layers, where they have room for them, that of `start`
+// [rows, layers[0].out padded], and that of x [rows, layers[0].in] unless it is null.
 void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t rows, const float *x,
-                       const float *out_gradient, float *start_gradient, int64_t threads) {
+                       const float *out_gradient, float *start_gradient, float *x_gradient,
+                       int64_t threads) {
     std::vector<float> held, below;
     const float *gradient = out_gradient;  // of a layer's sums, [rows, stride]
     int64_t stride = layers[num_layers - 1].out;
     for (int64_t l = num_layers - 1; l >= 0; --l) {
         const FittedLayer &layer = layers[l];
         const int64_t width = padded(layer.in);
-        std::fill_n(layer.bias_gradient, layer.out, 0.0f);
-        for (int64_t r = 0; r < rows; ++r)
+        if (layer.weight_gradient) {
+            std::fill_n(layer.bias_gradient, layer.out, 0.0f);
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t j = 0; j < layer.out; ++j)
+                    layer.bias_gradient[j] += gradient[r * stride + j];
+            const float *inputs = l ? layers[l - 1].activation : x;
+            const auto panels = pack_rows(inputs, l ? width : layer.in, rows, layer.in);
+            const auto columns = transposed(gradient, stride, rows, layer.out);
+            below.resize(layer.out * width);
+            product({rows, width, panels.data(), nullptr}, layer.out, columns.data(), rows, nullptr,
+                    below.data(), threads);
             for (int64_t j = 0; j < layer.out; ++j)
-                layer.bias_gradient[j] += gradient[r * stride + j];
-        const float *inputs = l ? layers[l - 1].activation : x;
-        const auto panels = pack_rows(inputs, l ? width : layer.in, rows, layer.in);
-        const auto columns = transposed(gradient, stride, rows, layer.out);
-        below.resize(layer.out * width);
-        product({rows, width, panels.data(), nullptr}, layer.out, columns.data(), rows, nullptr,
-                below.data(), threads);
-        for (int64_t j = 0; j < layer.out; ++j)
-            std::copy_n(below.data() + j * width, layer.in, layer.weight_gradient + j * layer.in);
-        if (l == 0) break;
+                std::copy_n(below.data() + j * width, layer.in, layer.weight_gradient + j * layer.in);
+        }
+        if (l == 0 && !x_gradient) break;
         const auto weight = pack_rows(layer.weight, layer.in, layer.out, layer.in);
         float *to = start_gradient;
-        if (l > 1) {
+        if (l != 1) {
             below.resize(rows * width);
             to = below.data();
         }
         product({layer.out, width, weight.data(), nullptr}, rows, gradient, stride, nullptr, to,
                 threads);
+        if (l == 0) {
+            for (int64_t r = 0; r < rows; ++r)
+                std::copy_n(to + r * width, layer.in, x_gradient + r * layer.in);
+            break;
+        }
         const FittedLayer &before = layers[l - 1];
         for (int64_t i = 0; i < rows * width; i += LANES)
             store(to + i, load(to + i) * load(before.slope + i));
         if (before.scale) {
-            std::fill_n(before.scale_gradient, before.out, 0.0f);
-            std::fill_n(before.shift_gradient, before.out, 0.0f);
+            if (before.scale_gradient) {
+                std::fill_n(before.scale_gradient, before.out, 0.0f);
+                std::fill_n(before.shift_gradient, before.out, 0.0f);
+            }
             for (int64_t r = 0; r < rows; ++r) {
                 float *row = to + r * width;
                 const float *normalized = before.normalized + r * width;
-                for (int64_t j = 0; j < before.out; ++j) {
+                for (int64_t j = 0; j < before.out && before.scale_gradient; ++j) {
                     before.shift_gradient[j] += row[j];
                     before.scale_gradient[j] += row[j] * normalized[j];
-                    row[j] *= before.scale[j];
                 }
+                for (int64_t j = 0; j < before.out; ++j) row[j] *= before.scale[j];
                 normalize_backward(row, normalized, before.factor[r], before.out);
             }
         }

@@ -234,7 +234,7 @@ _SIGNATURES = {
         *(_INT, _INT, _INT, _POINTER, _INT),
     ],
     "qvpo_fit_forward": [_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT],
-    "qvpo_fit_backward": [_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT],
+    "qvpo_fit_backward": [_POINTER, _INT, _INT, *[_POINTER] * 4, _INT],
     "qvpo_quantile_loss": [_POINTER, _INT, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER],
 }
 

@@ -12,25 +12,29 @@ from torch import Tensor
 
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.diffusion import NoiseSchedule, predict_x0
-from qvpo_rllib.core.networks import NoisePredictor, TwinQ
+from qvpo_rllib.core.networks import Estimates, NoisePredictor, TwinQ
 from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 
-QFunction = Callable[[Tensor, Tensor], Tensor]  # obs [R, O], action [R, A] → [R], with gradients
+QFunction = Callable[[Tensor], Tensor]  # action [R, A] → Q [R], differentiable
 
-# The values of the authors' `--gradient`.
-CLIMB_STEPS, CLIMB_LR, CLIMB_RATIO = 20, 0.03, 0.1
+CLIMB_RATIO = 0.1  # of the authors' `--gradient`
 BETA_1, BETA_2, ADAM_EPS = 0.9, 0.999, 1e-5
 # Of the running mean of (Q - V)², and its least: where all Q are equal, guidance divides by 1e-6.
 ADVANTAGE_RATE, LEAST_SQUARE = 1e-3, 1e-12
 
 
-def q_function(critic: TwinQ) -> QFunction:
-    """Returns Q(s, a), such as the lower twin's, differentiable."""
-    return lambda obs, action: critic.value(critic(obs, action))
+def q_function(critic: TwinQ, obs: Tensor, estimates_of: Estimates = TwinQ.of_action) -> QFunction:
+    """Returns Q(s, ·) of obs [R, O], such as the lower twin's.
+
+    Args:
+        estimates_of: does what `TwinQ.of_action` does.
+    """
+    estimates = estimates_of(critic, obs)
+    return lambda action: critic.value(estimates(action))
 
 
 def improved_actions(
-    q_of: QFunction, obs: Tensor, action: Tensor, steps: int, lr: float, max_norm: float
+    q_of: QFunction, action: Tensor, steps: int, lr: float, max_norm: float
 ) -> Tensor:
     """Returns actions [R, A] after `steps` steps of Adam on -Σ Q(s, a), clamped after each.
 
@@ -45,7 +49,7 @@ def improved_actions(
     mean, square = torch.zeros_like(action), torch.zeros_like(action)
     for step in range(1, steps + 1):
         leaf = action.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(-q_of(obs, leaf).sum(), leaf)
+        (gradient,) = torch.autograd.grad(-q_of(leaf).sum(), leaf)
         gradient = gradient * (max_norm / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1)
         mean.lerp_(gradient, 1 - BETA_1)
         square.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
@@ -89,7 +93,7 @@ def guided_actions(
             predicted = actor(leaf, step, obs_part)
             if t < steps:
                 constants = schedule.reverse_steps[t].to(x.dtype).unbind()
-                q = q_of(obs, predict_x0(leaf, predicted, constants))
+                q = q_of(predict_x0(leaf, predicted, constants))
                 (gradient,) = torch.autograd.grad(q.sum(), leaf)
                 pull = scale * schedule.sqrt_one_minus_alphas_cumprod[t]
                 predicted = predicted.detach() - pull * gradient
@@ -124,6 +128,7 @@ class Refinement:
         q: Tensor,
         chosen: Tensor,
         noise: Tensor,
+        estimates_of: Estimates = TwinQ.of_action,
     ) -> Tensor:
         """Returns the moved actions, [B, k, A].
 
@@ -134,12 +139,13 @@ class Refinement:
             obs, q, noise: [B, O], [B, N_d], [T, B, N_d, A]: of all samples.
             chosen: [B, k, A], those of the highest q.
         """
-        k, q_of = chosen.shape[1], q_function(nets.critic)
+        k = chosen.shape[1]
         rows = obs.repeat_interleave(k, dim=0)
+        q_of = q_function(nets.critic, rows, estimates_of)
         if hp.target_refinement == "gradient":
             limit = CLIMB_RATIO * nets.act_dim
             actions = chosen.flatten(0, 1)
-            moved = improved_actions(q_of, rows, actions, CLIMB_STEPS, CLIMB_LR, limit)
+            moved = improved_actions(q_of, actions, hp.gradient_steps, hp.gradient_lr, limit)
         else:
             index = losses.top(q, k)[1][None, ..., None]
             own = noise.gather(2, index.expand(len(noise), -1, -1, nets.act_dim)).flatten(1, 2)

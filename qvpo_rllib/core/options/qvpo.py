@@ -194,6 +194,14 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         "guidance: their chain once more, with its last steps guided by the critics",
         choices=("none", "gradient", "guidance"),
     )
+    gradient_steps: int = option(
+        20, "gradient: how many steps; 20 in the authors' program", range=COUNT
+    )
+    gradient_lr: float = option(
+        0.03,
+        "gradient: Adam's rate, about as far as an action moves in each dimension in a step",
+        range=POSITIVE,
+    )
     guidance_scale: float = option(
         0.1,
         "guidance: its strength; the gradient of Q is divided by the root of the running mean of "
