@@ -628,7 +628,10 @@ class Update:
         if hp.target_refinement == "gradient":
             rows = np.repeat(obs, num_chosen, axis=0)
             moved = improved_actions(
-                self.critic, rows, chosen.reshape(-1, act_dim), 20, 0.03, 0.1 * act_dim
+                self.critic,
+                rows,
+                chosen.reshape(-1, act_dim),
+                *(hp.gradient_steps, hp.gradient_lr, 0.1 * act_dim),
             )
             return moved.reshape(chosen.shape)
         square = np.mean((q - q.mean(axis=1)[:, None]) ** 2)

@@ -8,6 +8,7 @@ from test_core_native import networks
 
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.backends import fit
+from qvpo_rllib.core.networks import TwinQ
 
 STATES, CHOSEN, UNIFORM = 37, 2, 3
 
@@ -42,6 +43,15 @@ INPUTS = {
     "denoising_objective": denoising_inputs,
 }
 
+SHAPES = [
+    {},
+    {"obs_dim": 1, "act_dim": 1, "hidden": (5,), "diffusion_steps": 1},
+    {"obs_dim": 17, "act_dim": 6, "hidden": (256, 256), "diffusion_steps": 5},
+    {"obs_dim": 348, "act_dim": 17, "hidden": (64, 72, 64), "diffusion_steps": 20},
+    {"critic": "quantile", "num_quantiles": 7},
+    {"critic": "quantile", "num_quantiles": 7, "critic_layer_norm": True},
+]
+
 
 def results(objective, module, inputs):
     """Every output, then the gradient of the first one with respect to every parameter."""
@@ -50,18 +60,7 @@ def results(objective, module, inputs):
     return [o.detach() for o in outputs], torch.autograd.grad(outputs[0], [*module.parameters()])
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        {"obs_dim": 1, "act_dim": 1, "hidden": (5,), "diffusion_steps": 1},
-        {"obs_dim": 17, "act_dim": 6, "hidden": (256, 256), "diffusion_steps": 5},
-        {"obs_dim": 348, "act_dim": 17, "hidden": (64, 72, 64), "diffusion_steps": 20},
-        {"critic": "quantile", "num_quantiles": 7},
-        {"critic": "quantile", "num_quantiles": 7, "critic_layer_norm": True},
-    ],
-    ids=lambda shape: str(shape.get("hidden", "")),
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: str(shape.get("hidden", "")))
 @pytest.mark.parametrize("name", INPUTS)
 def test_values_and_gradients_equal_the_eager_ones(name, shape):
     nets = networks(**shape)
@@ -75,6 +74,26 @@ def test_values_and_gradients_equal_the_eager_ones(name, shape):
         scale = float(other.abs().max())
         assert scale > 0
         torch.testing.assert_close(mine, other, atol=1e-5 * scale, rtol=0, msg=parameter)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: str(shape.get("hidden", "")))
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_gradient_of_q_for_an_action_is_the_eager_one(shape, norm):
+    nets = networks(**{**shape, "critic_layer_norm": norm})
+    critic, (obs, action, _) = critic_inputs(nets, torch.Generator().manual_seed(0))
+    found = []
+    for estimates_of in (fit.critic_estimates, TwinQ.of_action):
+        action = action.clone().requires_grad_()
+        estimates = estimates_of(critic, obs)(action)
+        found.append(
+            (estimates.detach(), *torch.autograd.grad(critic.value(estimates).sum(), action))
+        )
+    (mine, gradient), (other, expected) = found
+    torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mine, critic(obs, action).detach(), atol=1e-5, rtol=1e-5)
+    scale = float(expected.abs().max())
+    assert scale > 0
+    torch.testing.assert_close(gradient, expected, atol=1e-5 * scale, rtol=0)
 
 
 @pytest.mark.parametrize(("num", "kept", "states"), [(25, 46, 9), (5, 8, 3), (1, 1, 2), (3, 21, 5)])

@@ -61,6 +61,7 @@ CASES = [
     },
     {"target_refinement": "gradient"},
     {"target_refinement": "gradient", "num_chosen_samples": 3, "q_weights": "qexp"},
+    {"target_refinement": "gradient", "gradient_steps": 3, "gradient_lr": 0.1},
     {"target_refinement": "guidance", "noise_schedule": "linear", "guidance_steps": 2},
     {
         "target_refinement": "guidance",

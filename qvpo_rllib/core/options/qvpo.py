@@ -190,12 +190,12 @@ class QVPOHyperparameters(DiffusionHyperparameters):
     target_refinement: str = option(
         "none",
         "moves the chosen samples to a higher Q before they are trained; V stays that of the "
-        "unmoved ones. gradient: 20 steps of Adam, as in the authors' program with --gradient; "
+        "unmoved ones. gradient: by steps of Adam, as in the authors' program with --gradient; "
         "guidance: their chain once more, with its last steps guided by the critics",
         choices=("none", "gradient", "guidance"),
     )
     gradient_steps: int = option(
-        20, "gradient: how many steps; 20 in the authors' program", range=COUNT
+        20, "gradient: how many steps; the authors' program has 20", range=COUNT
     )
     gradient_lr: float = option(
         0.03,
