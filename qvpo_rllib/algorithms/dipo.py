@@ -87,6 +87,9 @@ class DIPOLearner(OffPolicyLearner[QVPONetworks, DIPOHyperparameters, UpdateNois
     """Fits critics to one batch, the actor to the improved actions of another, and writes these
     back to the replay."""
 
+    def is_native(self) -> bool:
+        return self.engine == "native"
+
     def draw_update_noise(self, batch_size: int) -> UpdateNoise:
         steps, act_dim = self.hp.diffusion_steps, self.networks.act_dim
         drawn: dict[str, Any] = {"generator": self.generator, "device": self.device}
