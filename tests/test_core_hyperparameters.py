@@ -236,6 +236,8 @@ def test_defaults_are_the_documented_ones():
         "entropy_weight_end": None, "entropy_weight_floor": 0.0,
         "entropy_decay_steps": 1_000_000, "entropy_reduction": "sum", "q_weights": "qadv",
         "q_cut": 0.01, "kl_target": 2.0, "target_refinement": "none",
+        "gradient_steps": 20,
+        "gradient_lr": 0.03,
         "guidance_scale": 0.1, "guidance_steps": 10, "entropy_in_target": 0.0, "entropy_noises": 10,
         "target_entropy": None, "sample_std_target": 0.2,
         "diffusion_steps": 20, "noise_schedule": "cosine",

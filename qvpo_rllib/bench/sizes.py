@@ -64,8 +64,19 @@ def acting_flops(task: Task, hp: QVPOHyperparameters, num_states: int, k: int) -
     return sampling_flops(task, hp, num_states, k) + ranking
 
 
+def gradient_flops(task: Task, hp: QVPOHyperparameters) -> int:
+    """Returns the FLOPs of moving an update's chosen samples by the critics' gradient."""
+    rows, width = hp.batch_size * hp.num_trained_samples, hp.hidden[0]
+    row = 2 * task.act_dim * width + hidden_flops(hp.hidden, critic_outputs(hp))
+    climbing = 2 * (2 * rows * hp.gradient_steps * row + 2 * rows * task.obs_dim * width)
+    return climbing + ranking_flops(task, hp, hp.batch_size, hp.num_trained_samples)
+
+
 def update_flops(task: Task, hp: QVPOHyperparameters) -> int:
-    """Returns the FLOPs of one update: samples, their ranking, both fits forward and backward."""
+    """Returns the FLOPs of one update: samples, their ranking, both fits forward and backward.
+
+    Guidance and the entropy in the target are not counted.
+    """
     assert hp.k_target is not None
     batch, width = hp.batch_size, hp.hidden[0]
     drawing = sum(
@@ -79,4 +90,5 @@ def update_flops(task: Task, hp: QVPOHyperparameters) -> int:
     rows = batch * (hp.num_trained_samples + hp.num_uniform_samples)
     actor_fit = rows * (2 * 2 * task.act_dim * width + 3 * hidden_flops(hp.hidden, task.act_dim))
     actor_fit += 2 * batch * 2 * task.obs_dim * width
-    return drawing + critic_fit + actor_fit
+    refinement = gradient_flops(task, hp) if hp.target_refinement == "gradient" else 0
+    return drawing + refinement + critic_fit + actor_fit
