@@ -105,6 +105,37 @@ def test_dipo_updates_equal_the_reference_and_are_written_back(double, overrides
         assert torch.equal(replay.columns.action[:20], batch(5, size=20).action)
 
 
+def test_dipos_native_updates_equal_eager_ones_and_leave_pytorch_one_thread(monkeypatch):
+    learners, seen = [], []
+    for engine in ("eager", "native"):
+        values = {"diffusion_steps": 3, "action_steps": 4, **SMALL, "engine": engine}
+        hp = dipo.DIPOHyperparameters.for_task(values, "Hopper-v5")
+        nets = randomised(QVPONetworks(OBS, ACT, hp))
+        learner = dipo.DIPOLearner(nets, hp, seed=0, device="cpu")
+        replay = ReplayBuffer(50, OBS, ACT, seed=1, device="cpu", improves_actions=True)
+        replay.add(batch(5, size=20))
+        update_from = learner.update_from
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            monkeypatch.setattr(
+                learner,
+                "update_from",
+                lambda source, f=update_from: (seen.append(torch.get_num_threads()), f(source))[1],
+            )
+            learner.train(replay, 1)
+        finally:
+            torch.set_num_threads(before)
+        learners.append((learner, replay))
+    assert seen == [3, 1]
+    (eager, expected), (native, found) = learners
+    assert native.engine == "native"
+    torch.testing.assert_close(found.improved_action, expected.improved_action, rtol=0, atol=1e-5)
+    assert not torch.equal(found.improved_action[:20], found.columns.action[:20])
+    for mine, other in zip(native.networks.parameters(), eager.networks.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
+
+
 def _same_noise(learner, generator):
     """What `learner` will draw next, without drawing it."""
     own, learner.generator = learner.generator, generator

@@ -654,10 +654,11 @@ void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t ro
             for (int64_t r = 0; r < rows; ++r) {
                 float *row = to + r * width;
                 const float *normalized = before.normalized + r * width;
-                for (int64_t j = 0; j < before.out && before.scale_gradient; ++j) {
-                    before.shift_gradient[j] += row[j];
-                    before.scale_gradient[j] += row[j] * normalized[j];
-                }
+                if (before.scale_gradient)
+                    for (int64_t j = 0; j < before.out; ++j) {
+                        before.shift_gradient[j] += row[j];
+                        before.scale_gradient[j] += row[j] * normalized[j];
+                    }
                 for (int64_t j = 0; j < before.out; ++j) row[j] *= before.scale[j];
                 normalize_backward(row, normalized, before.factor[r], before.out);
             }
