@@ -7,8 +7,7 @@ import torch
 from test_core_native import networks
 
 from qvpo_rllib.core import losses
-from qvpo_rllib.core.backends import fit
-from qvpo_rllib.core.networks import TwinQ
+from qvpo_rllib.core.backends import fit, native
 
 STATES, CHOSEN, UNIFORM = 37, 2, 3
 
@@ -81,19 +80,33 @@ def test_values_and_gradients_equal_the_eager_ones(name, shape):
 def test_the_gradient_of_q_for_an_action_is_the_eager_one(shape, norm):
     nets = networks(**{**shape, "critic_layer_norm": norm})
     critic, (obs, action, _) = critic_inputs(nets, torch.Generator().manual_seed(0))
-    found = []
-    for estimates_of in (fit.critic_estimates, TwinQ.of_action):
-        action = action.clone().requires_grad_()
-        estimates = estimates_of(critic, obs)(action)
-        found.append(
-            (estimates.detach(), *torch.autograd.grad(critic.value(estimates).sum(), action))
-        )
-    (mine, gradient), (other, expected) = found
-    torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(mine, critic(obs, action).detach(), atol=1e-5, rtol=1e-5)
+    expected = critic.q_gradient(obs)(action)
     scale = float(expected.abs().max())
     assert scale > 0
+    gradient = native.q_gradient(critic, obs)(action)
     torch.testing.assert_close(gradient, expected, atol=1e-5 * scale, rtol=0)
+    with torch.no_grad():
+        estimates = fit.critic_estimates(critic, obs)(action)
+        torch.testing.assert_close(estimates, critic(obs, action), atol=1e-5, rtol=1e-5)
+
+
+def test_the_gradient_of_q_is_the_same_bits_on_any_number_of_threads(monkeypatch):
+    nets = networks(hidden=(256, 256), critic="quantile", critic_layer_norm=True)
+    obs, action = torch.randn(300, 11), torch.rand(300, 3)
+    found = []
+    for count in (1, 2, 3):
+        monkeypatch.setattr(native, "num_threads", lambda products, count=count: count)
+        found.append(native.q_gradient(nets.critic, obs)(action))
+    assert all(torch.equal(gradient, found[0]) for gradient in found[1:])
+
+
+def test_one_nan_makes_the_gradient_of_q_nan_and_no_other_rows():
+    nets = networks(critic="quantile")
+    obs, action = torch.randn(5, 11), torch.rand(5, 3)
+    obs[2, 0] = math.nan
+    gradient = native.q_gradient(nets.critic, obs)(action)
+    assert gradient.isnan().all(dim=1).tolist() == [False, False, True, False, False]
+    assert gradient[[0, 1, 3, 4]].isfinite().all()
 
 
 @pytest.mark.parametrize(("num", "kept", "states"), [(25, 46, 9), (5, 8, 3), (1, 1, 2), (3, 21, 5)])

@@ -73,7 +73,7 @@ def test_dropping_the_highest_quantiles_lowers_q():
         critic.load_state_dict(whole.state_dict())
         estimates = critic(obs, action)
         values.append(critic.value(estimates))
-        target = critic.target(obs, action[:, None], values[-1][:, None], TwinQ.of_action)
+        target, _ = critic.target(obs, action[:, None], pytest.fail, TwinQ.of_action)
         torch.testing.assert_close(target.mean(dim=0), values[-1])  # Q is the target's mean
     torch.testing.assert_close(values[0], estimates.mean(dim=(0, 2)))
     for fewer_dropped, more_dropped in itertools.pairwise(values):
@@ -86,8 +86,9 @@ def test_the_target_is_the_distribution_of_the_best_action_not_of_another():
     obs, actions = torch.randn(9, OBS), torch.randn(9, 4, ACT).tanh()
     q = sampler.min_q(critic, obs, actions)
     assert q.argmax(dim=1).unique().numel() > 1
-    target = critic.target(obs, actions, q, TwinQ.of_action)
+    target, best = critic.target(obs, actions, lambda: q, TwinQ.of_action)
     assert target.shape == (8, 9)
+    assert torch.equal(best, actions[torch.arange(9), q.argmax(dim=1)])
     torch.testing.assert_close(target.mean(dim=0), q.amax(dim=1))
 
 

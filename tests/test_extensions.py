@@ -14,7 +14,7 @@ from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.extensions import learnt
 from qvpo_rllib.core.extensions.entropy import log_density, noise_predictor
 from qvpo_rllib.core.extensions.learnt import LearntScale
-from qvpo_rllib.core.extensions.refinement import guided_actions, improved_actions, q_function
+from qvpo_rllib.core.extensions.refinement import guided_actions, improved_actions
 from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks
 from qvpo_rllib.core.replay import ReplayBuffer, Transitions
@@ -185,16 +185,16 @@ def random_networks(dtype=torch.float64, **options):
 def test_improved_actions_are_pytorchs_adam_to_the_last_bit():
     nets, obs = random_networks(torch.float32), torch.randn(9, OBS)
     start = torch.randn(9, ACT).clamp(-1, 1)
-    q_of = q_function(nets.critic, obs)
+    gradient_of = nets.critic.q_gradient(obs)
     expected = start.clone().requires_grad_()
     adam = torch.optim.Adam([expected], lr=0.03, eps=1e-5)
     for _ in range(20):
-        (expected.grad,) = torch.autograd.grad(-q_of(expected).sum(), expected)
+        expected.grad = -gradient_of(expected)
         torch.nn.utils.clip_grad_norm_([expected], 0.2)
         adam.step()
         with torch.no_grad():
             expected.clamp_(-1, 1)
-    found = improved_actions(q_of, start, 20, 0.03, 0.2)
+    found = improved_actions(gradient_of, start, 20, 0.03, 0.2)
     assert torch.equal(found, expected)
     assert (found - start).abs().max() > 0.3
     assert (found.abs() == 1).any()  # the clamp counts
@@ -208,7 +208,7 @@ def test_improved_actions(rng, steps):
         reference.weights_of(nets.critic), obs, start, steps, 0.03, 0.2
     )
     found = improved_actions(
-        q_function(nets.critic, torch.tensor(obs)), torch.tensor(start), steps, 0.03, 0.2
+        nets.critic.q_gradient(torch.tensor(obs)), torch.tensor(start), steps, 0.03, 0.2
     )
     np.testing.assert_allclose(found, expected, atol=1e-9)
 
@@ -225,8 +225,10 @@ def test_guided_actions(rng, steps, schedule):
         for r in range(5)
     ]
     tensors = torch.tensor(obs), torch.tensor(noise)
-    q_of = q_function(nets.critic, tensors[0])
-    found = guided_actions(nets.actor, nets.schedule, q_of, *tensors, steps, torch.tensor(0.7))
+    gradient_of = nets.critic.q_gradient(tensors[0])
+    found = guided_actions(
+        nets.actor, nets.schedule, gradient_of, *tensors, steps, torch.tensor(0.7)
+    )
     np.testing.assert_allclose(found, expected, atol=1e-6)  # √(1 - ᾱ) is rounded to float32
     plain = sample_actions(nets.actor, nets.schedule, tensors[0], tensors[1][:, :, None])[:, :, 0]
     assert (found - plain).abs().max() > 1e-3
@@ -235,7 +237,7 @@ def test_guided_actions(rng, steps, schedule):
 def test_guidance_without_strength_is_the_chain_itself():
     nets, obs, noise = random_networks(), torch.randn(5, OBS), torch.randn(3, 5, ACT)
     obs, noise = obs.double(), noise.double()
-    arguments = nets.actor, nets.schedule, q_function(nets.critic, obs), obs, noise
+    arguments = nets.actor, nets.schedule, nets.critic.q_gradient(obs), obs, noise
     plain = sample_actions(nets.actor, nets.schedule, obs, noise[:, :, None])[:, 0]
     torch.testing.assert_close(guided_actions(*arguments, 3, torch.tensor(0.0)), plain)
     torch.testing.assert_close(guided_actions(*arguments, 0, torch.tensor(9.0)), plain)

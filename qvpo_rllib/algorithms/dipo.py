@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from qvpo_rllib.algorithms.shared_options import LIGHT, QUICK, DiffusionRivalHyperparameters
 from qvpo_rllib.core.engine import CPU
-from qvpo_rllib.core.extensions.refinement import improved_actions, q_function
+from qvpo_rllib.core.extensions.refinement import improved_actions
 from qvpo_rllib.core.learner import OffPolicyLearner
 from qvpo_rllib.core.options import COUNT, POSITIVE, Setting, option, with_default
 from qvpo_rllib.core.qvpo import QVPONetworks
@@ -139,7 +139,7 @@ class DIPOLearner(OffPolicyLearner[QVPONetworks, DIPOHyperparameters, UpdateNois
         assert hp.target_actor_interval is not None
         limit = hp.action_clip_ratio * nets.act_dim
         improved = improved_actions(
-            q_function(nets.critic, obs, self.kernels.critic_estimates),
+            self.kernels.q_gradient(nets.critic, obs),
             *(action, hp.action_steps, hp.action_lr, limit),
         )
         loss = self.kernels.denoising_objective(

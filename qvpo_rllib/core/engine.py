@@ -18,9 +18,9 @@ from torch import Generator, Tensor
 
 from qvpo_rllib.core import losses, sampler
 from qvpo_rllib.core.backends import fit
-from qvpo_rllib.core.backends.native import load_library
+from qvpo_rllib.core.backends.native import load_library, q_gradient
 from qvpo_rllib.core.kernels import mish
-from qvpo_rllib.core.networks import Estimates, TwinQ
+from qvpo_rllib.core.networks import OfAction, TwinQ
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ class Kernels(NamedTuple):
     critic_objective: Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     actor_objective: Callable[..., tuple[Tensor, Tensor, Tensor]]
     denoising_objective: Callable[..., Tensor] = losses.denoising_objective
-    # Their gradient is the action's.
-    critic_estimates: Estimates = TwinQ.of_action
+    critic_estimates: OfAction = TwinQ.of_action  # without gradient
+    q_gradient: OfAction = TwinQ.q_gradient
 
 
 EAGER = Kernels(sampler.EAGER, losses.critic_objective, losses.actor_objective)
@@ -92,13 +92,16 @@ def kernels_of(engine: str, device: torch.device) -> Kernels:
             fit.actor_objective,
             fit.denoising_objective,
             fit.critic_estimates,
+            q_gradient,
         )
     if engine == "compiled" or (engine == "cuda_graph" and _compiling_works(device.type, "eager")):
         kernels = _compiled()
         if device.type != "cpu":
             return kernels
         native = kernels.sampler._replace(native=True)
-        return kernels._replace(sampler=native, critic_estimates=fit.critic_estimates)
+        return kernels._replace(
+            sampler=native, critic_estimates=fit.critic_estimates, q_gradient=q_gradient
+        )
     return EAGER
 
 

@@ -129,8 +129,8 @@ class NoisePredictor(nn.Module):
         return self.mlp.tail(pre)
 
 
-# Returns the critics' estimates for obs [B, O] as a function of action [B, A]: `TwinQ.of_action`.
-Estimates = Callable[["TwinQ", Tensor], Callable[[Tensor], Tensor]]
+# Of critics and obs [B, O] a function of action [B, A], such as `TwinQ.of_action`.
+OfAction = Callable[["TwinQ", Tensor], Callable[[Tensor], Tensor]]
 
 
 class TwinQ(nn.Module):
@@ -172,6 +172,17 @@ class TwinQ(nn.Module):
             *(q.tail(first + q.first(1, action)) for q, first in firsts)
         )
 
+    def q_gradient(self, obs: Tensor) -> Callable[[Tensor], Tensor]:
+        """Returns the gradient of Q for the action, [B, A], as a function of action [B, A]."""
+        estimates = self.of_action(obs)
+
+        @torch.enable_grad()
+        def gradient(action: Tensor) -> Tensor:
+            leaf = action.detach().requires_grad_()
+            return torch.autograd.grad(self.value(estimates(leaf)).sum(), leaf)[0]
+
+        return gradient
+
     def stacked(self, *outputs: Tensor) -> Tensor:
         """Returns what `forward` does for the twins' outputs, [..., 1] each."""
         return torch.stack(outputs).squeeze(-1)
@@ -185,15 +196,20 @@ class TwinQ(nn.Module):
         return losses.critic_loss(estimates, target)
 
     def target(
-        self, next_obs: Tensor, actions: Tensor, q: Tensor, estimates_of: Estimates
-    ) -> Tensor:
-        """Returns what the TD target takes of the next states: the Q of the best action, [B].
+        self, next_obs: Tensor, actions: Tensor, rank: Callable[[], Tensor], estimates_of: OfAction
+    ) -> tuple[Tensor, Tensor]:
+        """Returns what the TD target takes of the next states, and the best actions [B, A].
 
         Args:
-            next_obs, actions, q: [B, O], K_t actions of each state [B, K_t, A], their Q [B, K_t].
+            next_obs, actions: [B, O] and K_t actions of each state [B, K_t, A].
+            rank: returns the actions' Q, [B, K_t].
             estimates_of: does what `of_action` does.
+
+        Returns:
+            The best action's Q, [B].
         """
-        return q.amax(dim=1)
+        q, action = losses.best_of(rank(), actions)
+        return q[:, 0], action[:, 0]
 
 
 class QuantileTwinQ(TwinQ):
@@ -235,12 +251,13 @@ class QuantileTwinQ(TwinQ):
 
     @torch.no_grad()
     def target(
-        self, next_obs: Tensor, actions: Tensor, q: Tensor, estimates_of: Estimates
-    ) -> Tensor:
-        """Returns the kept quantiles of the best action, [2(n - d), B]."""
-        best = losses.best_of(q, actions)[1][:, 0]
-        estimates = estimates_of(self, next_obs)(best)
-        return losses.lowest_of(torch.cat([*estimates], dim=-1), self.kept).t()
+        self, next_obs: Tensor, actions: Tensor, rank: Callable[[], Tensor], estimates_of: OfAction
+    ) -> tuple[Tensor, Tensor]:
+        """As `TwinQ.target`, but returns the best action's kept quantiles, [2(n - d), B]."""
+        single = actions.shape[1] == 1
+        action = (actions if single else losses.best_of(rank(), actions)[1])[:, 0]
+        estimates = estimates_of(self, next_obs)(action)
+        return losses.lowest_of(torch.cat([*estimates], dim=-1), self.kept).t(), action
 
 
 def new_critic(obs_dim: int, act_dim: int, options: Any) -> TwinQ:

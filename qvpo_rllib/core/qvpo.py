@@ -293,15 +293,16 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         chain = self._target_chain(batch, noise)
         if samples is None:
             samples = self._sample_actions(chain)
-        nets, kernels = self.networks, self.kernels.sampler
-        q = min_q(nets.target_critic, batch.next_obs, samples, kernels)
-        estimates_of = self.kernels.critic_estimates
-        next_q = nets.target_critic.target(batch.next_obs, samples, q, estimates_of)
+        critic, kernels = self.networks.target_critic, self.kernels
+        next_q, action = critic.target(
+            *(batch.next_obs, samples),
+            lambda: min_q(critic, batch.next_obs, samples, kernels.sampler),
+            kernels.critic_estimates,
+        )
         if self.hp.entropy_in_target == 0:
             return next_q
-        action = losses.best_of(q, samples)[1][:, 0]
         return next_q - self.target_entropy.price(
-            chain.actor, nets.schedule, self.hp, batch.next_obs, action, noise.entropy
+            chain.actor, self.networks.schedule, self.hp, batch.next_obs, action, noise.entropy
         )
 
     def _rank(self, obs: Tensor, samples: Tensor) -> Tensor:
@@ -336,7 +337,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         if hp.target_refinement != "none":
             assert isinstance(noise, UpdateNoise)
             chosen = self.refinement.moved(
-                nets, hp, obs, q, chosen, noise.policy, self.kernels.critic_estimates
+                nets, hp, obs, q, chosen, noise.policy, self.kernels.q_gradient
             )
             moved_q = self._rank(obs, chosen)
             extra["refinement_gain"] = (moved_q - chosen_q).mean()

@@ -230,7 +230,7 @@ def _interrupts(
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if algorithm.stop_requested:
-            logger.warning("Stopped at once: checkpoints/last is as it was.")
+            logger.warning("Stopped at once, without saving: checkpoints stay as they are.")
             raise SystemExit(130)
         algorithm.stop_requested = True
         if at_once():

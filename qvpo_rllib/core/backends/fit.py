@@ -40,9 +40,8 @@ class _FittedLayer(ctypes.Structure):
 class _FittedMLP(torch.autograd.Function):
     """A `SplitMLP` of x [R, in]; `start` [R, H], if given, is added to its first layer's sums.
 
-    Either the parameters get gradients, and `start`, or none of them and x alone.
-    Its parameters are each layer's weight and bias, then scale and shift of the `num_norms` hidden
-    layers that are normalised: all or none.
+    The parameters get gradients, and `start`. They are each layer's weight and bias, then scale and
+    shift of the `num_norms` hidden layers that are normalised: all or none.
     """
 
     @staticmethod
@@ -83,32 +82,24 @@ class _FittedMLP(torch.autograd.Function):
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, parameters, kept, norms, layers, threads, has_start = ctx.held
         out_gradient = out_gradient.contiguous()
-        gradients: list[Tensor | None] = [None] * len(parameters)
-        x_gradient = of_start = None
+        gradients = [torch.empty_like(parameter) for parameter in parameters]
+        addresses = [gradient.data_ptr() for gradient in gradients]
         start_gradient = torch.empty_like(kept[0])
-        if ctx.needs_input_grad[0]:
-            x_gradient = torch.empty_like(x)
-        else:
-            found = [torch.empty_like(parameter) for parameter in parameters]
-            addresses = [gradient.data_ptr() for gradient in found]
-            for index, layer in enumerate(layers):
-                layer.weight_gradient, layer.bias_gradient = addresses[2 * index :][:2]
-                if index < len(norms) // 2:
-                    scale_and_shift = addresses[2 * (len(layers) + index) :][:2]
-                    layer.scale_gradient, layer.shift_gradient = scale_and_shift
-            gradients = [*found]
-            if has_start:
-                of_start = start_gradient[:, : layers[0].outputs]
+        for index, layer in enumerate(layers):
+            layer.weight_gradient, layer.bias_gradient = addresses[2 * index :][:2]
+            if index < len(norms) // 2:
+                scale_and_shift = addresses[2 * (len(layers) + index) :][:2]
+                layer.scale_gradient, layer.shift_gradient = scale_and_shift
         load_library().qvpo_fit_backward(
             *(layers, len(layers), x.shape[0], x.data_ptr(), out_gradient.data_ptr()),
-            *(start_gradient.data_ptr(), None if x_gradient is None else x_gradient.data_ptr()),
-            threads,
+            *(start_gradient.data_ptr(), threads),
         )
-        return x_gradient, of_start, None, *gradients
+        of_start = start_gradient[:, : layers[0].outputs] if has_start else None
+        return None, of_start, None, *gradients
 
 
 def _run(x: Tensor, start: Tensor | None, first_weight: Tensor, mlp: SplitMLP) -> Tensor:
-    """Returns `mlp` of x, whose parameters get gradients where x needs none."""
+    """Returns `mlp` of x, whose parameters get gradients, and x none."""
     first, *behind = mlp.linears()
     parameters = [first_weight, first.bias]
     for layer in behind:
@@ -116,8 +107,6 @@ def _run(x: Tensor, start: Tensor | None, first_weight: Tensor, mlp: SplitMLP) -
     norms = cast(list[nn.LayerNorm], list(mlp.norms))
     for norm in norms:
         parameters += [norm.weight, norm.bias]
-    if x.requires_grad:
-        parameters = [parameter.detach() for parameter in parameters]
     out: Tensor = _FittedMLP.apply(x, start, len(norms), *parameters)  # type: ignore[no-untyped-call]
     return out
 
@@ -182,13 +171,11 @@ class FittedNoisePredictor(NamedTuple):
         return _run(x, obs_part, weight, actor.mlp)
 
 
+@torch.no_grad()
 def critic_estimates(critic: TwinQ, obs: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns what `TwinQ.of_action` does; the gradient is the action's alone."""
-    with torch.no_grad():
-        twins = [(q, q.first(0, obs), q.first_weights()[1]) for q in (critic.q1, critic.q2)]
-    return lambda action: critic.stacked(
-        *(_run(action, first, weight, q) for q, first, weight in twins)
-    )
+    """Returns what `TwinQ.of_action` does, without gradient."""
+    estimates = FittedTwinQ(critic)
+    return lambda action: estimates(obs, action)
 
 
 def critic_objective(critic: TwinQ, *inputs: Tensor) -> tuple[Tensor, Tensor]:

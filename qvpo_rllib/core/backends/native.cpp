@@ -48,6 +48,8 @@ struct Network {
     const Layer *observation;  // the first layer's part that meets the observation, with its bias
     const Layer *action;       // its part that meets the action, without
     const Layer *layers;
+    // Of the action's part and of each of `layers`, the transposed weight: [out, in]. Or null.
+    const Layer *transposed;
 };
 
 namespace {
@@ -377,15 +379,18 @@ void product(const Layer &layer, int64_t rows, const float *x, int64_t x_stride,
 }
 
 // [in, out] with rows one after another -> the panels of `Layer::weight`, `out` padded with zeros.
-std::vector<float> pack_rows(const float *from, int64_t stride, int64_t in, int64_t out) {
-    std::vector<float> packed(in * padded(out));
-    float *panel = packed.data();
+void pack_rows(const float *from, int64_t stride, int64_t in, int64_t out, float *panel) {
     for (int64_t column = 0; column < out; column += COLUMNS * LANES) {
         const int64_t width = std::min<int64_t>(COLUMNS * LANES, padded(out) - column);
         const int64_t columns = std::min(width, out - column);
         for (int64_t i = 0; i < in; ++i, panel += width)
-            std::copy_n(from + i * stride + column, columns, panel);
+            std::fill(std::copy_n(from + i * stride + column, columns, panel), panel + width, 0.0f);
     }
+}
+
+std::vector<float> pack_rows(const float *from, int64_t stride, int64_t in, int64_t out) {
+    std::vector<float> packed(in * padded(out));
+    pack_rows(from, stride, in, out, packed.data());
     return packed;
 }
 
@@ -399,13 +404,113 @@ std::vector<float> transposed(const float *from, int64_t stride, int64_t rows, i
     return to;
 }
 
+// A network's forward pass for a block of rows, and the way back from its output to the action.
+struct Pass {
+    const Network &network;
+    int64_t width;
+    std::vector<float> one, other;
+    // Of each hidden layer, [hidden layers, BLOCK_ROWS, width]: the slopes of Mish and, where it has
+    // layer normalisation, the normalised sums; one over each row's deviation.
+    std::vector<float> slopes, normalized, factors;
+    explicit Pass(const Network &whole)
+        : network(whole),
+          width(std::max(widest(whole), whole.transposed->out)),
+          one(BLOCK_ROWS * width),
+          other(BLOCK_ROWS * width),
+          slopes(whole.num_layers * BLOCK_ROWS * width),
+          normalized(slopes.size()),
+          factors(whole.num_layers * BLOCK_ROWS) {}
+
+    const Layer &hidden(int64_t index) const {
+        return index ? network.layers[index - 1] : *network.action;
+    }
+
+    // first [rows, hidden units], what the observation adds to the first layer's sums
+    // -> the output, [rows, width].
+    float *forward(int64_t rows, const float *first, const float *actions, int64_t act_dim) {
+        const float *starts[BLOCK_ROWS];
+        for (int64_t r = 0; r < rows; ++r) starts[r] = first + r * network.action->out;
+        for (int64_t index = 0; index < network.num_layers; ++index) {
+            if (index)
+                apply<false>(hidden(index), rows, one.data(), width, nullptr, other.data(), width);
+            else
+                apply<false>(hidden(0), rows, actions, act_dim, starts, other.data(), width);
+            for (int64_t r = 0; r < rows; ++r) activate(index, r, other.data() + r * width);
+            one.swap(other);
+        }
+        apply<false>(hidden(network.num_layers), rows, one.data(), width, nullptr, other.data(),
+                     width);
+        return other.data();
+    }
+
+    void activate(int64_t index, int64_t r, float *row) {
+        const Layer &layer = hidden(index);
+        const int64_t at = index * BLOCK_ROWS + r;
+        if (layer.scale) {
+            factors[at] = normalize(row, layer.units);
+            std::copy_n(row, layer.out, normalized.data() + at * width);
+        }
+        for (int64_t j = 0; j < layer.out; j += LANES) {
+            Vector sum = load(row + j), slope;
+            if (layer.scale) sum = sum * load(layer.scale + j) + load(layer.shift + j);
+            store(row + j, mish_and_slope(sum, slope));
+            store(slopes.data() + at * width + j, slope);
+        }
+    }
+
+    // The gradient of the output [rows, width], which is overwritten -> that of the action.
+    const float *backward(int64_t rows, float *gradient) {
+        float *to = one.data();
+        for (int64_t index = network.num_layers; index > 0; --index) {
+            apply<false>(network.transposed[index], rows, gradient, width, nullptr, to, width);
+            const Layer &layer = hidden(index - 1);
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t at = (index - 1) * BLOCK_ROWS + r;
+                float *row = to + r * width;
+                for (int64_t j = 0; j < layer.out; j += LANES) {
+                    Vector slope = load(slopes.data() + at * width + j);
+                    if (layer.scale) slope = slope * load(layer.scale + j);
+                    store(row + j, load(row + j) * slope);
+                }
+                if (layer.scale)
+                    normalize_backward(row, normalized.data() + at * width, factors[at], layer.units);
+            }
+            std::swap(gradient, to);
+        }
+        apply<false>(network.transposed[0], rows, gradient, width, nullptr, to, width);
+        return to;
+    }
+};
+
+// A row's outputs of both twins [2][outputs] -> in their place the gradient of the mean of the `kept`
+// lowest. A NaN among them makes all of it NaN.
+void gradient_of_lowest(float *(&twins)[2], int64_t outputs, int64_t kept,
+                        std::vector<float> &pool) {
+    pool.resize(2 * outputs);
+    for (int twin = 0; twin < 2; ++twin)
+        std::copy_n(twins[twin], outputs, pool.data() + twin * outputs);
+    float share = 1.0f / kept;
+    for (float value : pool)
+        if (value != value) share = value;
+    if (share == share) std::nth_element(pool.begin(), pool.begin() + kept - 1, pool.end());
+    const float highest = pool[kept - 1];
+    // Of those that are equal to the highest kept one, the first count.
+    int64_t equal = kept - std::count_if(pool.begin(), pool.begin() + kept,
+                                         [&](float value) { return value < highest; });
+    for (float *values : twins)
+        for (int64_t i = 0; i < outputs; ++i) {
+            const bool counts = values[i] < highest || (values[i] == highest && equal-- > 0);
+            values[i] = counts || share != share ? share : 0.0f;
+        }
+}
+
 }  // namespace
 
 // A layer of a network that is fitted; all arrays are contiguous.
 struct FittedLayer {
     int64_t in, out;
     const float *weight, *bias;  // [out, in], [out]
-    // Written by the backward pass, or null: gradients of weight and bias.
+    // Written by the backward pass: gradients of weight and bias.
     float *weight_gradient, *bias_gradient;
     // Of a hidden layer, written by the forward pass for the other: Mish of the sum, and the slope
     // there. [rows, out padded to a multiple of LANES]
@@ -450,7 +555,13 @@ void qvpo_pack(const float *weight, int64_t stride, int64_t out, int64_t in, int
     }
 }
 
-// The same for bfloat16.hpp's layers.
+// The same for the transposed weight: [in, out] with row stride `stride`.
+void qvpo_pack_transposed(const float *weight, int64_t stride, int64_t in, int64_t out,
+                          float *packed) {
+    pack_rows(weight, stride, in, out, packed);
+}
+
+// The weight itself for bfloat16.hpp's layers.
 void qvpo_pack_pairs(const float *weight, int64_t stride, int64_t out, int64_t in,
                      int64_t padded_out, int64_t padded_in, uint16_t *packed) {
     const int64_t all_in = even(padded_in);
@@ -563,6 +674,38 @@ void qvpo_min_q(const Network *twins, int64_t outputs, int64_t kept, const float
     });
 }
 
+// The gradient of min_q for the action: TwinQ.q_gradient.
+//   firsts    [2, R, H]  what the observation adds to the twins' first sums, bias included
+//   actions   [R, A]
+//   gradient  [R, A], written
+void qvpo_q_gradient(const Network *twins, int64_t outputs, int64_t kept, const float *firsts,
+                     const float *actions, int64_t rows, int64_t act_dim, float *gradient,
+                     int64_t threads) {
+    const int64_t hidden = twins->action->out;
+    in_parallel(Block::count(rows), threads, [&](int64_t begin, int64_t end) {
+        Pass passes[] = {Pass(twins[0]), Pass(twins[1])};
+        const int64_t width = passes[0].width;
+        std::vector<float> pool;
+        for (int64_t index = begin; index < end; ++index) {
+            const Block block(index, rows, 1);
+            float *out[2], *to = gradient + block.row * act_dim;
+            for (int twin = 0; twin < 2; ++twin)
+                out[twin] = passes[twin].forward(block.rows,
+                                                 firsts + (twin * rows + block.row) * hidden,
+                                                 actions + block.row * act_dim, act_dim);
+            for (int64_t r = 0; r < block.rows; ++r) {
+                float *of_row[] = {out[0] + r * width, out[1] + r * width};
+                gradient_of_lowest(of_row, outputs, kept, pool);
+            }
+            const float *found[] = {passes[0].backward(block.rows, out[0]),
+                                    passes[1].backward(block.rows, out[1])};
+            for (int64_t r = 0; r < block.rows; ++r)
+                for (int64_t a = 0; a < act_dim; ++a)
+                    to[r * act_dim + a] = found[0][r * width + a] + found[1][r * width + a];
+        }
+    });
+}
+
 // SplitMLP.forward: x [rows, layers[0].in], and `start` [rows, layers[0].out padded], which is added
 // to the first layer's sums, or null -> out [rows, outputs].
 void qvpo_fit_forward(const FittedLayer *layers, int64_t num_layers, int64_t rows, const float *x,
@@ -604,32 +747,29 @@ void qvpo_fit_forward(const FittedLayer *layers, int64_t num_layers, int64_t row
         std::copy_n(sums.data() + r * padded(outputs), outputs, out + r * outputs);
 }
 
-// For the gradient of the output: those of the layers, where they have room for them, that of `start`
-// [rows, layers[0].out padded], and that of x [rows, layers[0].in] unless it is null.
+// For the gradient of the output: those of the layers, and that of `start` [rows, layers[0].out
+// padded].
 void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t rows, const float *x,
-                       const float *out_gradient, float *start_gradient, float *x_gradient,
-                       int64_t threads) {
+                       const float *out_gradient, float *start_gradient, int64_t threads) {
     std::vector<float> held, below;
     const float *gradient = out_gradient;  // of a layer's sums, [rows, stride]
     int64_t stride = layers[num_layers - 1].out;
     for (int64_t l = num_layers - 1; l >= 0; --l) {
         const FittedLayer &layer = layers[l];
         const int64_t width = padded(layer.in);
-        if (layer.weight_gradient) {
-            std::fill_n(layer.bias_gradient, layer.out, 0.0f);
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t j = 0; j < layer.out; ++j)
-                    layer.bias_gradient[j] += gradient[r * stride + j];
-            const float *inputs = l ? layers[l - 1].activation : x;
-            const auto panels = pack_rows(inputs, l ? width : layer.in, rows, layer.in);
-            const auto columns = transposed(gradient, stride, rows, layer.out);
-            below.resize(layer.out * width);
-            product({rows, width, panels.data(), nullptr}, layer.out, columns.data(), rows, nullptr,
-                    below.data(), threads);
+        std::fill_n(layer.bias_gradient, layer.out, 0.0f);
+        for (int64_t r = 0; r < rows; ++r)
             for (int64_t j = 0; j < layer.out; ++j)
-                std::copy_n(below.data() + j * width, layer.in, layer.weight_gradient + j * layer.in);
-        }
-        if (l == 0 && !x_gradient) break;
+                layer.bias_gradient[j] += gradient[r * stride + j];
+        const float *inputs = l ? layers[l - 1].activation : x;
+        const auto panels = pack_rows(inputs, l ? width : layer.in, rows, layer.in);
+        const auto columns = transposed(gradient, stride, rows, layer.out);
+        below.resize(layer.out * width);
+        product({rows, width, panels.data(), nullptr}, layer.out, columns.data(), rows, nullptr,
+                below.data(), threads);
+        for (int64_t j = 0; j < layer.out; ++j)
+            std::copy_n(below.data() + j * width, layer.in, layer.weight_gradient + j * layer.in);
+        if (l == 0) break;
         const auto weight = pack_rows(layer.weight, layer.in, layer.out, layer.in);
         float *to = start_gradient;
         if (l != 1) {
@@ -638,28 +778,20 @@ void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t ro
         }
         product({layer.out, width, weight.data(), nullptr}, rows, gradient, stride, nullptr, to,
                 threads);
-        if (l == 0) {
-            for (int64_t r = 0; r < rows; ++r)
-                std::copy_n(to + r * width, layer.in, x_gradient + r * layer.in);
-            break;
-        }
         const FittedLayer &before = layers[l - 1];
         for (int64_t i = 0; i < rows * width; i += LANES)
             store(to + i, load(to + i) * load(before.slope + i));
         if (before.scale) {
-            if (before.scale_gradient) {
-                std::fill_n(before.scale_gradient, before.out, 0.0f);
-                std::fill_n(before.shift_gradient, before.out, 0.0f);
-            }
+            std::fill_n(before.scale_gradient, before.out, 0.0f);
+            std::fill_n(before.shift_gradient, before.out, 0.0f);
             for (int64_t r = 0; r < rows; ++r) {
                 float *row = to + r * width;
                 const float *normalized = before.normalized + r * width;
-                if (before.scale_gradient)
-                    for (int64_t j = 0; j < before.out; ++j) {
-                        before.shift_gradient[j] += row[j];
-                        before.scale_gradient[j] += row[j] * normalized[j];
-                    }
-                for (int64_t j = 0; j < before.out; ++j) row[j] *= before.scale[j];
+                for (int64_t j = 0; j < before.out; ++j) {
+                    before.shift_gradient[j] += row[j];
+                    before.scale_gradient[j] += row[j] * normalized[j];
+                    row[j] *= before.scale[j];
+                }
                 normalize_backward(row, normalized, before.factor[r], before.out);
             }
         }

@@ -1,4 +1,4 @@
-"""Sampling and ranking on a CPU by `native.cpp`, a small library that is built once per machine.
+"""Sampling, ranking and Q's gradient on a CPU by `native.cpp`, a library built once per machine.
 
 The numbers equal those of `sampler.py` up to rounding (products of bfloat16 are added up in
 float32). A row's bits depend neither on the rows beside it nor on the number of threads.
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -50,6 +50,7 @@ class _Network(ctypes.Structure):
         ("observation", ctypes.POINTER(_Layer)),
         ("action", ctypes.POINTER(_Layer)),
         ("layers", ctypes.POINTER(_Layer)),
+        ("transposed", ctypes.POINTER(_Layer)),
     )
 
 
@@ -60,10 +61,17 @@ class PackedMLP:
         mlp: float32, on the CPU.
         obs_part, action_part: which parts of its input these are.
         narrow: keeps what meets the action and what is behind it in bfloat16.
+        both_ways: keeps the transposed weights too, for a gradient.
     """
 
     def __init__(
-        self, mlp: SplitMLP, obs_part: int, action_part: int, *, narrow: bool = False
+        self,
+        mlp: SplitMLP,
+        obs_part: int,
+        action_part: int,
+        *,
+        narrow: bool = False,
+        both_ways: bool = False,
     ) -> None:
         self._kept: list[object] = []  # the memory that the structures point to
         parts = mlp.first_weights()
@@ -82,9 +90,12 @@ class PackedMLP:
         self.hidden = int(observation.outputs)
         self.products_per_row = sum(x.inputs * x.outputs for x in (action, *layers))
         array = (_Layer * len(layers))(*layers)
-        self._kept += [observation, action, array]
+        back = [parts[action_part], *(x.weight for x in behind)] if both_ways else []
+        transposed = (_Layer * len(back))(*map(self._pack_transposed, back))
+        self._kept += [observation, action, array, transposed]
         self.network = _Network(
-            len(layers), ctypes.pointer(observation), ctypes.pointer(action), array
+            *(len(layers), ctypes.pointer(observation), ctypes.pointer(action), array),
+            transposed if both_ways else None,
         )
 
     def _pack(
@@ -105,6 +116,15 @@ class PackedMLP:
         if bias is None:
             return _Layer(inputs, outputs, packed.data_ptr(), None)
         return _Layer(inputs, outputs, packed.data_ptr(), self._padded(bias))
+
+    def _pack_transposed(self, weight: Tensor) -> _Layer:
+        rows, columns = weight.shape
+        packed = torch.empty(rows * padded(columns))
+        load_library().qvpo_pack_transposed(
+            weight.data_ptr(), weight.stride(0), rows, columns, packed.data_ptr()
+        )
+        self._kept.append(packed)
+        return _Layer(rows, padded(columns), packed.data_ptr())
 
     def _padded(self, values: Tensor) -> int:
         """Returns where the values are kept, zeros behind them."""
@@ -156,10 +176,14 @@ class PackedActor:
 
 
 class PackedCritic:
-    """`sampler.min_q` with the weights of the moment when it is made."""
+    """`sampler.min_q` with the weights of the moment when it is made.
 
-    def __init__(self, critic: TwinQ) -> None:
-        self._twins = [PackedMLP(critic.q1, 0, 1), PackedMLP(critic.q2, 0, 1)]
+    Args:
+        both_ways: what `gradient` needs.
+    """
+
+    def __init__(self, critic: TwinQ, *, both_ways: bool = False) -> None:
+        self._twins = [PackedMLP(q, 0, 1, both_ways=both_ways) for q in (critic.q1, critic.q2)]
         self._networks = (_Network * 2)(*(mlp.network for mlp in self._twins))
         self._outputs, self._num_kept = critic.outputs, critic.kept
 
@@ -182,6 +206,32 @@ class PackedCritic:
             num_threads(2 * num_states * num_samples * self._twins[0].products_per_row),
         )
         return q
+
+    def gradient(self, firsts: Tensor, actions: Tensor) -> Tensor:
+        """Returns the gradient of Q [R, A] at actions [R, A]; float32.
+
+        Args:
+            firsts: [2, R, H padded], the observation's part of the twins' first layers, with bias.
+        """
+        rows, act_dim = actions.shape
+        actions, gradient = actions.contiguous(), torch.empty(rows, act_dim)
+        load_library().qvpo_q_gradient(
+            *(self._networks, self._outputs, self._num_kept),
+            *(firsts.data_ptr(), actions.data_ptr(), rows, act_dim, gradient.data_ptr()),
+            num_threads(4 * rows * self._twins[0].products_per_row),
+        )
+        return gradient
+
+
+@torch.no_grad()
+def q_gradient(critic: TwinQ, obs: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns what `TwinQ.q_gradient` does, with the weights of the moment."""
+    width = critic.q1.linears()[1].in_features
+    firsts = torch.zeros(2, len(obs), padded(width))
+    for first, q in zip(firsts, (critic.q1, critic.q2), strict=True):
+        first[:, :width] = q.first(0, obs) + q.linears()[0].bias
+    packed = PackedCritic(critic, both_ways=True)
+    return lambda action: packed.gradient(firsts, action)
 
 
 def multiplies_bfloat16() -> bool:
@@ -224,6 +274,7 @@ COMPILERS = ("g++", "clang++", "c++")  # $CXX, if set, is taken instead
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
     "qvpo_pack": [_POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER],
+    "qvpo_pack_transposed": [_POINTER, _INT, _INT, _INT, _POINTER],
     "qvpo_pack_pairs": [_POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER],
     "qvpo_sample": [
         *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
@@ -233,8 +284,11 @@ _SIGNATURES = {
         *(_POINTER, _INT, _INT, _POINTER, _INT, _POINTER),
         *(_INT, _INT, _INT, _POINTER, _INT),
     ],
+    "qvpo_q_gradient": [
+        *(_POINTER, _INT, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER, _INT),
+    ],
     "qvpo_fit_forward": [_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT],
-    "qvpo_fit_backward": [_POINTER, _INT, _INT, *[_POINTER] * 4, _INT],
+    "qvpo_fit_backward": [_POINTER, _INT, _INT, *[_POINTER] * 3, _INT],
     "qvpo_quantile_loss": [_POINTER, _INT, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER],
 }
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.diffusion import NoiseSchedule, predict_x0
-from qvpo_rllib.core.networks import Estimates, NoisePredictor, TwinQ
+from qvpo_rllib.core.networks import NoisePredictor, OfAction, TwinQ
 from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 
-QFunction = Callable[[Tensor], Tensor]  # action [R, A] → Q [R], differentiable
+Gradient = Callable[[Tensor], Tensor]  # action [R, A] → the gradient of Q there [R, A]
 
 CLIMB_RATIO = 0.1  # of the authors' `--gradient`
 BETA_1, BETA_2, ADAM_EPS = 0.9, 0.999, 1e-5
@@ -23,18 +23,8 @@ BETA_1, BETA_2, ADAM_EPS = 0.9, 0.999, 1e-5
 ADVANTAGE_RATE, LEAST_SQUARE = 1e-3, 1e-12
 
 
-def q_function(critic: TwinQ, obs: Tensor, estimates_of: Estimates = TwinQ.of_action) -> QFunction:
-    """Returns Q(s, ·) of obs [R, O], such as the lower twin's.
-
-    Args:
-        estimates_of: does what `TwinQ.of_action` does.
-    """
-    estimates = estimates_of(critic, obs)
-    return lambda action: critic.value(estimates(action))
-
-
 def improved_actions(
-    q_of: QFunction, action: Tensor, steps: int, lr: float, max_norm: float
+    gradient_of: Gradient, action: Tensor, steps: int, lr: float, max_norm: float
 ) -> Tensor:
     """Returns actions [R, A] after `steps` steps of Adam on -Σ Q(s, a), clamped after each.
 
@@ -48,8 +38,7 @@ def improved_actions(
     action = action.clone()
     mean, square = torch.zeros_like(action), torch.zeros_like(action)
     for step in range(1, steps + 1):
-        leaf = action.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(-q_of(leaf).sum(), leaf)
+        gradient = -gradient_of(action)
         gradient = gradient * (max_norm / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1)
         mean.lerp_(gradient, 1 - BETA_1)
         square.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
@@ -61,7 +50,7 @@ def improved_actions(
 def guided_actions(
     actor: NoisePredictor,
     schedule: NoiseSchedule,
-    q_of: QFunction,
+    gradient_of: Gradient,
     obs: Tensor,
     noise: Tensor,
     steps: int,
@@ -93,8 +82,8 @@ def guided_actions(
             predicted = actor(leaf, step, obs_part)
             if t < steps:
                 constants = schedule.reverse_steps[t].to(x.dtype).unbind()
-                q = q_of(predict_x0(leaf, predicted, constants))
-                (gradient,) = torch.autograd.grad(q.sum(), leaf)
+                x0 = predict_x0(leaf, predicted, constants)
+                (gradient,) = torch.autograd.grad(x0, leaf, gradient_of(x0))
                 pull = scale * schedule.sqrt_one_minus_alphas_cumprod[t]
                 predicted = predicted.detach() - pull * gradient
         x = schedule.p_sample(x, t, predicted, noise[last + 1 - t] if t > 0 else None)
@@ -128,7 +117,7 @@ class Refinement:
         q: Tensor,
         chosen: Tensor,
         noise: Tensor,
-        estimates_of: Estimates = TwinQ.of_action,
+        q_gradient: OfAction = TwinQ.q_gradient,
     ) -> Tensor:
         """Returns the moved actions, [B, k, A].
 
@@ -141,17 +130,17 @@ class Refinement:
         """
         k = chosen.shape[1]
         rows = obs.repeat_interleave(k, dim=0)
-        q_of = q_function(nets.critic, rows, estimates_of)
+        gradient_of = q_gradient(nets.critic, rows)
         if hp.target_refinement == "gradient":
             limit = CLIMB_RATIO * nets.act_dim
             actions = chosen.flatten(0, 1)
-            moved = improved_actions(q_of, actions, hp.gradient_steps, hp.gradient_lr, limit)
+            moved = improved_actions(gradient_of, actions, hp.gradient_steps, hp.gradient_lr, limit)
         else:
             index = losses.top(q, k)[1][None, ..., None]
             own = noise.gather(2, index.expand(len(noise), -1, -1, nets.act_dim)).flatten(1, 2)
             scale = hp.guidance_scale * self._advantage(q).rsqrt()
             moved = guided_actions(
-                nets.actor, nets.schedule, q_of, rows, own, hp.guidance_steps, scale
+                nets.actor, nets.schedule, gradient_of, rows, own, hp.guidance_steps, scale
             )
         return moved.view_as(chosen)
 

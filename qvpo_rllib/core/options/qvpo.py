@@ -60,7 +60,7 @@ class QVPOHyperparameters(DiffusionHyperparameters):
         # (tune_configs/results).
         "light": {
             "k_behavior": 1,
-            "k_target": 2,
+            "k_target": 1,
             "num_policy_samples": 4,
             "target_refinement": "gradient",
             "gradient_steps": 2,
@@ -76,6 +76,7 @@ class QVPOHyperparameters(DiffusionHyperparameters):
             "batch_size": 128,
             "replay_capacity": 200_000,
             "warmup_steps": 5_000,
+            "critic": "quantile",
             "critic_layer_norm": True,
             "normalize_observations": True,
             # In float32 where the processor is faster so.
