@@ -8,6 +8,7 @@ from test_core_native import networks
 
 from qvpo_rllib.core import losses
 from qvpo_rllib.core.backends import fit, native
+from qvpo_rllib.core.backends.native import PackedCritic
 
 STATES, CHOSEN, UNIFORM = 37, 2, 3
 
@@ -83,7 +84,7 @@ def test_the_gradient_of_q_for_an_action_is_the_eager_one(shape, norm):
     expected = critic.q_gradient(obs)(action)
     scale = float(expected.abs().max())
     assert scale > 0
-    gradient = native.q_gradient(critic, obs)(action)
+    gradient = PackedCritic(critic, both_ways=True).q_gradient(obs)(action)
     torch.testing.assert_close(gradient, expected, atol=1e-5 * scale, rtol=0)
     with torch.no_grad():
         estimates = fit.critic_estimates(critic, obs)(action)
@@ -96,7 +97,7 @@ def test_the_gradient_of_q_is_the_same_bits_on_any_number_of_threads(monkeypatch
     found = []
     for count in (1, 2, 3):
         monkeypatch.setattr(native, "num_threads", lambda products, count=count: count)
-        found.append(native.q_gradient(nets.critic, obs)(action))
+        found.append(PackedCritic(nets.critic, both_ways=True).q_gradient(obs)(action))
     assert all(torch.equal(gradient, found[0]) for gradient in found[1:])
 
 
@@ -104,7 +105,7 @@ def test_one_nan_makes_the_gradient_of_q_nan_and_no_other_rows():
     nets = networks(critic="quantile")
     obs, action = torch.randn(5, 11), torch.rand(5, 3)
     obs[2, 0] = math.nan
-    gradient = native.q_gradient(nets.critic, obs)(action)
+    gradient = PackedCritic(nets.critic, both_ways=True).q_gradient(obs)(action)
     assert gradient.isnan().all(dim=1).tolist() == [False, False, True, False, False]
     assert gradient[[0, 1, 3, 4]].isfinite().all()
 

@@ -253,7 +253,7 @@ def test_refined_actions_have_a_higher_q_and_stay_in_the_box(kind):
     samples = sample_actions(nets.actor, nets.schedule, obs, noise)
     q = min_q(nets.critic, obs, samples)
     chosen_q, chosen = losses.best_of(q, samples, 2)
-    moved = learner.refinement.moved(nets, hp, obs, q, chosen, noise)
+    moved = learner.refinement.moved(nets, hp, obs, q, chosen, noise, nets.critic)
     assert moved.abs().max() <= 1
     assert not moved.requires_grad
     gain = min_q(nets.critic, obs, moved) - chosen_q
@@ -276,7 +276,7 @@ def test_guidance_does_not_know_the_scale_of_q():
         samples = sample_actions(nets.actor, nets.schedule, obs, noise)
         q = min_q(nets.critic, obs, samples)
         _, chosen = losses.best_of(q, samples)
-        found.append(learner.refinement.moved(nets, learner.hp, obs, q, chosen, noise))
+        found.append(learner.refinement.moved(nets, learner.hp, obs, q, chosen, noise, nets.critic))
         assert (found[-1] - chosen).abs().max() > 1e-3
     torch.testing.assert_close(*found)
 

@@ -139,7 +139,7 @@ class DIPOLearner(OffPolicyLearner[QVPONetworks, DIPOHyperparameters, UpdateNois
         assert hp.target_actor_interval is not None
         limit = hp.action_clip_ratio * nets.act_dim
         improved = improved_actions(
-            self.kernels.q_gradient(nets.critic, obs),
+            self.kernels.frozen(nets.critic).q_gradient(obs),
             *(action, hp.action_steps, hp.action_lr, limit),
         )
         loss = self.kernels.denoising_objective(

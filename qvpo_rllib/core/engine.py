@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from qvpo_rllib.core import losses, sampler
 from qvpo_rllib.core.backends import fit
-from qvpo_rllib.core.backends.native import load_library, q_gradient
+from qvpo_rllib.core.backends.native import PackedCritic, load_library
 from qvpo_rllib.core.kernels import mish
 from qvpo_rllib.core.networks import OfAction, TwinQ
 
@@ -48,7 +48,8 @@ class Kernels(NamedTuple):
     actor_objective: Callable[..., tuple[Tensor, Tensor, Tensor]]
     denoising_objective: Callable[..., Tensor] = losses.denoising_objective
     critic_estimates: OfAction = TwinQ.of_action  # without gradient
-    q_gradient: OfAction = TwinQ.q_gradient
+    # What ranks and has Q's gradient, until the critic's weights change.
+    frozen: Callable[[TwinQ], TwinQ | PackedCritic] = lambda critic: critic
 
 
 EAGER = Kernels(sampler.EAGER, losses.critic_objective, losses.actor_objective)
@@ -92,7 +93,7 @@ def kernels_of(engine: str, device: torch.device) -> Kernels:
             fit.actor_objective,
             fit.denoising_objective,
             fit.critic_estimates,
-            q_gradient,
+            functools.partial(PackedCritic, both_ways=True),
         )
     if engine == "compiled" or (engine == "cuda_graph" and _compiling_works(device.type, "eager")):
         kernels = _compiled()
@@ -100,7 +101,9 @@ def kernels_of(engine: str, device: torch.device) -> Kernels:
             return kernels
         native = kernels.sampler._replace(native=True)
         return kernels._replace(
-            sampler=native, critic_estimates=fit.critic_estimates, q_gradient=q_gradient
+            sampler=native,
+            critic_estimates=fit.critic_estimates,
+            frozen=functools.partial(PackedCritic, both_ways=True),
         )
     return EAGER
 

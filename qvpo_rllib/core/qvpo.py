@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qvpo_rllib.core import losses
+from qvpo_rllib.core.backends.native import PackedCritic
 from qvpo_rllib.core.diffusion import NoiseSchedule
 from qvpo_rllib.core.engine import SecondStream, matmul_precision
 from qvpo_rllib.core.extensions.entropy import TargetEntropy
@@ -262,7 +263,10 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             self._beside.join()
         found = self.policy_metrics
         if samples is not None:
-            found = self.improve_policy(obs, samples, self._rank(obs, samples), noise)
+            moves = hp.target_refinement != "none"
+            critic = self.kernels.frozen(nets.critic) if moves else nets.critic
+            q = self._rank(critic, obs, samples)
+            found = self.improve_policy(obs, samples, q, noise, critic)
             if hp.policy_interval > 1:
                 kept = self.policy_metrics
                 torch._foreach_copy_([*kept.values()], [found[name] for name in kept])
@@ -305,16 +309,21 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             chain.actor, self.networks.schedule, self.hp, batch.next_obs, action, noise.entropy
         )
 
-    def _rank(self, obs: Tensor, samples: Tensor) -> Tensor:
+    def _rank(self, critic: TwinQ | PackedCritic, obs: Tensor, samples: Tensor) -> Tensor:
         """Returns the samples' Q in the ranking precision: [B, O], [B, N_d, A] → [B, N_d]."""
-        critic = self.networks.critic
         if self.fused is not None and self.fused.ranks:
+            assert isinstance(critic, TwinQ)
             return self.fused.min_q(critic, obs, samples)
         with matmul_precision(self.hp.ranking_precision, self.device):
             return min_q(critic, obs, samples, self.kernels.sampler)
 
     def improve_policy(
-        self, obs: Tensor, samples: Tensor, q: Tensor, noise: UpdateNoise | ImprovementNoise
+        self,
+        obs: Tensor,
+        samples: Tensor,
+        q: Tensor,
+        noise: UpdateNoise | ImprovementNoise,
+        critic: TwinQ | PackedCritic | None = None,
     ) -> dict[str, Tensor]:
         """Takes one step of the actor on Eq. 6 plus Eq. 10.
 
@@ -324,6 +333,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             q: [B, N], their Q.
             noise: that of a whole update where `target_refinement` is on: guidance takes the
                 samples' own.
+            critic: what moves the best samples and ranks them anew, there.
 
         Returns:
             Detached scalar tensors, as `update` does.
@@ -336,10 +346,9 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         advantage, extra = (chosen_q[:, 0] - value).mean(), {}
         if hp.target_refinement != "none":
             assert isinstance(noise, UpdateNoise)
-            chosen = self.refinement.moved(
-                nets, hp, obs, q, chosen, noise.policy, self.kernels.q_gradient
-            )
-            moved_q = self._rank(obs, chosen)
+            assert critic is not None
+            chosen = self.refinement.moved(nets, hp, obs, q, chosen, noise.policy, critic)
+            moved_q = self._rank(critic, obs, chosen)
             extra["refinement_gain"] = (moved_q - chosen_q).mean()
             chosen_q = moved_q
         if hp.q_weights == "softmax":

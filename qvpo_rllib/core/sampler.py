@@ -196,11 +196,15 @@ def sample_actions(
 
 
 @torch.no_grad()
-def min_q(critic: TwinQ, obs: Tensor, actions: Tensor, kernels: SamplerKernels = EAGER) -> Tensor:
+def min_q(
+    critic: TwinQ | PackedCritic, obs: Tensor, actions: Tensor, kernels: SamplerKernels = EAGER
+) -> Tensor:
     """Returns the twins' minimum for N actions per state: [B, O], [B, N, A] → [B, N].
 
     Of quantile critics it is their Q, the mean of the kept quantiles.
     """
+    if isinstance(critic, PackedCritic):
+        return critic.min_q(obs, actions)
     if kernels.native:
         return PackedCritic(critic).min_q(obs, actions)
     num_states, num_samples, act_dim = actions.shape

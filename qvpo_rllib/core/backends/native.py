@@ -176,13 +176,14 @@ class PackedActor:
 
 
 class PackedCritic:
-    """`sampler.min_q` with the weights of the moment when it is made.
+    """`sampler.min_q` and `TwinQ.q_gradient` with the weights of the moment when it is made.
 
     Args:
-        both_ways: what `gradient` needs.
+        both_ways: what `q_gradient` needs.
     """
 
     def __init__(self, critic: TwinQ, *, both_ways: bool = False) -> None:
+        self._critic = critic
         self._twins = [PackedMLP(q, 0, 1, both_ways=both_ways) for q in (critic.q1, critic.q2)]
         self._networks = (_Network * 2)(*(mlp.network for mlp in self._twins))
         self._outputs, self._num_kept = critic.outputs, critic.kept
@@ -207,31 +208,24 @@ class PackedCritic:
         )
         return q
 
-    def gradient(self, firsts: Tensor, actions: Tensor) -> Tensor:
-        """Returns the gradient of Q [R, A] at actions [R, A]; float32.
+    @torch.no_grad()
+    def q_gradient(self, obs: Tensor) -> Callable[[Tensor], Tensor]:
+        """Returns what `TwinQ.q_gradient` does."""
+        width = self._critic.q1.linears()[1].in_features
+        firsts = torch.zeros(2, len(obs), padded(width))
+        for first, q in zip(firsts, (self._critic.q1, self._critic.q2), strict=True):
+            first[:, :width] = q.first(0, obs) + q.linears()[0].bias
 
-        Args:
-            firsts: [2, R, H padded], the observation's part of the twins' first layers, with bias.
-        """
-        rows, act_dim = actions.shape
-        actions, gradient = actions.contiguous(), torch.empty(rows, act_dim)
-        load_library().qvpo_q_gradient(
-            *(self._networks, self._outputs, self._num_kept),
-            *(firsts.data_ptr(), actions.data_ptr(), rows, act_dim, gradient.data_ptr()),
-            num_threads(4 * rows * self._twins[0].products_per_row),
-        )
+        def gradient(action: Tensor) -> Tensor:
+            action, found = action.contiguous(), torch.empty_like(action)
+            load_library().qvpo_q_gradient(
+                *(self._networks, self._outputs, self._num_kept),
+                *(firsts.data_ptr(), action.data_ptr(), *action.shape, found.data_ptr()),
+                num_threads(4 * len(action) * self._twins[0].products_per_row),
+            )
+            return found
+
         return gradient
-
-
-@torch.no_grad()
-def q_gradient(critic: TwinQ, obs: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns what `TwinQ.q_gradient` does, with the weights of the moment."""
-    width = critic.q1.linears()[1].in_features
-    firsts = torch.zeros(2, len(obs), padded(width))
-    for first, q in zip(firsts, (critic.q1, critic.q2), strict=True):
-        first[:, :width] = q.first(0, obs) + q.linears()[0].bias
-    packed = PackedCritic(critic, both_ways=True)
-    return lambda action: packed.gradient(firsts, action)
 
 
 def multiplies_bfloat16() -> bool:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qvpo_rllib.core import losses
+from qvpo_rllib.core.backends.native import PackedCritic
 from qvpo_rllib.core.diffusion import NoiseSchedule, predict_x0
-from qvpo_rllib.core.networks import NoisePredictor, OfAction, TwinQ
+from qvpo_rllib.core.networks import NoisePredictor, TwinQ
 from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
 
 Gradient = Callable[[Tensor], Tensor]  # action [R, A] → the gradient of Q there [R, A]
@@ -95,7 +96,6 @@ class Networks(Protocol):
 
     act_dim: int
     actor: NoisePredictor
-    critic: TwinQ
     schedule: NoiseSchedule
 
 
@@ -117,7 +117,7 @@ class Refinement:
         q: Tensor,
         chosen: Tensor,
         noise: Tensor,
-        q_gradient: OfAction = TwinQ.q_gradient,
+        critic: TwinQ | PackedCritic,
     ) -> Tensor:
         """Returns the moved actions, [B, k, A].
 
@@ -130,7 +130,7 @@ class Refinement:
         """
         k = chosen.shape[1]
         rows = obs.repeat_interleave(k, dim=0)
-        gradient_of = q_gradient(nets.critic, rows)
+        gradient_of = critic.q_gradient(rows)
         if hp.target_refinement == "gradient":
             limit = CLIMB_RATIO * nets.act_dim
             actions = chosen.flatten(0, 1)
