@@ -54,7 +54,7 @@ def _row(
 ) -> Row:
     import torch
 
-    from qvpo_rllib.bench.straightforward import Straightforward
+    from qvpo_rllib.bench.straightforward import Straightforward, as_followed
     from qvpo_rllib.bench.timing import compare
     from qvpo_rllib.core.backends.acting_copy import ActingCopy
     from qvpo_rllib.core.engine import CPU, acting_engine, kernels_of
@@ -64,7 +64,10 @@ def _row(
     device = torch.device(device_name)
     torch.manual_seed(0)
     networks = QVPONetworks(task.obs_dim, task.act_dim, hp).to(device)
-    straightforward = Straightforward(networks, hp)
+    plain = as_followed(hp)
+    straightforward = Straightforward(
+        QVPONetworks(task.obs_dim, task.act_dim, plain).to(device), plain
+    )
     engine = acting_engine(hp.engine)
     kernels = kernels_of(engine, CPU).sampler
     acting = copy.deepcopy(networks).to(CPU)
@@ -82,8 +85,8 @@ def _row(
         return selector.act(obs, noise(CPU))
 
     def act_straightforwardly() -> object:
-        plain, here = straightforward, obs.to(device)
-        return plain.select(plain.actor, plain.critic, here, noise(device)).cpu()
+        actor, critic = straightforward.actor, straightforward.critic
+        return straightforward.select(actor, critic, obs.to(device), noise(device)).cpu()
 
     compared = compare(
         "act",
