@@ -87,25 +87,27 @@ def resolve_engine(engine: str, device: torch.device) -> str:
 def kernels_of(engine: str, device: torch.device) -> Kernels:
     """Returns a resolved engine's functions; a CUDA graph captures the compiled ones if it can."""
     if engine == "native":
-        return Kernels(
-            EAGER.sampler._replace(native=True),
-            fit.critic_objective,
-            fit.actor_objective,
-            fit.denoising_objective,
-            fit.critic_estimates,
-            functools.partial(PackedCritic, both_ways=True),
+        return _by_the_library(
+            Kernels(
+                EAGER.sampler,
+                fit.critic_objective,
+                fit.actor_objective,
+                fit.denoising_objective,
+            )
         )
     if engine == "compiled" or (engine == "cuda_graph" and _compiling_works(device.type, "eager")):
         kernels = _compiled()
-        if device.type != "cpu":
-            return kernels
-        native = kernels.sampler._replace(native=True)
-        return kernels._replace(
-            sampler=native,
-            critic_estimates=fit.critic_estimates,
-            frozen=functools.partial(PackedCritic, both_ways=True),
-        )
+        return kernels if device.type != "cpu" else _by_the_library(kernels)
     return EAGER
+
+
+def _by_the_library(kernels: Kernels) -> Kernels:
+    """Returns `kernels` with all but the objectives by the native library."""
+    return kernels._replace(
+        sampler=kernels.sampler._replace(native=True),
+        critic_estimates=fit.critic_estimates,
+        frozen=functools.partial(PackedCritic, both_ways=True),
+    )
 
 
 def acting_engine(engine: str) -> str:

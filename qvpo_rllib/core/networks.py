@@ -198,7 +198,7 @@ class TwinQ(nn.Module):
     def target(
         self, next_obs: Tensor, actions: Tensor, rank: Callable[[], Tensor], estimates_of: OfAction
     ) -> tuple[Tensor, Tensor]:
-        """Returns what the TD target takes of the next states, and the best actions [B, A].
+        """Returns the next states' value for the TD target, and the action that has it.
 
         Args:
             next_obs, actions: [B, O] and K_t actions of each state [B, K_t, A].
@@ -206,7 +206,7 @@ class TwinQ(nn.Module):
             estimates_of: does what `of_action` does.
 
         Returns:
-            The best action's Q, [B].
+            The best action's Q, [B], and that action, [B, A].
         """
         q, action = losses.best_of(rank(), actions)
         return q[:, 0], action[:, 0]
@@ -253,7 +253,7 @@ class QuantileTwinQ(TwinQ):
     def target(
         self, next_obs: Tensor, actions: Tensor, rank: Callable[[], Tensor], estimates_of: OfAction
     ) -> tuple[Tensor, Tensor]:
-        """As `TwinQ.target`, but returns the best action's kept quantiles, [2(n - d), B]."""
+        """As `TwinQ.target`, but with the best action's kept quantiles, [2(n - d), B]."""
         single = actions.shape[1] == 1
         action = (actions if single else losses.best_of(rank(), actions)[1])[:, 0]
         estimates = estimates_of(self, next_obs)(action)

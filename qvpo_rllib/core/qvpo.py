@@ -263,8 +263,8 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             self._beside.join()
         found = self.policy_metrics
         if samples is not None:
-            moves = hp.target_refinement != "none"
-            critic = self.kernels.frozen(nets.critic) if moves else nets.critic
+            plain = hp.target_refinement == "none"
+            critic = nets.critic if plain else self.kernels.frozen(nets.critic)
             q = self._rank(critic, obs, samples)
             found = self.improve_policy(obs, samples, q, noise, critic)
             if hp.policy_interval > 1:
@@ -333,7 +333,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             q: [B, N], their Q.
             noise: that of a whole update where `target_refinement` is on: guidance takes the
                 samples' own.
-            critic: what moves the best samples and ranks them anew, there.
+            critic: moves the best samples, and ranks them anew, where `target_refinement` is on.
 
         Returns:
             Detached scalar tensors, as `update` does.

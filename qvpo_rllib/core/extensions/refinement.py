@@ -127,6 +127,7 @@ class Refinement:
         Args:
             obs, q, noise: [B, O], [B, N_d], [T, B, N_d, A]: of all samples.
             chosen: [B, k, A], those of the highest q.
+            critic: whose Q is to rise.
         """
         k = chosen.shape[1]
         rows = obs.repeat_interleave(k, dim=0)
