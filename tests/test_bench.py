@@ -151,7 +151,7 @@ def test_learner_with_an_option_beside_the_same_without():
     "changes",
     [
         ("n_step=3",),
-        ("q_weights=softmax", "kl_target=1.0", "target_refinement=none"),
+        ("q_weights=softmax", "kl_target=0.5", "target_refinement=none"),
         ("num_chosen_samples=2",),
         ("entropy_weight=auto",),
     ],
