@@ -7,8 +7,9 @@ import pytest
 import reference
 import torch
 
+from qvpo_rllib.core.losses import nearest_sample_distance
 from qvpo_rllib.core.options.qvpo import QVPOHyperparameters
-from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks, UpdateNoise, nearest_sample_distance
+from qvpo_rllib.core.qvpo import QVPOLearner, QVPONetworks, UpdateNoise
 from qvpo_rllib.core.replay import Transitions
 
 OBS, ACT, BATCH, UPDATES = 3, 2, 4, 3

@@ -150,6 +150,20 @@ def entropy_weights(weights: Tensor, entropy_weight: Tensor | float, num_chosen:
     return entropy_weight * weights.sum(dim=1) / num_chosen
 
 
+def nearest_sample_distance(samples: Tensor) -> Tensor:
+    """Returns a sample's mean Euclidean distance to the nearest other one of its state.
+
+    [B, N, A] → []. It is near 0 where the samples of a state have collapsed into clusters, and 0
+    for N = 1.
+    """
+    num_samples = samples.shape[1]
+    if num_samples == 1:
+        return samples.new_zeros(())
+    squared = (samples[:, :, None] - samples[:, None]).square().sum(-1)  # [B, N, N]
+    to_itself = torch.eye(num_samples, dtype=torch.bool, device=samples.device)
+    return squared.masked_fill(to_itself, math.inf).amin(-1).sqrt().mean()
+
+
 def denoising_error(predicted: Tensor, noise: Tensor) -> Tensor:
     """Returns ‖ε - ε_θ‖² of Eq. 5 per row: [R, A], [R, A] → [R].
 

@@ -387,7 +387,7 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
             "q_weight_mean": weights.mean(),
             "q_weight_zero_share": (weights <= 0).float().mean(),
             "sample_std": samples.std(dim=1, correction=0).mean(),
-            "nearest_sample_distance": nearest_sample_distance(samples[:DISTANCE_STATES]),
+            "nearest_sample_distance": losses.nearest_sample_distance(samples[:DISTANCE_STATES]),
         }
         if hp.q_weights == "softmax":
             extra["q_weight_kl"] = losses.soft_weight_kl(weights)
@@ -436,17 +436,3 @@ class QVPOLearner(OffPolicyLearner[QVPONetworks, QVPOHyperparameters, UpdateNois
         for name in kept.keys() & self.policy_metrics.keys():
             self.policy_metrics[name].copy_(kept[name])
         super().load_state_dict(state)
-
-
-def nearest_sample_distance(samples: Tensor) -> Tensor:
-    """Returns a sample's mean Euclidean distance to the nearest other one of its state.
-
-    [B, N, A] → []. It is near 0 where the samples of a state have collapsed into clusters, and 0
-    for N = 1.
-    """
-    num_samples = samples.shape[1]
-    if num_samples == 1:
-        return samples.new_zeros(())
-    squared = (samples[:, :, None] - samples[:, None]).square().sum(-1)  # [B, N, N]
-    to_itself = torch.eye(num_samples, dtype=torch.bool, device=samples.device)
-    return squared.masked_fill(to_itself, math.inf).amin(-1).sqrt().mean()
