@@ -403,8 +403,16 @@ def trained(device, updates, **options):
     return result
 
 
+BEYOND_THE_PAPER = [
+    QUANTILES,
+    QUANTILES | {"target_refinement": "gradient", "gradient_steps": 2, "gradient_lr": 0.1},
+    {"target_refinement": "guidance"},
+    QUANTILES | {"q_weights": "softmax", "entropy_weight": "auto", "entropy_in_target": "auto"},
+]
+
+
 @gpu
-@pytest.mark.parametrize("options", [{}, QUANTILES, {"policy_interval": 3}])
+@pytest.mark.parametrize("options", [{}, {"policy_interval": 3}, *BEYOND_THE_PAPER])
 def test_a_cuda_graph_gives_the_updates_of_the_eager_engine(options):
     """Same seeds: the graph goes on in the generators' streams as eager updates do."""
     graph = trained("cuda", 30, engine="cuda_graph", **options)
@@ -418,7 +426,7 @@ def test_a_cuda_graph_gives_the_updates_of_the_eager_engine(options):
 
 
 @gpu
-@pytest.mark.parametrize("options", [{}, QUANTILES])
+@pytest.mark.parametrize("options", [{}, *BEYOND_THE_PAPER])
 @pytest.mark.parametrize("name", ["eager", "compiled"])
 def test_updates_on_a_gpu_equal_those_on_the_cpu(name, options):
     on_cpu, on_gpu = learner(**options), learner("cuda", engine=name, **options)

@@ -9,6 +9,7 @@
 // whatever rows are beside it, so that neither the batch nor the number of threads changes a bit.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -25,7 +26,9 @@ constexpr int LANES = 4, COLUMNS = 4;
 constexpr int LANES = 8, COLUMNS = 2;
 #endif
 constexpr int ROWS = 6;
-// Rows that go through the networks together; a multiple of ROWS.
+// Columns of a panel of the weights.
+constexpr int PANEL = COLUMNS * LANES;
+// Rows that go through the networks together, at most; a multiple of ROWS.
 constexpr int BLOCK_ROWS = 96;
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
@@ -271,13 +274,11 @@ int64_t widest(const Network &network) {
 // Rows (samples of states) that go through the networks together, and the states that they are of.
 struct Block {
     int64_t row, rows, state, states;
-    Block(int64_t index, int64_t all_rows, int64_t samples) {
-        row = index * BLOCK_ROWS;
-        rows = std::min<int64_t>(BLOCK_ROWS, all_rows - row);
-        state = row / samples;
-        states = (row + rows - 1) / samples - state + 1;
-    }
-    static int64_t count(int64_t all_rows) { return (all_rows + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+    Block(int64_t first, int64_t number, int64_t samples)
+        : row(first),
+          rows(number),
+          state(first / samples),
+          states((first + number - 1) / samples - state + 1) {}
 };
 
 // One thread's working memory.
@@ -352,56 +353,136 @@ float mean_of_lowest(float *values, int64_t count, int64_t kept) {
 // To [-1, 1]; a NaN stays one.
 float clipped(float x) { return x > 1.0f ? 1.0f : x < -1.0f ? -1.0f : x; }
 
-// Work on [0, count) in contiguous parts, one per thread.
+// Working memory, which the calling thread keeps for its next call: fresh pages of the system would
+// cost about as much as the arithmetic. Not cleared.
+class Memory {
+    float *next;
+
+   public:
+    explicit Memory(int64_t numbers) {
+        thread_local std::vector<float> kept;
+        if (int64_t(kept.size()) < numbers) kept = std::vector<float>(numbers);
+        next = kept.data();
+    }
+
+    float *take(int64_t numbers) {
+        next += numbers;
+        return next - numbers;
+    }
+};
+
+struct Range {
+    int64_t begin, end;
+};
+
+// Where threads wait for one another. They spin at first: to be woken takes longer than most waits.
+class Barrier {
+    const int64_t count;
+    std::atomic<int64_t> missing, round{0};
+
+   public:
+    explicit Barrier(int64_t threads) : count(threads), missing(threads) {}
+
+    void wait() {
+        const int64_t now = round;
+        if (--missing == 0) {
+            missing = count;
+            ++round;
+        }
+        for (int spins = 0; round == now; ++spins)
+            if (spins > 1000) std::this_thread::yield();
+    }
+};
+
+// One of the threads that do a piece of work together.
+struct Member {
+    int64_t index, count;
+    Barrier &barrier;
+
+    // Its part of [0, total), which begins at a multiple of `unit`.
+    Range part(int64_t total, int64_t unit = 1) const {
+        const int64_t units = (total + unit - 1) / unit;
+        return {std::min(total, units * index / count * unit),
+                std::min(total, units * (index + 1) / count * unit)};
+    }
+
+    // Its part of the rows, in blocks.
+    template <typename Work>
+    void blocks(int64_t all_rows, int64_t samples, Work work) const {
+        const Range rows = part(all_rows, ROWS);
+        for (int64_t row = rows.begin; row < rows.end; row += BLOCK_ROWS)
+            work(Block(row, std::min<int64_t>(BLOCK_ROWS, rows.end - row), samples));
+    }
+
+    // For all others to come here.
+    void wait() const { barrier.wait(); }
+};
+
+// Every member does `work`.
 template <typename Work>
-void in_parallel(int64_t count, int64_t threads, Work work) {
-    threads = std::max<int64_t>(1, std::min(threads, count));
+void in_parallel(int64_t threads, Work work) {
+    Barrier barrier(threads);
     std::vector<std::thread> others;
     for (int64_t i = 1; i < threads; ++i)
-        others.emplace_back(work, count * i / threads, count * (i + 1) / threads);
-    work(0, count / threads);
+        others.emplace_back([&, i] { work(Member{i, threads, barrier}); });
+    work(Member{0, threads, barrier});
     for (auto &thread : others) thread.join();
-}
-
-// out = start + bias + x W for many rows, by several threads.
-void product(const Layer &layer, int64_t rows, const float *x, int64_t x_stride,
-             const float *start, float *out, int64_t threads) {
-    in_parallel(Block::count(rows), threads, [&](int64_t begin, int64_t end) {
-        const float *starts[BLOCK_ROWS];
-        for (int64_t index = begin; index < end; ++index) {
-            const Block block(index, rows, 1);
-            for (int64_t r = 0; start && r < block.rows; ++r)
-                starts[r] = start + (block.row + r) * layer.out;
-            apply<false>(layer, block.rows, x + block.row * x_stride, x_stride,
-                         start ? starts : nullptr, out + block.row * layer.out, layer.out);
-        }
-    });
 }
 
 // [in, out] with rows one after another -> the panels of `Layer::weight`, `out` padded with zeros.
 void pack_rows(const float *from, int64_t stride, int64_t in, int64_t out, float *panel) {
-    for (int64_t column = 0; column < out; column += COLUMNS * LANES) {
-        const int64_t width = std::min<int64_t>(COLUMNS * LANES, padded(out) - column);
+    for (int64_t column = 0; column < out; column += PANEL) {
+        const int64_t width = std::min<int64_t>(PANEL, padded(out) - column);
         const int64_t columns = std::min(width, out - column);
         for (int64_t i = 0; i < in; ++i, panel += width)
             std::fill(std::copy_n(from + i * stride + column, columns, panel), panel + width, 0.0f);
     }
 }
 
-std::vector<float> pack_rows(const float *from, int64_t stride, int64_t in, int64_t out) {
-    std::vector<float> packed(in * padded(out));
-    pack_rows(from, stride, in, out, packed.data());
-    return packed;
+// [out, in] with row stride `stride` -> the panels of `Layer::weight`, with zeros up to
+// [padded_out, padded_in], which are Layer::out and Layer::in.
+void pack_weight(const float *weight, int64_t stride, int64_t out, int64_t in, int64_t padded_out,
+                 int64_t padded_in, float *packed) {
+    std::fill(packed, packed + padded_out * padded_in, 0.0f);
+    for (int64_t column = 0; column < padded_out;) {
+        const int64_t width = std::min<int64_t>(PANEL, padded_out - column);
+        float *panel = packed + column * padded_in;
+        const int64_t columns = std::min(width, out - column);
+        // A few inputs at a time, lest every number read be on a cache line of its own.
+        for (int64_t begin = 0; begin < in; begin += 16)
+            for (int64_t j = 0; j < columns; ++j) {
+                const float *row = weight + (column + j) * stride;
+                for (int64_t i = begin; i < std::min(begin + 16, in); ++i)
+                    panel[i * width + j] = row[i];
+            }
+        column += width;
+    }
 }
 
 // [rows, columns] of row stride `stride` -> [columns, rows]
-std::vector<float> transposed(const float *from, int64_t stride, int64_t rows, int64_t columns) {
-    std::vector<float> to(columns * rows);
+void transpose(const float *from, int64_t stride, int64_t rows, int64_t columns, float *to) {
     for (int64_t begin = 0; begin < columns; begin += 16)
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t c = begin; c < std::min(begin + 16, columns); ++c)
                 to[c * rows + r] = from[r * stride + c];
-    return to;
+}
+
+// A row of a hidden layer's sums, which it overwrites -> Mish and its slope; with layer normalisation,
+// also the normalised sums. Returns one over their deviation, or one.
+float activate(const Layer &layer, float *sums, float *activation, float *slopes,
+               float *normalized) {
+    float factor = 1.0f;
+    if (layer.scale) {
+        factor = normalize(sums, layer.units);
+        std::copy_n(sums, layer.out, normalized);
+    }
+    for (int64_t j = 0; j < layer.out; j += LANES) {
+        Vector sum = load(sums + j), slope;
+        if (layer.scale) sum = sum * load(layer.scale + j) + load(layer.shift + j);
+        store(activation + j, mish_and_slope(sum, slope));
+        store(slopes + j, slope);
+    }
+    return factor;
 }
 
 // A network's forward pass for a block of rows, and the way back from its output to the action.
@@ -435,27 +516,17 @@ struct Pass {
                 apply<false>(hidden(index), rows, one.data(), width, nullptr, other.data(), width);
             else
                 apply<false>(hidden(0), rows, actions, act_dim, starts, other.data(), width);
-            for (int64_t r = 0; r < rows; ++r) activate(index, r, other.data() + r * width);
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t at = index * BLOCK_ROWS + r;
+                float *row = other.data() + r * width;
+                factors[at] = activate(hidden(index), row, row, slopes.data() + at * width,
+                                       normalized.data() + at * width);
+            }
             one.swap(other);
         }
         apply<false>(hidden(network.num_layers), rows, one.data(), width, nullptr, other.data(),
                      width);
         return other.data();
-    }
-
-    void activate(int64_t index, int64_t r, float *row) {
-        const Layer &layer = hidden(index);
-        const int64_t at = index * BLOCK_ROWS + r;
-        if (layer.scale) {
-            factors[at] = normalize(row, layer.units);
-            std::copy_n(row, layer.out, normalized.data() + at * width);
-        }
-        for (int64_t j = 0; j < layer.out; j += LANES) {
-            Vector sum = load(row + j), slope;
-            if (layer.scale) sum = sum * load(layer.scale + j) + load(layer.shift + j);
-            store(row + j, mish_and_slope(sum, slope));
-            store(slopes.data() + at * width + j, slope);
-        }
     }
 
     // The gradient of the output [rows, width], which is overwritten -> that of the action.
@@ -522,6 +593,57 @@ struct FittedLayer {
     float *scale_gradient, *shift_gradient, *normalized, *factor;
 };
 
+namespace {
+
+// A copy of a `FittedLayer`'s parameters, in the order in which a product reads them.
+struct PackedLayer {
+    const FittedLayer &from;
+    int64_t out;  // padded
+    float *weight, *bias, *scale, *shift;
+
+    static int64_t numbers(const FittedLayer &from) { return (from.in + 3) * padded(from.out); }
+
+    PackedLayer(const FittedLayer &layer, Memory &memory)
+        : from(layer),
+          out(padded(layer.out)),
+          weight(memory.take(layer.in * out)),
+          bias(memory.take(out)),
+          scale(memory.take(out)),
+          shift(memory.take(out)) {}
+
+    // Those of the units in `part`, which are whole panels.
+    void pack(Range part) {
+        const int64_t begin = part.begin, number = part.end - begin;
+        const int64_t given = std::min(part.end, from.out) - begin;
+        if (given <= 0) return;
+        pack_weight(from.weight + begin * from.in, from.in, given, from.in, number, from.in,
+                    weight + begin * from.in);
+        const auto padded_copy = [&](const float *numbers, float *to) {
+            std::fill(std::copy_n(numbers + begin, given, to + begin), to + part.end, 0.0f);
+        };
+        padded_copy(from.bias, bias);
+        if (!from.scale) return;
+        padded_copy(from.scale, scale);
+        padded_copy(from.shift, shift);
+    }
+
+    Layer layer() const {
+        return {from.in, out, weight, bias, from.scale ? scale : nullptr,
+                from.scale ? shift : nullptr, from.out};
+    }
+};
+
+// to[j] = the sum over r of from[r, j], times `times` [r, j] where it is given, for j in `columns`.
+void sum_of_rows(const float *from, int64_t stride, int64_t rows, Range columns, float *to,
+                 const float *times = nullptr) {
+    std::fill(to + columns.begin, to + columns.end, 0.0f);
+    for (int64_t r = 0; r < rows; ++r, from += stride)
+        for (int64_t j = columns.begin; j < columns.end; ++j)
+            to[j] += times ? from[j] * times[r * stride + j] : from[j];
+}
+
+}  // namespace
+
 extern "C" {
 
 int64_t qvpo_lanes() { return LANES; }
@@ -535,24 +657,10 @@ int64_t qvpo_multiplies_bfloat16() {
 #endif
 }
 
-// [out, in] with row stride `stride` -> the panels of `Layer::weight`, with zeros up to
-// [padded_out, padded_in], which are Layer::out and Layer::in.
+// The panels of a weight, as `pack_weight` has them.
 void qvpo_pack(const float *weight, int64_t stride, int64_t out, int64_t in, int64_t padded_out,
                int64_t padded_in, float *packed) {
-    std::fill(packed, packed + padded_out * padded_in, 0.0f);
-    for (int64_t column = 0; column < padded_out;) {
-        const int64_t width = std::min<int64_t>(COLUMNS * LANES, padded_out - column);
-        float *panel = packed + column * padded_in;
-        const int64_t columns = std::min(width, out - column);
-        // A few inputs at a time, lest every number read be on a cache line of its own.
-        for (int64_t begin = 0; begin < in; begin += 16)
-            for (int64_t j = 0; j < columns; ++j) {
-                const float *row = weight + (column + j) * stride;
-                for (int64_t i = begin; i < std::min(begin + 16, in); ++i)
-                    panel[i * width + j] = row[i];
-            }
-        column += width;
-    }
+    pack_weight(weight, stride, out, in, padded_out, padded_in, packed);
 }
 
 // The same for the transposed weight: [in, out] with row stride `stride`.
@@ -567,7 +675,7 @@ void qvpo_pack_pairs(const float *weight, int64_t stride, int64_t out, int64_t i
     const int64_t all_in = even(padded_in);
     std::fill(packed, packed + padded_out * all_in, uint16_t(0));
     for (int64_t column = 0; column < padded_out;) {
-        const int64_t width = std::min<int64_t>(COLUMNS * LANES, padded_out - column);
+        const int64_t width = std::min<int64_t>(PANEL, padded_out - column);
         uint16_t *panel = packed + column * all_in;
         const int64_t columns = std::min(width, out - column);
         for (int64_t j = 0; j < columns; j += 16)
@@ -598,15 +706,14 @@ void qvpo_sample(const Network *actor, int64_t steps, const float *step_parts,
                  int64_t narrow, int64_t threads) {
     const int64_t hidden = actor->observation->out;
     std::vector<float> obs_parts(states * hidden);
-    in_parallel(states, threads, [&](int64_t begin, int64_t end) {
-        apply<false>(*actor->observation, end - begin, obs + begin * obs_dim, obs_dim, nullptr,
-                     obs_parts.data() + begin * hidden, hidden);
-    });
     const int64_t all_rows = states * samples;
-    in_parallel(Block::count(all_rows), threads, [&](int64_t begin, int64_t end) {
+    in_parallel(threads, [&](const Member &member) {
+        const Range mine = member.part(states, ROWS);
+        apply<false>(*actor->observation, mine.end - mine.begin, obs + mine.begin * obs_dim,
+                     obs_dim, nullptr, obs_parts.data() + mine.begin * hidden, hidden);
+        member.wait();
         Scratch scratch(*actor);
-        for (int64_t index = begin; index < end; ++index) {
-            const Block block(index, all_rows, samples);
+        member.blocks(all_rows, samples, [&](const Block &block) {
             scratch.point_at_states(block, samples);
             const int64_t numbers = block.rows * act_dim;
             float *x = actions + block.row * act_dim;
@@ -633,7 +740,7 @@ void qvpo_sample(const Network *actor, int64_t steps, const float *step_parts,
                     }
             }
             for (int64_t i = 0; i < numbers; ++i) x[i] = clipped(x[i]);
-        }
+        });
     });
 }
 
@@ -643,11 +750,10 @@ void qvpo_min_q(const Network *twins, int64_t outputs, int64_t kept, const float
                 int64_t obs_dim, const float *actions, int64_t states, int64_t samples,
                 int64_t act_dim, float *q, int64_t threads) {
     const int64_t all_rows = states * samples;
-    in_parallel(Block::count(all_rows), threads, [&](int64_t begin, int64_t end) {
+    in_parallel(threads, [&](const Member &member) {
         Scratch scratch(*twins);
         std::vector<float> pools(kept == 1 ? 0 : BLOCK_ROWS * 2 * outputs);  // of each row, both
-        for (int64_t index = begin; index < end; ++index) {
-            const Block block(index, all_rows, samples);
+        member.blocks(all_rows, samples, [&](const Block &block) {
             scratch.point_at_states(block, samples);
             for (int twin = 0; twin < 2; ++twin) {
                 apply<false>(*twins[twin].observation, block.states, obs + block.state * obs_dim,
@@ -670,7 +776,7 @@ void qvpo_min_q(const Network *twins, int64_t outputs, int64_t kept, const float
             for (int64_t r = 0; kept != 1 && r < block.rows; ++r)
                 q[block.row + r] =
                     mean_of_lowest(pools.data() + 2 * r * outputs, 2 * outputs, kept);
-        }
+        });
     });
 }
 
@@ -682,12 +788,11 @@ void qvpo_q_gradient(const Network *twins, int64_t outputs, int64_t kept, const 
                      const float *actions, int64_t rows, int64_t act_dim, float *gradient,
                      int64_t threads) {
     const int64_t hidden = twins->action->out;
-    in_parallel(Block::count(rows), threads, [&](int64_t begin, int64_t end) {
+    in_parallel(threads, [&](const Member &member) {
         Pass passes[] = {Pass(twins[0]), Pass(twins[1])};
         const int64_t width = passes[0].width;
         std::vector<float> pool;
-        for (int64_t index = begin; index < end; ++index) {
-            const Block block(index, rows, 1);
+        member.blocks(rows, 1, [&](const Block &block) {
             float *out[2], *to = gradient + block.row * act_dim;
             for (int twin = 0; twin < 2; ++twin)
                 out[twin] = passes[twin].forward(block.rows,
@@ -702,7 +807,7 @@ void qvpo_q_gradient(const Network *twins, int64_t outputs, int64_t kept, const 
             for (int64_t r = 0; r < block.rows; ++r)
                 for (int64_t a = 0; a < act_dim; ++a)
                     to[r * act_dim + a] = found[0][r * width + a] + found[1][r * width + a];
-        }
+        });
     });
 }
 
@@ -710,95 +815,127 @@ void qvpo_q_gradient(const Network *twins, int64_t outputs, int64_t kept, const 
 // to the first layer's sums, or null -> out [rows, outputs].
 void qvpo_fit_forward(const FittedLayer *layers, int64_t num_layers, int64_t rows, const float *x,
                       const float *start, float *out, int64_t threads) {
-    int64_t stride = layers[0].in;
-    std::vector<float> sums;
+    int64_t widest = 0, numbers = 0;
     for (int64_t l = 0; l < num_layers; ++l) {
-        const FittedLayer &layer = layers[l];
-        const int64_t width = padded(layer.out);
-        std::vector<float> weight(layer.in * width), bias(width);
-        qvpo_pack(layer.weight, layer.in, layer.out, layer.in, width, layer.in, weight.data());
-        std::copy_n(layer.bias, layer.out, bias.data());
-        sums.resize(rows * width);
-        product({layer.in, width, weight.data(), bias.data()}, rows, x, stride,
-                l == 0 ? start : nullptr, sums.data(), threads);
-        if (l + 1 == num_layers) break;
-        if (layer.scale) {
-            std::vector<float> scale(width), shift(width);
-            std::copy_n(layer.scale, layer.out, scale.data());
-            std::copy_n(layer.shift, layer.out, shift.data());
-            for (int64_t r = 0; r < rows; ++r) {
-                float *row = sums.data() + r * width;
-                layer.factor[r] = normalize(row, layer.out);
-                std::copy_n(row, width, layer.normalized + r * width);
-                for (int64_t j = 0; j < width; j += LANES)
-                    store(row + j, load(row + j) * load(&scale[j]) + load(&shift[j]));
-            }
-        }
-        for (int64_t i = 0; i < rows * width; i += LANES) {
-            Vector slope;
-            store(layer.activation + i, mish_and_slope(load(sums.data() + i), slope));
-            store(layer.slope + i, slope);
-        }
-        x = layer.activation;
-        stride = width;
+        widest = std::max(widest, padded(layers[l].out));
+        numbers += PackedLayer::numbers(layers[l]);
     }
-    const int64_t outputs = layers[num_layers - 1].out;
-    for (int64_t r = 0; r < rows; ++r)
-        std::copy_n(sums.data() + r * padded(outputs), outputs, out + r * outputs);
+    Memory memory(numbers + threads * BLOCK_ROWS * widest);
+    std::vector<PackedLayer> packed;
+    for (int64_t l = 0; l < num_layers; ++l) packed.emplace_back(layers[l], memory);
+    float *const privates = memory.take(threads * BLOCK_ROWS * widest);
+    in_parallel(threads, [&](const Member &member) {
+        for (PackedLayer &layer : packed) layer.pack(member.part(layer.out, PANEL));
+        member.wait();
+        float *const sums = privates + member.index * BLOCK_ROWS * widest;
+        member.blocks(rows, 1, [&](const Block &block) {
+            const float *from = x + block.row * layers[0].in;
+            int64_t stride = layers[0].in;
+            const float *starts[BLOCK_ROWS];
+            for (int64_t r = 0; start && r < block.rows; ++r)
+                starts[r] = start + (block.row + r) * packed[0].out;
+            for (int64_t l = 0; l < num_layers; ++l) {
+                const FittedLayer &layer = layers[l];
+                const Layer whole = packed[l].layer();
+                const int64_t width = whole.out;
+                apply<false>(whole, block.rows, from, stride, l == 0 && start ? starts : nullptr,
+                             sums, width);
+                for (int64_t r = 0; r < block.rows; ++r) {
+                    const int64_t row = block.row + r, at = row * width;
+                    float *of_row = sums + r * width;
+                    if (l + 1 == num_layers) {
+                        std::copy_n(of_row, layer.out, out + row * layer.out);
+                        continue;
+                    }
+                    float *normalized = layer.scale ? layer.normalized + at : nullptr;
+                    const float factor = activate(whole, of_row, layer.activation + at,
+                                                  layer.slope + at, normalized);
+                    if (layer.scale) layer.factor[row] = factor;
+                }
+                from = layer.activation + block.row * width;
+                stride = width;
+            }
+        });
+    });
 }
 
 // For the gradient of the output: those of the layers, and that of `start` [rows, layers[0].out
 // padded].
 void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t rows, const float *x,
                        const float *out_gradient, float *start_gradient, int64_t threads) {
-    std::vector<float> held, below;
-    const float *gradient = out_gradient;  // of a layer's sums, [rows, stride]
-    int64_t stride = layers[num_layers - 1].out;
-    for (int64_t l = num_layers - 1; l >= 0; --l) {
-        const FittedLayer &layer = layers[l];
-        const int64_t width = padded(layer.in);
-        std::fill_n(layer.bias_gradient, layer.out, 0.0f);
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t j = 0; j < layer.out; ++j)
-                layer.bias_gradient[j] += gradient[r * stride + j];
-        const float *inputs = l ? layers[l - 1].activation : x;
-        const auto panels = pack_rows(inputs, l ? width : layer.in, rows, layer.in);
-        const auto columns = transposed(gradient, stride, rows, layer.out);
-        below.resize(layer.out * width);
-        product({rows, width, panels.data(), nullptr}, layer.out, columns.data(), rows, nullptr,
-                below.data(), threads);
-        for (int64_t j = 0; j < layer.out; ++j)
-            std::copy_n(below.data() + j * width, layer.in, layer.weight_gradient + j * layer.in);
-        if (l == 0) break;
-        const auto weight = pack_rows(layer.weight, layer.in, layer.out, layer.in);
-        float *to = start_gradient;
-        if (l != 1) {
-            below.resize(rows * width);
-            to = below.data();
-        }
-        product({layer.out, width, weight.data(), nullptr}, rows, gradient, stride, nullptr, to,
-                threads);
-        const FittedLayer &before = layers[l - 1];
-        for (int64_t i = 0; i < rows * width; i += LANES)
-            store(to + i, load(to + i) * load(before.slope + i));
-        if (before.scale) {
-            std::fill_n(before.scale_gradient, before.out, 0.0f);
-            std::fill_n(before.shift_gradient, before.out, 0.0f);
-            for (int64_t r = 0; r < rows; ++r) {
-                float *row = to + r * width;
-                const float *normalized = before.normalized + r * width;
-                for (int64_t j = 0; j < before.out; ++j) {
-                    before.shift_gradient[j] += row[j];
-                    before.scale_gradient[j] += row[j] * normalized[j];
-                    row[j] *= before.scale[j];
-                }
-                normalize_backward(row, normalized, before.factor[r], before.out);
-            }
-        }
-        if (l > 1) held.swap(below);
-        gradient = to;
-        stride = width;
+    int64_t widest = 0, largest = 0;  // a layer's padded width, and padded numbers of a weight
+    for (int64_t l = 0; l < num_layers; ++l) {
+        widest = std::max({widest, padded(layers[l].in), padded(layers[l].out)});
+        largest = std::max(largest, layers[l].out * padded(layers[l].in));
     }
+    const int64_t of_rows = rows * widest, of_block = BLOCK_ROWS * widest;
+    Memory memory(5 * of_rows + largest + threads * (of_block + of_rows));
+    // Gradients of the sums and, before layer normalisation's backward pass, of its output; in turns,
+    // since a layer's are written while those of the layer above are read.
+    float *const sums[] = {memory.take(of_rows), memory.take(of_rows)};
+    float *const normals[] = {memory.take(of_rows), memory.take(of_rows)};
+    // What the products of a layer read, by panels: what came in, and the weight.
+    float *const inputs = memory.take(of_rows), *const weight = memory.take(largest);
+    float *const privates = memory.take(threads * (of_block + of_rows));
+    in_parallel(threads, [&](const Member &member) {
+        float *const product = privates + member.index * (of_block + of_rows);
+        float *const columns = product + of_block;
+        const float *gradient = out_gradient;  // of a layer's sums, [rows, stride]
+        int64_t stride = layers[num_layers - 1].out;
+        for (int64_t l = num_layers - 1;; --l) {
+            const FittedLayer &layer = layers[l];
+            const int64_t width = padded(layer.in);
+            const Range panels = member.part(width, PANEL);
+            const int64_t now = std::min(panels.end, layer.in) - panels.begin;
+            if (now > 0) {
+                const float *from = (l ? layers[l - 1].activation : x) + panels.begin;
+                pack_rows(from, l ? width : layer.in, rows, now, inputs + panels.begin * rows);
+                if (l)
+                    pack_rows(layer.weight + panels.begin, layer.in, layer.out, now,
+                              weight + panels.begin * layer.out);
+            }
+            member.wait();
+            const Range mine = member.part(layer.out, ROWS);
+            sum_of_rows(gradient, stride, rows, mine, layer.bias_gradient);
+            if (layer.scale) {
+                const float *normal = normals[l % 2];
+                sum_of_rows(normal, stride, rows, mine, layer.shift_gradient);
+                sum_of_rows(normal, stride, rows, mine, layer.scale_gradient, layer.normalized);
+            }
+            transpose(gradient + mine.begin, stride, rows, mine.end - mine.begin, columns);
+            const Layer by_inputs{rows, width, inputs, nullptr};
+            for (int64_t j = mine.begin; j < mine.end; j += BLOCK_ROWS) {
+                const int64_t now = std::min<int64_t>(BLOCK_ROWS, mine.end - j);
+                apply<false>(by_inputs, now, columns + (j - mine.begin) * rows, rows, nullptr,
+                             product, width);
+                for (int64_t i = 0; i < now; ++i)
+                    std::copy_n(product + i * width, layer.in,
+                                layer.weight_gradient + (j + i) * layer.in);
+            }
+            if (l == 0) break;
+            const Layer by_weight{layer.out, width, weight, nullptr};
+            const FittedLayer &before = layers[l - 1];
+            float *to = l == 1 ? start_gradient : sums[l % 2];
+            member.blocks(rows, 1, [&](const Block &block) {
+                apply<false>(by_weight, block.rows, gradient + block.row * stride, stride, nullptr,
+                             to + block.row * width, width);
+                const int64_t begin = block.row * width, end = begin + block.rows * width;
+                for (int64_t i = begin; i < end; i += LANES)
+                    store(to + i, load(to + i) * load(before.slope + i));
+                if (!before.scale) return;
+                std::copy(to + begin, to + end, normals[(l - 1) % 2] + begin);
+                for (int64_t r = block.row; r < block.row + block.rows; ++r) {
+                    float *row = to + r * width;
+                    for (int64_t j = 0; j < before.out; ++j) row[j] *= before.scale[j];
+                    normalize_backward(row, before.normalized + r * width, before.factor[r],
+                                       before.out);
+                }
+            });
+            member.wait();
+            gradient = to;
+            stride = width;
+        }
+    });
 }
 
 // losses.quantile_loss: z [twins, rows, n], y [rows, m] -> of each twin and row the mean over i and j,
