@@ -83,7 +83,7 @@ def test_every_metric_of_a_learner_is_in_a_table(learner, networks, kind, option
 def test_ci_finds_the_test_command():
     block = README.split("<!-- test command -->")[1]
     command = re.search(r"```bash\n(.+)\n```", block).group(1)
-    assert command.endswith("&& pytest -n 2 --dist loadfile")
+    assert command.endswith("&& pytest -n 3 --dist loadfile")
     assert 'pip install -e ".[test]"' in command
 
 

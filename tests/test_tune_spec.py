@@ -206,6 +206,7 @@ CASES = {
         4,
         "aliases read",
     ),
+    "merge key": ("training: {<<: {hidden: [16]}}", 4, "<<: merge keys are not read"),
     "aliases in a key": ("a: &a [0, 0]\n? [*a, *a]\n: 1", 5, "a key must be a word"),
     "an endless alias": ("a: &a [*a]", 4, "50 levels"),
 }

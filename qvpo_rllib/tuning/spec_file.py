@@ -151,9 +151,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
             for name_node, value_node in node.value:
                 if not isinstance(name_node, yaml.ScalarNode):
                     _refuse(name_node, "a key must be a word")
-                name = str(self.construct_object(name_node, deep=True))
+                merges = name_node.tag == "tag:yaml.org,2002:merge"
+                name = "<<" if merges else str(self.construct_object(name_node, deep=True))
                 place = (*key, name)
                 self.lines[place] = name_node.start_mark.line + 1
+                if merges:
+                    raise SpecError(place, "merge keys are not read; write the values out.")
                 if name in values:
                     raise SpecError(place, "this key is given twice; keep one.")
                 values[name] = self.convert(value_node, place)
