@@ -354,7 +354,7 @@ float mean_of_lowest(float *values, int64_t count, int64_t kept) {
 float clipped(float x) { return x > 1.0f ? 1.0f : x < -1.0f ? -1.0f : x; }
 
 // Working memory, which the calling thread keeps for its next call: fresh pages of the system would
-// cost about as much as the arithmetic. Not cleared.
+// cost about as much as the arithmetic. It holds what the last call left. One at a time in a thread.
 class Memory {
     float *next;
 
@@ -389,8 +389,11 @@ class Barrier {
             missing = count;
             ++round;
         }
-        for (int spins = 0; round == now; ++spins)
-            if (spins > 1000) std::this_thread::yield();
+        for (int spins = 0; round == now;)
+            if (spins < 1000)
+                ++spins;
+            else
+                std::this_thread::yield();
     }
 };
 
@@ -402,8 +405,8 @@ struct Member {
     // Its part of [0, total), which begins at a multiple of `unit`.
     Range part(int64_t total, int64_t unit = 1) const {
         const int64_t units = (total + unit - 1) / unit;
-        return {std::min(total, units * index / count * unit),
-                std::min(total, units * (index + 1) / count * unit)};
+        return {std::min(total, (units * index / count) * unit),
+                std::min(total, (units * (index + 1) / count) * unit)};
     }
 
     // Its part of the rows, in blocks.
@@ -414,9 +417,15 @@ struct Member {
             work(Block(row, std::min<int64_t>(BLOCK_ROWS, rows.end - row), samples));
     }
 
-    // For all others to come here.
+    // Returns when all have come here, and sees what they wrote before.
     void wait() const { barrier.wait(); }
 };
+
+// How many of `threads` so many rows are worth.
+int64_t worth(int64_t threads, int64_t rows) {
+    const int64_t least = 4 * ROWS;  // of each: a thread is to do more than to start
+    return std::max<int64_t>(1, std::min(threads, rows / least));
+}
 
 // Every member does `work`.
 template <typename Work>
@@ -601,7 +610,7 @@ struct PackedLayer {
     int64_t out;  // padded
     float *weight, *bias, *scale, *shift;
 
-    static int64_t numbers(const FittedLayer &from) { return (from.in + 3) * padded(from.out); }
+    static int64_t size(const FittedLayer &from) { return (from.in + 3) * padded(from.out); }
 
     PackedLayer(const FittedLayer &layer, Memory &memory)
         : from(layer),
@@ -618,8 +627,8 @@ struct PackedLayer {
         if (given <= 0) return;
         pack_weight(from.weight + begin * from.in, from.in, given, from.in, number, from.in,
                     weight + begin * from.in);
-        const auto padded_copy = [&](const float *numbers, float *to) {
-            std::fill(std::copy_n(numbers + begin, given, to + begin), to + part.end, 0.0f);
+        const auto padded_copy = [&](const float *values, float *to) {
+            std::fill(std::copy_n(values + begin, given, to + begin), to + part.end, 0.0f);
         };
         padded_copy(from.bias, bias);
         if (!from.scale) return;
@@ -707,7 +716,7 @@ void qvpo_sample(const Network *actor, int64_t steps, const float *step_parts,
     const int64_t hidden = actor->observation->out;
     std::vector<float> obs_parts(states * hidden);
     const int64_t all_rows = states * samples;
-    in_parallel(threads, [&](const Member &member) {
+    in_parallel(worth(threads, all_rows), [&](const Member &member) {
         const Range mine = member.part(states, ROWS);
         apply<false>(*actor->observation, mine.end - mine.begin, obs + mine.begin * obs_dim,
                      obs_dim, nullptr, obs_parts.data() + mine.begin * hidden, hidden);
@@ -750,7 +759,7 @@ void qvpo_min_q(const Network *twins, int64_t outputs, int64_t kept, const float
                 int64_t obs_dim, const float *actions, int64_t states, int64_t samples,
                 int64_t act_dim, float *q, int64_t threads) {
     const int64_t all_rows = states * samples;
-    in_parallel(threads, [&](const Member &member) {
+    in_parallel(worth(threads, all_rows), [&](const Member &member) {
         Scratch scratch(*twins);
         std::vector<float> pools(kept == 1 ? 0 : BLOCK_ROWS * 2 * outputs);  // of each row, both
         member.blocks(all_rows, samples, [&](const Block &block) {
@@ -788,7 +797,7 @@ void qvpo_q_gradient(const Network *twins, int64_t outputs, int64_t kept, const 
                      const float *actions, int64_t rows, int64_t act_dim, float *gradient,
                      int64_t threads) {
     const int64_t hidden = twins->action->out;
-    in_parallel(threads, [&](const Member &member) {
+    in_parallel(worth(threads, rows), [&](const Member &member) {
         Pass passes[] = {Pass(twins[0]), Pass(twins[1])};
         const int64_t width = passes[0].width;
         std::vector<float> pool;
@@ -815,10 +824,11 @@ void qvpo_q_gradient(const Network *twins, int64_t outputs, int64_t kept, const 
 // to the first layer's sums, or null -> out [rows, outputs].
 void qvpo_fit_forward(const FittedLayer *layers, int64_t num_layers, int64_t rows, const float *x,
                       const float *start, float *out, int64_t threads) {
+    threads = worth(threads, rows);
     int64_t widest = 0, numbers = 0;
     for (int64_t l = 0; l < num_layers; ++l) {
         widest = std::max(widest, padded(layers[l].out));
-        numbers += PackedLayer::numbers(layers[l]);
+        numbers += PackedLayer::size(layers[l]);
     }
     Memory memory(numbers + threads * BLOCK_ROWS * widest);
     std::vector<PackedLayer> packed;
@@ -863,35 +873,36 @@ void qvpo_fit_forward(const FittedLayer *layers, int64_t num_layers, int64_t row
 // padded].
 void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t rows, const float *x,
                        const float *out_gradient, float *start_gradient, int64_t threads) {
+    threads = worth(threads, rows);
     int64_t widest = 0, largest = 0;  // a layer's padded width, and padded numbers of a weight
     for (int64_t l = 0; l < num_layers; ++l) {
         widest = std::max({widest, padded(layers[l].in), padded(layers[l].out)});
         largest = std::max(largest, layers[l].out * padded(layers[l].in));
     }
     const int64_t of_rows = rows * widest, of_block = BLOCK_ROWS * widest;
-    Memory memory(5 * of_rows + largest + threads * (of_block + of_rows));
+    Memory memory(6 * of_rows + largest + threads * of_block);
     // Gradients of the sums and, before layer normalisation's backward pass, of its output; in turns,
     // since a layer's are written while those of the layer above are read.
     float *const sums[] = {memory.take(of_rows), memory.take(of_rows)};
     float *const normals[] = {memory.take(of_rows), memory.take(of_rows)};
     // What the products of a layer read, by panels: what came in, and the weight.
     float *const inputs = memory.take(of_rows), *const weight = memory.take(largest);
-    float *const privates = memory.take(threads * (of_block + of_rows));
+    float *const transposed = memory.take(of_rows);  // the gradient; a member has its own units
+    float *const privates = memory.take(threads * of_block);
     in_parallel(threads, [&](const Member &member) {
-        float *const product = privates + member.index * (of_block + of_rows);
-        float *const columns = product + of_block;
+        float *const product = privates + member.index * of_block;
         const float *gradient = out_gradient;  // of a layer's sums, [rows, stride]
         int64_t stride = layers[num_layers - 1].out;
         for (int64_t l = num_layers - 1;; --l) {
             const FittedLayer &layer = layers[l];
             const int64_t width = padded(layer.in);
             const Range panels = member.part(width, PANEL);
-            const int64_t now = std::min(panels.end, layer.in) - panels.begin;
-            if (now > 0) {
+            const int64_t given = std::min(panels.end, layer.in) - panels.begin;
+            if (given > 0) {
                 const float *from = (l ? layers[l - 1].activation : x) + panels.begin;
-                pack_rows(from, l ? width : layer.in, rows, now, inputs + panels.begin * rows);
+                pack_rows(from, l ? width : layer.in, rows, given, inputs + panels.begin * rows);
                 if (l)
-                    pack_rows(layer.weight + panels.begin, layer.in, layer.out, now,
+                    pack_rows(layer.weight + panels.begin, layer.in, layer.out, given,
                               weight + panels.begin * layer.out);
             }
             member.wait();
@@ -902,12 +913,12 @@ void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t ro
                 sum_of_rows(normal, stride, rows, mine, layer.shift_gradient);
                 sum_of_rows(normal, stride, rows, mine, layer.scale_gradient, layer.normalized);
             }
-            transpose(gradient + mine.begin, stride, rows, mine.end - mine.begin, columns);
+            transpose(gradient + mine.begin, stride, rows, mine.end - mine.begin,
+                      transposed + mine.begin * rows);
             const Layer by_inputs{rows, width, inputs, nullptr};
             for (int64_t j = mine.begin; j < mine.end; j += BLOCK_ROWS) {
                 const int64_t now = std::min<int64_t>(BLOCK_ROWS, mine.end - j);
-                apply<false>(by_inputs, now, columns + (j - mine.begin) * rows, rows, nullptr,
-                             product, width);
+                apply<false>(by_inputs, now, transposed + j * rows, rows, nullptr, product, width);
                 for (int64_t i = 0; i < now; ++i)
                     std::copy_n(product + i * width, layer.in,
                                 layer.weight_gradient + (j + i) * layer.in);
@@ -915,7 +926,7 @@ void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t ro
             if (l == 0) break;
             const Layer by_weight{layer.out, width, weight, nullptr};
             const FittedLayer &before = layers[l - 1];
-            float *to = l == 1 ? start_gradient : sums[l % 2];
+            float *to = l == 1 ? start_gradient : sums[(l - 1) % 2];
             member.blocks(rows, 1, [&](const Block &block) {
                 apply<false>(by_weight, block.rows, gradient + block.row * stride, stride, nullptr,
                              to + block.row * width, width);
