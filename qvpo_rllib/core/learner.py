@@ -274,11 +274,16 @@ class OffPolicyLearner(Generic[Networks, Hyper, Noise]):
 
     def descend(self, loss: Tensor, optimizer: torch.optim.Adam) -> Tensor:
         """Takes one clipped step of Adam. Returns the gradient's norm before clipping."""
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        limit = float("inf") if self.hp.grad_clip is None else self.hp.grad_clip
         (group,) = optimizer.param_groups
-        norm = nn.utils.clip_grad_norm_(group["params"], limit, foreach=True)
+        for parameter in group["params"]:
+            parameter.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        # As `nn.utils.clip_grad_norm_` does it, at half of its cost.
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if self.hp.grad_clip is not None:
+            scale = (self.hp.grad_clip / (norm + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(gradients, scale)
         optimizer.step()
         return norm
 

@@ -52,42 +52,45 @@ class _FittedMLP(torch.autograd.Function):
         x = x.contiguous()
         # The memory that the structures point to is kept for the backward pass.
         parameters = tuple(parameter.contiguous() for parameter in parameters)
+        addresses = [parameter.data_ptr() for parameter in parameters]
         layers = (_FittedLayer * num_layers)()
-        kept: list[Tensor] = []  # of each hidden layer, Mish and its slope
-        norms: list[Tensor] = []  # of each normalised one, what the library keeps
         for index, layer in enumerate(layers):
-            weight, bias = parameters[2 * index : 2 * index + 2]
-            layer.outputs, layer.inputs = weight.shape
-            layer.weight, layer.bias = weight.data_ptr(), bias.data_ptr()
-            if index + 1 < num_layers:
-                kept += [torch.empty(rows, padded(layer.outputs)) for _ in range(2)]
-                layer.activation, layer.slope = kept[-2].data_ptr(), kept[-1].data_ptr()
+            layer.outputs, layer.inputs = parameters[2 * index].shape
+            layer.weight, layer.bias = addresses[2 * index :][:2]
             if index < num_norms:
-                scale, shift = parameters[2 * (num_layers + index) :][:2]
-                layer.scale, layer.shift = scale.data_ptr(), shift.data_ptr()
-                norms += [torch.empty(rows, padded(layer.outputs)), torch.empty(rows)]
-                layer.normalized, layer.factor = norms[-2].data_ptr(), norms[-1].data_ptr()
+                layer.scale, layer.shift = addresses[2 * (num_layers + index) :][:2]
+        hidden = layers[:-1]
+        # Of each hidden layer Mish, its slope and the normalised sums; the deviations behind them.
+        widths = [rows * padded(layer.outputs) for layer in hidden]
+        kept = torch.empty(3 * sum(widths) + rows * num_norms)
+        at, itemsize = kept.data_ptr(), kept.itemsize
+        for layer, width in zip(hidden, widths, strict=True):
+            step = width * itemsize
+            layer.activation, layer.slope, layer.normalized = at, at + step, at + 2 * step
+            at += 3 * step
+        for layer in layers[:num_norms]:
+            layer.factor, at = at, at + rows * itemsize
         if start is not None:
-            start = functional.pad(start, (0, padded(start.shape[1]) - start.shape[1])).contiguous()
+            start = _padded_columns(start)
         out = torch.empty(rows, layers[-1].outputs)
         threads = num_threads(rows * sum(layer.inputs * layer.outputs for layer in layers))
         load_library().qvpo_fit_forward(
             *(layers, num_layers, rows, x.data_ptr()),
             *(None if start is None else start.data_ptr(), out.data_ptr(), threads),
         )
-        ctx.held = x, parameters, kept, norms, layers, threads, start is not None
+        ctx.held = x, parameters, kept, num_norms, layers, threads, start is not None
         return out
 
     @staticmethod
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, parameters, kept, norms, layers, threads, has_start = ctx.held
+        x, parameters, _kept, num_norms, layers, threads, has_start = ctx.held
         out_gradient = out_gradient.contiguous()
         gradients = [torch.empty_like(parameter) for parameter in parameters]
         addresses = [gradient.data_ptr() for gradient in gradients]
-        start_gradient = torch.empty_like(kept[0])
+        start_gradient = torch.empty(x.shape[0], padded(layers[0].outputs))
         for index, layer in enumerate(layers):
             layer.weight_gradient, layer.bias_gradient = addresses[2 * index :][:2]
-            if index < len(norms) // 2:
+            if index < num_norms:
                 scale_and_shift = addresses[2 * (len(layers) + index) :][:2]
                 layer.scale_gradient, layer.shift_gradient = scale_and_shift
         load_library().qvpo_fit_backward(
@@ -96,6 +99,12 @@ class _FittedMLP(torch.autograd.Function):
         )
         of_start = start_gradient[:, : layers[0].outputs] if has_start else None
         return None, of_start, None, *gradients
+
+
+def _padded_columns(values: Tensor) -> Tensor:
+    """Returns [R, H] with zeros behind each row, up to the width that the library takes."""
+    missing = padded(values.shape[1]) - values.shape[1]
+    return (functional.pad(values, (0, missing)) if missing else values).contiguous()
 
 
 def _run(x: Tensor, start: Tensor | None, first_weight: Tensor, mlp: SplitMLP) -> Tensor:

@@ -46,6 +46,16 @@ struct Layer {
     int64_t units;
 };
 
+// A layer of which `qvpo_pack` makes a `Layer`.
+struct Source {
+    enum Form : int64_t { WIDE, NARROW, TRANSPOSED };
+    int64_t in, out, padded_in;
+    const float *weight;  // [out, in]
+    int64_t stride;       // of its rows
+    const float *bias, *scale, *shift;  // [out], or null
+    int64_t form;
+};
+
 struct Network {
     int64_t num_layers;      // behind the first one
     const Layer *observation;  // the first layer's part that meets the observation, with its bias
@@ -448,32 +458,77 @@ void pack_rows(const float *from, int64_t stride, int64_t in, int64_t out, float
     }
 }
 
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
+// [4, 4] of row stride `stride` -> its transpose, of row stride `to_stride`.
+void transpose_tile(const float *from, int64_t stride, float *to, int64_t to_stride) {
+    Four r[4];
+    for (int i = 0; i < 4; ++i) r[i] = *reinterpret_cast<const Four *>(from + i * stride);
+    // Each takes numbers of two vectors, which is one operation.
+    const Four a = {r[0][0], r[1][0], r[0][1], r[1][1]}, b = {r[2][0], r[3][0], r[2][1], r[3][1]};
+    const Four c = {r[0][2], r[1][2], r[0][3], r[1][3]}, d = {r[2][2], r[3][2], r[2][3], r[3][3]};
+    const Four columns[] = {{a[0], a[1], b[0], b[1]}, {a[2], a[3], b[2], b[3]},
+                            {c[0], c[1], d[0], d[1]}, {c[2], c[3], d[2], d[3]}};
+    for (int i = 0; i < 4; ++i) *reinterpret_cast<Four *>(to + i * to_stride) = columns[i];
+}
+
+// [rows, columns] of row stride `stride` -> [columns, rows] of row stride `to_stride`.
+void transpose(const float *from, int64_t stride, int64_t rows, int64_t columns, float *to,
+               int64_t to_stride) {
+    // A few columns at a time, lest every number be on a cache line of its own.
+    for (int64_t begin = 0; begin < columns; begin += 16)
+        for (int64_t r = 0; r < rows; r += 4)
+            for (int64_t c = begin; c < std::min(begin + 16, columns); c += 4) {
+                if (r + 4 <= rows && c + 4 <= columns) {
+                    transpose_tile(from + r * stride + c, stride, to + c * to_stride + r, to_stride);
+                    continue;
+                }
+                for (int64_t i = r; i < std::min(r + 4, rows); ++i)
+                    for (int64_t j = c; j < std::min(c + 4, columns); ++j)
+                        to[j * to_stride + i] = from[i * stride + j];
+            }
+}
+
 // [out, in] with row stride `stride` -> the panels of `Layer::weight`, with zeros up to
 // [padded_out, padded_in], which are Layer::out and Layer::in.
 void pack_weight(const float *weight, int64_t stride, int64_t out, int64_t in, int64_t padded_out,
                  int64_t padded_in, float *packed) {
-    std::fill(packed, packed + padded_out * padded_in, 0.0f);
+    if (padded_out > out || padded_in > in) std::fill(packed, packed + padded_out * padded_in, 0.0f);
+    for (int64_t column = 0; column < padded_out; column += PANEL) {
+        const int64_t width = std::min<int64_t>(PANEL, padded_out - column);
+        transpose(weight + column * stride, stride, std::min(width, out - column), in,
+                  packed + column * padded_in, width);
+    }
+}
+
+// The same in bfloat16, for bfloat16.hpp's layers.
+void pack_pairs(const float *weight, int64_t stride, int64_t out, int64_t in, int64_t padded_out,
+                int64_t padded_in, uint16_t *packed) {
+    const int64_t all_in = even(padded_in);
+    std::fill(packed, packed + padded_out * all_in, uint16_t(0));
     for (int64_t column = 0; column < padded_out;) {
         const int64_t width = std::min<int64_t>(PANEL, padded_out - column);
-        float *panel = packed + column * padded_in;
+        uint16_t *panel = packed + column * all_in;
         const int64_t columns = std::min(width, out - column);
-        // A few inputs at a time, lest every number read be on a cache line of its own.
-        for (int64_t begin = 0; begin < in; begin += 16)
-            for (int64_t j = 0; j < columns; ++j) {
-                const float *row = weight + (column + j) * stride;
-                for (int64_t i = begin; i < std::min(begin + 16, in); ++i)
-                    panel[i * width + j] = row[i];
+        for (int64_t j = 0; j < columns; j += 16)
+            for (int64_t begin = 0; begin < in; begin += 16) {
+                uint16_t tile[16][16];
+                const int64_t outputs = std::min<int64_t>(16, columns - j);
+                const int64_t inputs = std::min<int64_t>(16, in - begin);
+                for (int64_t o = 0; o < outputs; ++o)
+                    for (int64_t i = 0; i < inputs; ++i)
+                        tile[i][o] = narrowed(weight[(column + j + o) * stride + begin + i]);
+                for (int64_t i = 0; i < inputs; ++i)
+                    for (int64_t o = 0; o < outputs; ++o)
+                        panel[((begin + i) / 2 * width + j + o) * 2 + i % 2] = tile[i][o];
             }
         column += width;
     }
 }
 
-// [rows, columns] of row stride `stride` -> [columns, rows]
-void transpose(const float *from, int64_t stride, int64_t rows, int64_t columns, float *to) {
-    for (int64_t begin = 0; begin < columns; begin += 16)
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = begin; c < std::min(begin + 16, columns); ++c)
-                to[c * rows + r] = from[r * stride + c];
+// `number` values, then zeros up to `padded_number`.
+void pad(const float *values, int64_t number, int64_t padded_number, float *to) {
+    std::fill(std::copy_n(values, number, to), to + padded_number, 0.0f);
 }
 
 // A row of a hidden layer's sums, which it overwrites -> Mish and its slope; with layer normalisation,
@@ -627,13 +682,10 @@ struct PackedLayer {
         if (given <= 0) return;
         pack_weight(from.weight + begin * from.in, from.in, given, from.in, number, from.in,
                     weight + begin * from.in);
-        const auto padded_copy = [&](const float *values, float *to) {
-            std::fill(std::copy_n(values + begin, given, to + begin), to + part.end, 0.0f);
-        };
-        padded_copy(from.bias, bias);
+        pad(from.bias + begin, given, number, bias + begin);
         if (!from.scale) return;
-        padded_copy(from.scale, scale);
-        padded_copy(from.shift, shift);
+        pad(from.scale + begin, given, number, scale + begin);
+        pad(from.shift + begin, given, number, shift + begin);
     }
 
     Layer layer() const {
@@ -666,41 +718,38 @@ int64_t qvpo_multiplies_bfloat16() {
 #endif
 }
 
-// The panels of a weight, as `pack_weight` has them.
-void qvpo_pack(const float *weight, int64_t stride, int64_t out, int64_t in, int64_t padded_out,
-               int64_t padded_in, float *packed) {
-    pack_weight(weight, stride, out, in, padded_out, padded_in, packed);
-}
-
-// The same for the transposed weight: [in, out] with row stride `stride`.
-void qvpo_pack_transposed(const float *weight, int64_t stride, int64_t in, int64_t out,
-                          float *packed) {
-    pack_rows(weight, stride, in, out, packed);
-}
-
-// The weight itself for bfloat16.hpp's layers.
-void qvpo_pack_pairs(const float *weight, int64_t stride, int64_t out, int64_t in,
-                     int64_t padded_out, int64_t padded_in, uint16_t *packed) {
-    const int64_t all_in = even(padded_in);
-    std::fill(packed, packed + padded_out * all_in, uint16_t(0));
-    for (int64_t column = 0; column < padded_out;) {
-        const int64_t width = std::min<int64_t>(PANEL, padded_out - column);
-        uint16_t *panel = packed + column * all_in;
-        const int64_t columns = std::min(width, out - column);
-        for (int64_t j = 0; j < columns; j += 16)
-            for (int64_t begin = 0; begin < in; begin += 16) {
-                uint16_t tile[16][16];
-                const int64_t outputs = std::min<int64_t>(16, columns - j);
-                const int64_t inputs = std::min<int64_t>(16, in - begin);
-                for (int64_t o = 0; o < outputs; ++o)
-                    for (int64_t i = 0; i < inputs; ++i)
-                        tile[i][o] = narrowed(weight[(column + j + o) * stride + begin + i]);
-                for (int64_t i = 0; i < inputs; ++i)
-                    for (int64_t o = 0; o < outputs; ++o)
-                        panel[((begin + i) / 2 * width + j + o) * 2 + i % 2] = tile[i][o];
-            }
-        column += width;
+// Packs the layers that `sources` describe, in the same order. Returns how many numbers `memory` must
+// have room for; writes nothing if it is null.
+int64_t qvpo_pack(const Source *sources, int64_t number, float *memory, Layer *layers) {
+    int64_t taken = 0;
+    const auto take = [&](int64_t numbers) {
+        taken += numbers;
+        return memory ? memory + taken - numbers : nullptr;
+    };
+    for (int64_t i = 0; i < number; ++i) {
+        const Source &from = sources[i];
+        const bool turned = from.form == Source::TRANSPOSED;
+        const int64_t in = turned ? from.out : from.padded_in;
+        const int64_t out = padded(turned ? from.in : from.out);
+        float *const weight = take(out * even(in));
+        const auto kept = [&](const float *values) {
+            float *const to = values ? take(out) : nullptr;
+            if (to) pad(values, from.out, out, to);
+            return to;
+        };
+        const Layer layer{in, out, weight, kept(from.bias), kept(from.scale), kept(from.shift),
+                          from.out};
+        if (!memory) continue;
+        layers[i] = layer;
+        if (turned)
+            pack_rows(from.weight, from.stride, in, from.in, weight);
+        else if (from.form == Source::NARROW)
+            pack_pairs(from.weight, from.stride, from.out, from.in, out, in,
+                       reinterpret_cast<uint16_t *>(weight));
+        else
+            pack_weight(from.weight, from.stride, from.out, from.in, out, in, weight);
     }
+    return taken;
 }
 
 // The reverse process: sampler.sample_actions.
@@ -914,7 +963,7 @@ void qvpo_fit_backward(const FittedLayer *layers, int64_t num_layers, int64_t ro
                 sum_of_rows(normal, stride, rows, mine, layer.scale_gradient, layer.normalized);
             }
             transpose(gradient + mine.begin, stride, rows, mine.end - mine.begin,
-                      transposed + mine.begin * rows);
+                      transposed + mine.begin * rows, rows);
             const Layer by_inputs{rows, width, inputs, nullptr};
             for (int64_t j = mine.begin; j < mine.end; j += BLOCK_ROWS) {
                 const int64_t now = std::min<int64_t>(BLOCK_ROWS, mine.end - j);

@@ -32,6 +32,23 @@ PRODUCTS_PER_THREAD = 5_000_000
 _library_threads = threading.local()
 
 
+class _Source(ctypes.Structure):
+    _fields_ = (
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("padded_inputs", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+        ("form", ctypes.c_int64),
+    )
+
+
+_WIDE, _NARROW, _TRANSPOSED = range(3)  # forms
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("inputs", ctypes.c_int64),
@@ -47,10 +64,10 @@ class _Layer(ctypes.Structure):
 class _Network(ctypes.Structure):
     _fields_ = (
         ("num_layers", ctypes.c_int64),
-        ("observation", ctypes.POINTER(_Layer)),
-        ("action", ctypes.POINTER(_Layer)),
-        ("layers", ctypes.POINTER(_Layer)),
-        ("transposed", ctypes.POINTER(_Layer)),
+        ("observation", ctypes.c_void_p),
+        ("action", ctypes.c_void_p),
+        ("layers", ctypes.c_void_p),
+        ("transposed", ctypes.c_void_p),
     )
 
 
@@ -73,65 +90,42 @@ class PackedMLP:
         narrow: bool = False,
         both_ways: bool = False,
     ) -> None:
-        self._kept: list[object] = []  # the memory that the structures point to
         parts = mlp.first_weights()
         first, *behind = mlp.linears()
-        observation = self._pack(parts[obs_part], first.bias)
-        action = self._pack(parts[action_part], None, narrow=narrow)
+        form = _NARROW if narrow else _WIDE
         # A hidden layer's padding is zero, Mish keeps it so, and the next layer has zeros for it.
-        layers = [
-            self._pack(x.weight, x.bias, padded(x.in_features), narrow=narrow) for x in behind
+        sources = [
+            _source(parts[obs_part], _WIDE, bias=first.bias),
+            _source(parts[action_part], form),
+            *(_source(x.weight, form, padded(x.in_features), x.bias) for x in behind),
         ]
-        for norm, layer in zip(
-            cast(list[nn.LayerNorm], list(mlp.norms)), (action, *layers), strict=False
-        ):
-            layer.units = len(norm.weight)
-            layer.scale, layer.shift = self._padded(norm.weight), self._padded(norm.bias)
-        self.hidden = int(observation.outputs)
-        self.products_per_row = sum(x.inputs * x.outputs for x in (action, *layers))
-        array = (_Layer * len(layers))(*layers)
-        back = [parts[action_part], *(x.weight for x in behind)] if both_ways else []
-        transposed = (_Layer * len(back))(*map(self._pack_transposed, back))
-        self._kept += [observation, action, array, transposed]
-        self.network = _Network(
-            *(len(layers), ctypes.pointer(observation), ctypes.pointer(action), array),
-            transposed if both_ways else None,
-        )
+        norms = cast(list[nn.LayerNorm], list(mlp.norms))
+        for norm, source in zip(norms, sources[1:], strict=False):
+            source.scale, source.shift = norm.weight.data_ptr(), norm.bias.data_ptr()
+        num_layers = len(sources)
+        if both_ways:
+            weights = parts[action_part], *(x.weight for x in behind)
+            sources += [_source(weight, _TRANSPOSED) for weight in weights]
+        library, array = load_library(), (_Source * len(sources))(*sources)
+        self._layers = (_Layer * len(sources))()
+        size = library.qvpo_pack(array, len(sources), None, None)
+        self._memory = torch.empty(size)
+        library.qvpo_pack(array, len(sources), self._memory.data_ptr(), self._layers)
+        self.hidden = int(self._layers[0].outputs)
+        self.products_per_row = sum(x.inputs * x.outputs for x in self._layers[1:num_layers])
+        start, each = ctypes.addressof(self._layers), ctypes.sizeof(_Layer)
+        back = start + num_layers * each if both_ways else None
+        self.network = _Network(len(behind), start, start + each, start + 2 * each, back)
 
-    def _pack(
-        self, weight: Tensor, bias: Tensor | None, inputs: int | None = None, narrow: bool = False
-    ) -> _Layer:
-        weight = weight.detach()
-        rows, columns = weight.shape
-        outputs, inputs = padded(rows), inputs or columns
-        if narrow:
-            packed = torch.empty(outputs * (inputs + inputs % 2), dtype=torch.bfloat16)
-        else:
-            packed = torch.empty(outputs * inputs)
-        library = load_library()
-        (library.qvpo_pack_pairs if narrow else library.qvpo_pack)(
-            weight.data_ptr(), weight.stride(0), rows, columns, outputs, inputs, packed.data_ptr()
-        )
-        self._kept.append(packed)
-        if bias is None:
-            return _Layer(inputs, outputs, packed.data_ptr(), None)
-        return _Layer(inputs, outputs, packed.data_ptr(), self._padded(bias))
 
-    def _pack_transposed(self, weight: Tensor) -> _Layer:
-        rows, columns = weight.shape
-        packed = torch.empty(rows * padded(columns))
-        load_library().qvpo_pack_transposed(
-            weight.data_ptr(), weight.stride(0), rows, columns, packed.data_ptr()
-        )
-        self._kept.append(packed)
-        return _Layer(rows, padded(columns), packed.data_ptr())
-
-    def _padded(self, values: Tensor) -> int:
-        """Returns where the values are kept, zeros behind them."""
-        kept = torch.zeros(padded(len(values)))
-        kept[: len(values)] = values.detach()
-        self._kept.append(kept)
-        return kept.data_ptr()
+def _source(
+    weight: Tensor, form: int, padded_inputs: int | None = None, bias: Tensor | None = None
+) -> _Source:
+    outputs, inputs = weight.shape
+    return _Source(
+        *(inputs, outputs, padded_inputs or inputs, weight.data_ptr(), weight.stride(0)),
+        *(None if bias is None else bias.data_ptr(), None, None, form),
+    )
 
 
 class PackedActor:
@@ -267,9 +261,7 @@ COMPILERS = ("g++", "clang++", "c++")  # $CXX, if set, is taken instead
 
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
-    "qvpo_pack": [_POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER],
-    "qvpo_pack_transposed": [_POINTER, _INT, _INT, _INT, _POINTER],
-    "qvpo_pack_pairs": [_POINTER, _INT, _INT, _INT, _INT, _INT, _POINTER],
+    "qvpo_pack": [_POINTER, _INT, _POINTER, _POINTER],
     "qvpo_sample": [
         *(_POINTER, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER),
         *(_INT, _INT, _INT, _POINTER, _INT, _INT),
@@ -298,7 +290,8 @@ def load_library() -> ctypes.CDLL:
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
-    library.qvpo_lanes.restype = library.qvpo_multiplies_bfloat16.restype = _INT
+    for function in (library.qvpo_lanes, library.qvpo_multiplies_bfloat16, library.qvpo_pack):
+        function.restype = _INT
     return library
 
 
