@@ -17,6 +17,10 @@ LOOPBACK = "127.0.0.2"
 NO_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
+class RayNotStarted(RuntimeError):
+    """A command's own Ray did not start in time."""
+
+
 def keep_private(address: str | None) -> None:
     """Makes a command's own Ray listen on loopback alone and ask for a token of its own.
 
@@ -42,6 +46,7 @@ def start_ray(num_processes: int, address: str | None = None) -> None:
     Raises:
         ValueError: there is no cluster at the address, or it wants another token. None is started
             in its place.
+        RayNotStarted: the machine is too busy.
     """
     import ray
 
@@ -50,15 +55,23 @@ def start_ray(num_processes: int, address: str | None = None) -> None:
     if address or os.environ.get("RAY_ADDRESS"):
         _attach(address, quiet)
         return
-    ray.init(
-        address="local",
-        num_cpus=max(num_cores(), num_processes),
-        include_dashboard=False,
-        _node_ip_address=_own_address(),
-        # Ray leaves its folder behind; the next command deletes it.
-        _temp_dir=str(scratch_directory("qvpo-ray-", os.environ.get("RAY_TMPDIR"))),
-        **quiet,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(num_cores(), num_processes),
+            include_dashboard=False,
+            _node_ip_address=_own_address(),
+            # Ray leaves its folder behind; the next command deletes it.
+            _temp_dir=str(scratch_directory("qvpo-ray-", os.environ.get("RAY_TMPDIR"))),
+            **quiet,
+        )
+    except Exception as error:  # Ray's has no type of its own
+        if "timed out during startup" not in str(error):
+            raise
+        raise RayNotStarted(
+            "Ray gave up starting after 30 seconds, as it does where many programs share the "
+            f"cores ({num_cores()} here). Nothing is lost: give the command again when fewer run."
+        ) from error
 
 
 def _close_token_file() -> None:

@@ -1,13 +1,20 @@
 """The Ray that a command starts for itself is no service to the network."""
 
 import fcntl
+import inspect
 import ipaddress
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import pytest
+import ray
+from ray._private.node import Node
+
+from qvpo_rllib import cli
 from qvpo_rllib.files import scratch_directory
 
 SCRIPT = """
@@ -74,3 +81,22 @@ def test_scratch_of_processes_that_have_ended_is_deleted(tmp_path: Path) -> None
     assert not ended.exists()
     assert all(directory.exists() for directory in (mine, other, in_use, no_lock))
     assert other.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_machine_too_busy_for_ray_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Ray waits half a minute for its own processes, and raises an `Exception` then."""
+    words = "The current node timed out during startup. "
+    assert words in inspect.getsource(Node.__init__)
+
+    def too_busy(**_: Any) -> None:
+        raise Exception(f"{words}This could happen because the GCS has become overloaded.")
+
+    monkeypatch.setattr(ray, "init", too_busy)
+    run = tmp_path / "run"
+    assert cli.main(["train", "--preset", "quick", "--run-dir", str(run)]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "qvpo: error: Ray gave up starting after 30 seconds" in said
+    assert "give the command again" in said
+    assert not run.exists()

@@ -27,7 +27,7 @@ from qvpo_rllib.cli.terminal import (
 )
 from qvpo_rllib.core.errors import ENDS_TRAINING
 from qvpo_rllib.files import DISK_ERRORS
-from qvpo_rllib.ray_session import keep_private
+from qvpo_rllib.ray_session import RayNotStarted, keep_private
 
 COMMANDS = (train, play, tune, report, serve, paper, bench)
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
     except ValueError as error:
         return _report(error, EXIT_BAD_INPUT)
-    except ENDS_TRAINING as error:
+    except (*ENDS_TRAINING, RayNotStarted) as error:
         return _report(error, EXIT_FAILED)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
