@@ -14,7 +14,7 @@ from made_up_results import make_results
 
 from qvpo_rllib import cli
 from qvpo_rllib.report.build import build_report
-from qvpo_rllib.report.comparison import candidates
+from qvpo_rllib.report.comparison import Candidate, candidates, verdict
 from qvpo_rllib.report.diagnostics import PANELS, diagnostics
 from qvpo_rllib.report.figures import curves_of_tasks
 from qvpo_rllib.report.runs import SYMBOLS, Group, Run, grouped, load_runs
@@ -172,6 +172,54 @@ def test_whole_sweep_is_decided(tmp_path: Path) -> None:
     assert "It beats every other setting" in text
     assert "| K_b=1 | 4 | 101.5 " in text
     assert "1.00 [1.00, 1.00] |" in text
+
+
+def test_a_setting_of_one_seed_is_not_beaten() -> None:
+    three, one = Candidate("three", ((10.0, 11.0, 12.0),)), Candidate("one", ((10.5,),))
+    text = verdict([three, one], [], "train")
+    assert "Highest: three, 11.0 [" in text
+    assert "These seeds tell no other setting apart from it." in text
+    with_another = verdict([three, one, Candidate("low", ((1.0, 2.0, 3.0),))], [], "train")
+    assert "do not tell apart from it: one. The others it beats" in with_another
+
+
+def test_a_setting_tried_again_is_one_seed(tmp_path: Path) -> None:
+    """As Optuna may try it; the trial that ended counts."""
+    directory = make_results(tmp_path, SWEEP, score, {5: {"rows": 1, "status": "running"}})
+    record = json.loads((directory / "experiment.json").read_text())
+    (part,) = record["parts"]
+    trials = directory / part["name"] / "trials.json"
+    entries = json.loads(trials.read_text())["trials"]
+    ended = directory / part["name"] / "results" / "again.jsonl"
+    ended.write_text(json.dumps({"env_steps": 4000, "evaluation/return_mean": 5.0}) + "\n")
+    entries["again"] = {**entries["t5"], "status": "finished", "env_steps": 4000}
+    part["trials"] = None  # the search decides
+    (directory / "experiment.json").write_text(json.dumps(record))
+    trials.write_text(json.dumps({"trials": entries}))
+    runs = load_runs([directory])
+    assert len(runs) == 8
+    assert [r.returns for r in runs if (r.label, r.seed) == ("K_b=4", 2)] == [[5.0]]
+
+
+def test_an_experiment_is_not_counted_twice(tmp_path: Path) -> None:
+    directory = make_results(tmp_path, SWEEP, score)
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    for again in (directory, copy):
+        with pytest.raises(ValueError, match="have the same algorithm, options, task and seed"):
+            load_runs([directory, again])
+
+
+@pytest.mark.parametrize("end", [-150.0, 0.0])
+def test_returns_that_are_not_positive_have_no_profile(tmp_path: Path, end: float) -> None:
+    values = {**SWEEP, "task": ["Pendulum-v1", "Hopper-v5"]}
+
+    def low(config: dict[str, Any], share: float) -> float:
+        return end - config["k_behavior"] if config["env"] == "Pendulum-v1" else 100.0
+
+    build_report([make_results(tmp_path, values, low)], tmp_path / "out")
+    names = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert "sweep-Pendulum-v1-curves" in names
+    assert "sweep-profile" not in names
 
 
 def test_settings_that_differ_by_luck_are_not_told_apart(tmp_path: Path) -> None:

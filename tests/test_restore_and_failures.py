@@ -96,6 +96,20 @@ def test_settling_a_ledger(ratio: float, done: int) -> None:
         assert abs(ledger.owed - 20 * ratio) <= 1 + ratio
 
 
+@pytest.mark.parametrize(("ratio", "warmup"), [(0.5, 1000), (1.0, 2000), (2.0, 300)])
+def test_a_change_in_the_warm_up_does_not_end_it(ratio: float, warmup: int) -> None:
+    """After 500 env steps of a warm-up of 1000 at a ratio of 1."""
+    ledger = UpdateLedger(ratio, warmup, ingested=500)
+    ledger.rebase(refill=False)
+    assert ledger.owed == 0
+    assert ledger.warming_up == (warmup > 500)
+    ledger.ingested = max(warmup, 500)
+    assert ledger.owed == 0
+    assert not ledger.warming_up
+    ledger.ingested += 20
+    assert ledger.owed == 20 * ratio
+
+
 def test_a_generator_state_of_another_device_seeds_instead() -> None:
     cuda_like = torch.arange(16, dtype=torch.uint8)
     first, second = torch.Generator(), torch.Generator()

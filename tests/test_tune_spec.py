@@ -1,6 +1,7 @@
 """Experiment files: what they may say, what they become, and errors that point at the line."""
 
 import itertools
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,17 @@ def test_drawn_settings_follow_from_the_search_seed_and_each_gets_every_seed() -
     assert by_seed[0] == by_seed[1]
     assert len({t["entropy_weight"] for t in by_seed[0]}) == 4
     assert all(1e-3 <= t["entropy_weight"] <= 1e-1 for t in first)
+
+
+def test_no_setting_is_drawn_twice() -> None:
+    sweep = {"space": {"k_target": [1, 2], "hidden": [[8], [16]]}}
+    for number, found in ((3, 3), (50, 4)):
+        trials = planned_trials(spec_of(sweep=sweep, search={"num_samples": number}), "qvpo")
+        assert len({json.dumps(trial) for trial in trials}) == len(trials) == found
+    members = {"method": "pbt", "interval_steps": 1000}
+    alike = {"space": {"k_target": [1, 2]}}
+    population = spec_of(seeds=list(range(8)), sweep=alike, search=members)
+    assert len(planned_trials(population, "qvpo")) == 8  # those of a population may be alike
 
 
 def test_defaults_are_the_presets_and_the_hyperparameters() -> None:

@@ -325,6 +325,8 @@ class UpdateLedger:
         """
         paid_for = math.ceil(Fraction(self.done) / Fraction(repr(self.update_ratio)))
         self.free_steps = self.ingested - paid_for - (0 if refill else self.warmup_steps)
+        if self.done == 0:  # in the warm-up nothing is owed yet
+            self.free_steps = max(0, self.free_steps)
 
     def state_dict(self) -> dict[str, int]:
         """Returns the counts, without ratio and warm-up."""

@@ -127,8 +127,8 @@ def _experiment(page: "_Page", experiment: str, stage: str, groups: Sequence[Gro
             heading = f"{prefix}which is better" if prefix else f"{name}: which is better"
             page.table(f"{own}-comparison", comparison_table(compared, heading))
     compared, _ = candidates(groups)
-    if len(tasks) > 1 and compared:
-        page.figure(f"{name}-profile", _profiles(groups, compared))
+    if len(tasks) > 1 and compared and (profiles := _profiles(groups, compared)):
+        page.figure(f"{name}-profile", profiles)
 
 
 def _title(groups: Sequence[Group], task: str) -> str:
@@ -190,8 +190,11 @@ def _score(group: Group) -> Estimate:
     return estimate([group.last_returns])
 
 
-def _profiles(groups: Sequence[Group], compared: Sequence[Candidate]) -> Figure:
-    """Draws scores relative to the paper's QVPO on its tasks, elsewhere to the report's best."""
+def _profiles(groups: Sequence[Group], compared: Sequence[Candidate]) -> Figure | None:
+    """Draws scores relative to the paper's QVPO on its tasks, elsewhere to the report's best.
+
+    There is none where a task's best return is not positive: a share of it would mean nothing.
+    """
     tasks = list(dict.fromkeys(group.task for group in groups))
     paper = PAPER_TABLE_1["QVPO"]
     scale = {
@@ -200,6 +203,8 @@ def _profiles(groups: Sequence[Group], compared: Sequence[Candidate]) -> Figure:
         else max(r.returns[-1] for g in groups if g.task == task for r in g.evaluated)
         for task in tasks
     }
+    if min(scale.values()) <= 0:
+        return None
     scores = {
         candidate.label: [
             [value / scale[task] for value in values]

@@ -84,7 +84,8 @@ def verdict(compared: Sequence[Candidate], left_out: Sequence[str], stage: str) 
             f"Run more seeds.{missing}"
         )
     text += f" [{middle.low:,.1f}, {middle.high:,.1f}] over {best.seeds} seeds."
-    open_ = [label for label, e in others if e.low <= 0.5]
+    # A single seed has no interval: its bounds are NaN.
+    open_ = [label for label, e in others if not e.low > 0.5]
     if len(open_) == len(others):
         text += " These seeds tell no other setting apart from it."
     elif open_:

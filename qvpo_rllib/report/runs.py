@@ -133,9 +133,14 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Returns all runs in `paths`; raises `ValueError` for a path that holds no results."""
     runs: list[Run] = []
     trained: list[tuple[Path, dict[str, Any]]] = []
+    origins: dict[Any, Path] = {}
     for path in paths:
         if _is_experiment(path):
-            runs += _tune_runs(path)
+            found = _tune_runs(path)
+            for run in found:
+                same = (run.experiment, run.stage, run.key, run.task, run.seed)
+                _refuse_twice(origins, same, path)
+            runs += found
         elif _is_run(path):
             trained.append((path, read_json(path / "config.json", dict, LEAVE_OUT, CONFIG)))
         else:
@@ -148,6 +153,16 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
                 + (f", such as {str(below[0])!r} in it." if below else ".")
             )
     return runs + _train_runs(trained)
+
+
+def _refuse_twice(seen: dict[Any, Path], run: Hashable, path: Path) -> None:
+    """Raises `ValueError` if `seen` has such a run already, else notes where it is."""
+    if run in seen:
+        raise ValueError(
+            f"{str(seen[run])!r} and {str(path)!r} have the same algorithm, options, task and "
+            "seed: a report would count them as two seeds. Leave one of them out."
+        )
+    seen[run] = path
 
 
 def _is_experiment(path: Path) -> bool:
@@ -180,12 +195,17 @@ def _tune_runs(path: Path) -> list[Run]:
         swept, directory = part["swept"], path / part["name"]
         left_out = part.get("left_out", {})  # of earlier versions
         entries = read_trials(directory)
-        started = {_identity(e["config"], swept): trial for trial, e in entries.items()}
+        # A search may try a setting again: with the same seed it is the same run.
+        started: dict[str, str] = {}
+        for trial, entry in entries.items():
+            identity = _identity(entry["config"], swept)
+            if identity not in started or entry["status"] == FINISHED:
+                started[identity] = trial
         planned = part["trials"]
         if planned is None:  # the search decides as it goes
             planned = [entry["config"] for entry in entries.values()]
-        for config in planned:
-            trial = started.get(_identity(config, swept), "")
+        for identity, config in {_identity(config, swept): config for config in planned}.items():
+            trial = started.get(identity, "")
             entry = entries.get(trial, {"status": MISSING})
             known = entry["status"] in (FINISHED, STOPPED, FAILED, MISSING)
             found = entry.get("directory")
@@ -243,11 +263,7 @@ def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
                 value = options[name]
                 setting[name] = str(value) if isinstance(value, list) else value  # hashable
         same = (label, config["env"], config["seed"], tuple(setting.items()))
-        if (other := seen.setdefault(same, path)) != path:
-            raise ValueError(
-                f"{str(other)!r} and {str(path)!r} have the same algorithm, options, task and "
-                "seed: a report would count them as two seeds. Leave one of them out."
-            )
+        _refuse_twice(seen, same, path)
         rows = _evaluations(_recorded(path))
         done = bool(rows) and int(rows[-1]["env_steps"] or 0) >= config["env_steps"]
         runs.append(

@@ -162,7 +162,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         self._counters[NUM_AGENT_STEPS_TRAINED] += trained
 
     def drain(self) -> None:
-        """Takes in fragments in flight, which can add env steps. The default has none."""
+        """Takes in fragments in flight, with their env steps and updates. The default has none."""
 
     def non_finite(self, quantity: str, value: float, advice: str) -> NonFiniteError:
         """Returns the error for a loss that is NaN or infinite."""
@@ -195,8 +195,10 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
             result: dict[str, Any] = super().train()
             return result
         except BaseException as error:
-            if not (isinstance(error, KeyboardInterrupt) and self._signal and self._signal.asked):
+            if not (isinstance(error, KeyboardInterrupt) and self.stop_requested):
                 self._iteration_so_far = None
+                raise
+            if not (self._signal and self._signal.asked):
                 raise
         # Tune stores this with its next checkpoint: -inf, since that policy was not evaluated.
         last: dict[str, Any] = self._last_result or {}  # type: ignore[has-type]
@@ -267,6 +269,12 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         pass
 
     # --- evaluation ----------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """RLlib's, of the policy that a checkpoint saved now has."""
+        if not self.config.evaluation_parallel_to_training:
+            self.drain()
+        return super().evaluate(*args, **kwargs)
 
     def _evaluate_on_local_env_runner(self, env_runner: Any) -> Summary:
         if env_runner is self.env_runner:

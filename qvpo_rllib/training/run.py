@@ -62,28 +62,15 @@ class TrainingRun:
     def run(self) -> None:
         """Raises `KeyboardInterrupt` after Ctrl-C or SIGTERM, with everything saved."""
         next_evaluation = self._next_evaluation()
-        iteration_steps = self.plan.iteration_steps()
         with _interrupts(self.algorithm, lambda: self._evaluating), self._showing_status():
             try:
                 if self._evaluation_was_interrupted():
-                    self._record_evaluation(
-                        {
-                            "env_steps": self.env_steps,
-                            "updates": self.algorithm.updates,
-                            "time_total_s": self._time_before_s,
-                        }
-                    )
-                # After an interrupted iteration: evaluations then keep their env steps. One that
-                # ended has a row; it may end at other multiples, as in some vector environments.
-                if not self._has_row():
-                    aligned = -(-self.env_steps // iteration_steps) * iteration_steps
-                    while self.env_steps < min(aligned, self.plan.env_steps):
-                        self.algorithm.training_step()
+                    self._record_evaluation({"time_total_s": self._time_before_s})
                 while self.env_steps < self.plan.env_steps:
                     row = self._train()
                     if self.env_steps >= next_evaluation:
-                        next_evaluation = self._next_evaluation()
                         self._record_evaluation(row)
+                        next_evaluation = self._next_evaluation()
                     else:
                         self._append(row)
                         if self._clock.is_due(self.env_steps, time.monotonic()):
@@ -116,11 +103,6 @@ class TrainingRun:
         at_the_end = self.env_steps >= end and evaluated_at < self.env_steps
         return self.env_steps // interval > evaluated_at // interval or at_the_end
 
-    def _has_row(self) -> bool:
-        """Returns whether the metrics reach as far as the training."""
-        rows = self.directory.metrics.rows()
-        return bool(rows) and number(rows[-1], "env_steps") == self.env_steps
-
     @contextlib.contextmanager
     def _showing_status(self) -> Iterator[None]:
         best = None if self.best == float("-inf") else self.best
@@ -151,6 +133,8 @@ class TrainingRun:
 
     def _evaluate(self, row: Row) -> bool:
         """Adds an evaluation to `row`; returns whether it is the best so far."""
+        self.algorithm.drain()  # the checkpoint is to have the policy that was evaluated
+        row |= {"env_steps": self.env_steps, "updates": self.algorithm.updates}
         # An evaluation can take minutes and changes no weights: a signal may end it at once.
         self._evaluating = True
         try:

@@ -12,7 +12,9 @@ Tune copies the files of its directory back and forth: ours are kept out of it.
 
 import contextlib
 import json
+import math
 import shutil
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,18 +240,35 @@ class Experiment:
         return Part(f"{part.algorithm}-confirm", part.algorithm, spec, "confirm")
 
     def _best_settings(self, part: Part) -> list[Setting]:
-        """Returns those to confirm: best by the mean of the last evaluations of a whole trial."""
+        """Returns those to confirm: the best by the mean over seeds of their last evaluations.
+
+        Tasks have returns of different sizes: with several, a setting's ranks on them are added up.
+        A setting of which a trial has not ended, as the search stopped it, comes behind the others.
+        """
         assert self.spec.confirm is not None
-        scores = []
-        for trial, entry in self._entries(part, FINISHED).items():
+        settings: dict[str, Setting] = {}
+        scores: dict[str, dict[str, list[float]]] = {}  # by setting and task, one of each seed
+        cut = set()
+        for trial, entry in read_trials(self.directory / part.name).items():
+            setting = {name: entry["config"][name] for name in part.spec.swept}
+            key = json.dumps(setting)
             evaluations = points(read_rows(self.directory / part.name, trial), RETURN)
             returns = [value for _, value in evaluations[-LAST_EVALUATIONS:]]
-            if returns:
-                setting = {name: entry["config"][name] for name in part.spec.swept}
-                scores.append((sum(returns) / len(returns), setting))
-        scores.sort(key=lambda scored: -scored[0])
-        best: list[Setting] = []
-        for _, setting in scores:
-            if setting not in best:
-                best.append(setting)
-        return best[: self.spec.confirm.top]
+            if entry["status"] == FINISHED and returns:
+                settings[key] = setting
+                of_task = scores.setdefault(key, {}).setdefault(entry["config"]["env"], [])
+                of_task.append(statistics.fmean(returns))
+            else:
+                cut.add(key)
+        means = {
+            key: [statistics.fmean(by_task.get(task, [-math.inf])) for task in part.spec.tasks]
+            for key, by_task in scores.items()
+        }
+
+        def better(key: str) -> int:
+            """How many settings are better than `key`, summed over tasks."""
+            pairs = (zip(other, means[key], strict=True) for other in means.values())
+            return sum(theirs > own for pair in pairs for theirs, own in pair)
+
+        best = sorted(settings, key=lambda key: (key in cut, better(key)))
+        return [settings[key] for key in best[: self.spec.confirm.top]]

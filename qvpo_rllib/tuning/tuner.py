@@ -28,6 +28,7 @@ from qvpo_rllib.tuning.spec import ExperimentSpec
 
 STEPS = "num_env_steps_sampled_lifetime"
 EVALUATION = "evaluation/env_runners/episode_return_mean"
+DRAWS_PER_SETTING = 20  # until one that is new is found
 
 
 def build_tuner(
@@ -158,16 +159,22 @@ def drawn_settings(spec: ExperimentSpec) -> list[Setting]:
     """Returns every setting of the sweep; those from a space depend on `search.seed` alone.
 
     They are drawn beforehand, so that each runs with every seed and a resumed experiment has the
-    same ones.
+    same ones. No two are equal, but for a population's members: a space of fewer settings than are
+    to be drawn gives those that were found.
     """
     if not spec.space:
         return [dict(setting) for setting in spec.settings]
-    number = len(spec.seeds) if spec.search.method == "pbt" else spec.search.num_samples
+    population = spec.search.method == "pbt"
+    number = len(spec.seeds) if population else spec.search.num_samples or 0
     random = np.random.RandomState(spec.search.seed)
     drawn: list[Setting] = []
-    for _ in range(number or 0):
-        setting = {n: d.domain().sample(random_state=random) for n, d in spec.space.items()}
-        drawn.append({n: v.item() if hasattr(v, "item") else v for n, v in setting.items()})
+    for _ in range(number * DRAWS_PER_SETTING):
+        found = {n: d.domain().sample(random_state=random) for n, d in spec.space.items()}
+        setting = {n: v.item() if hasattr(v, "item") else v for n, v in found.items()}
+        if population or setting not in drawn:
+            drawn.append(setting)
+        if len(drawn) == number:
+            break
     return drawn
 
 
