@@ -152,15 +152,15 @@ class OutputDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
-                f"The directory {str(self.path)!r} cannot be made: {error}. Give another --out."
+                f"The directory {str(self.path)!r} cannot be made: {error}. Give another."
             ) from error
         if not os.access(self.path, os.W_OK):
             self._refuse("cannot be written to")
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(
-            f"Cannot write results to {str(self.path)!r}: it {what}. Give another --out, which "
-            "must not exist yet or be empty; nothing was changed."
+            f"Cannot write results to {str(self.path)!r}: it {what}. Give another directory, "
+            "which must not exist yet or be empty; nothing was changed."
         )
 
     def __enter__(self) -> "OutputDirectory":

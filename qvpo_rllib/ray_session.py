@@ -99,10 +99,12 @@ def _attach(address: str | None, options: dict[str, Any]) -> None:
         ray.init(address=address, **options)
     except (ConnectionError, AuthenticationError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        place = repr(address) if address else f"{os.environ['RAY_ADDRESS']!r} (RAY_ADDRESS)"
+        alone = "leave --address out" if address else "unset RAY_ADDRESS"
         raise ValueError(
-            f"No Ray cluster could be joined at the address {address or 'in RAY_ADDRESS'!r}: "
-            f"{reason} Run this on a node of the cluster, with the cluster's RAY_AUTH_MODE and "
-            "token; leave the address out to start a Ray on this machine alone."
+            f"No Ray cluster could be joined at the address {place}: {reason} Run this on a node "
+            f"of the cluster, with the cluster's RAY_AUTH_MODE and token; {alone} to start a Ray "
+            "on this machine alone."
         ) from error
 
 

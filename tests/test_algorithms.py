@@ -75,6 +75,16 @@ def plan_of(algo: str, **values: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_run_without_an_update_is_warned_of(name: str, caplog: Any) -> None:
+    warmup = "warmup_steps" in options_of(ALGORITHMS[name].hyperparameters)
+    settings = ["warmup_steps=600"] if warmup else []
+    for env_steps, warns in ((600, warmup), (601, False)):
+        caplog.clear()
+        plan_of(name, env_steps=env_steps, settings=settings)
+        assert ("no update will be done" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_preset_becomes_a_plan_with_nothing_left_open(name: str) -> None:
     kind = ALGORITHMS[name].hyperparameters
     assert {"default", "light", "quick"} <= set(kind.presets) <= set(kind.runs)

@@ -49,6 +49,7 @@ class Fails(Counting):
     """Its step `at`, or its reset, raises; a replacement does not."""
 
     made = 0
+    error: type[BaseException] = RuntimeError
 
     def __init__(self, at: int = 3, **options: Any) -> None:
         super().__init__(**options)
@@ -57,8 +58,15 @@ class Fails(Counting):
 
     def step(self, action: Any) -> Any:
         if self.step_number + 1 == self.at:
-            raise RuntimeError("gear jammed")
+            raise self.error("gear jammed")
         return super().step(action)
+
+
+@pytest.fixture(params=[RuntimeError, SystemExit])
+def failing(monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+    """A first `Fails` raises; with SystemExit as where somebody closes a viewer's window."""
+    monkeypatch.setattr(Fails, "made", 0)
+    monkeypatch.setattr(Fails, "error", request.param)
 
 
 def worker_of(make: Callable[[], gym.Env[Any, Any]], **settings: Any) -> ColumnarRolloutWorker:
@@ -184,16 +192,23 @@ def test_only_the_environment_that_raised_is_restarted(monkeypatch: Any) -> None
     np.testing.assert_array_equal(batch["new_obs"][:, 1], batch["obs"][:, 1] + 1)
 
 
-def test_without_that_the_error_names_environment_and_step(monkeypatch: Any) -> None:
-    monkeypatch.setattr(Fails, "made", 0)
+def test_without_that_the_error_names_environment_and_step(failing: None) -> None:
     with pytest.raises(
         EnvironmentFailure, match=r"gear jammed \[test_outcomes\.py:\d+\] \(after 3 steps"
     ):
         worker_of(lambda: Fails(at=4)).collect(random_actions=True)
 
 
-def test_rllibs_own_workers_restart_it_too(monkeypatch: Any) -> None:
-    monkeypatch.setattr(Fails, "made", 0)
+def test_a_step_of_the_old_gym_is_told_what_it_must_return() -> None:
+    class Old(Counting):
+        def step(self, action: Any) -> Any:
+            return super().step(action)[:4]
+
+    with pytest.raises(EnvironmentFailure, match=r"Its step must return \(obs, reward, terminated"):
+        worker_of(lambda: gym.wrappers.TimeLimit(Old(), 9)).collect(random_actions=True)
+
+
+def test_rllibs_own_workers_restart_it_too(failing: None) -> None:
     checked = vector_of([Fails(at=1), Counting()], restarts=True)
     checked.seed(lambda i, again: 10 * i + again)
     checked.vector_reset()
@@ -203,8 +218,7 @@ def test_rllibs_own_workers_restart_it_too(monkeypatch: Any) -> None:
     assert checked.reset_at(0)[0].tolist() == [0, 0]
 
 
-def test_an_evaluation_plays_the_episode_again(monkeypatch: Any) -> None:
-    monkeypatch.setattr(Fails, "made", 0)
+def test_an_evaluation_plays_the_episode_again(failing: None, monkeypatch: Any) -> None:
     envs: list[gym.Env[Any, Any]] = [Fails()]
 
     def restart(i: int) -> None:

@@ -14,6 +14,7 @@ from ray._private.utils import get_used_memory
 from ray.experimental import internal_kv
 from ray.rllib.algorithms import algorithm as rllib
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.env_runner_group import EnvRunnerGroup
 from ray.rllib.evaluation.env_runner_v2 import EnvRunnerV2
 from ray.rllib.evaluation.rollout_worker import RolloutWorker
@@ -24,6 +25,8 @@ from ray.train._internal.storage import StorageContext
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.registry import _global_registry
 from ray.tune.trainable import Trainable
+
+from qvpo_rllib.runtime import ray_private
 
 PACKAGE = Path(__file__).parents[1] / "qvpo_rllib"
 BASE, PRIVATE, TUNE = "runtime/base.py", "runtime/ray_private.py", "tuning/tune_state.py"
@@ -158,3 +161,28 @@ def _own_private_names(*owners: Any) -> set[str]:
             elif isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
                 names.add(node.name)
     return {name for name in names if not name.startswith("__")}
+
+
+@pytest.mark.parametrize(
+    ("create", "config", "found"),
+    [
+        (lambda config: config, {"goal": 9}, {"goal": 9}),
+        (lambda config, goal=1: config, {"goal": 9}, {"goal": 9}),
+        (lambda config=None: config, {"goal": 9}, {"goal": 9}),
+        (lambda config=None, **options: config, {}, {}),
+        (lambda render_mode=None, goal=1: (render_mode, goal), {"goal": 9}, (None, 9)),
+        (lambda render_mode=None, goal=1: (render_mode, goal), {}, (None, 1)),
+        (lambda goal=1, render_mode=None: (goal, render_mode), {}, (1, None)),
+        (lambda xml=None, goal=1: (xml, goal), {"goal": 9}, (None, 9)),
+    ],
+)
+def test_a_class_gets_env_config_as_one_dict_or_by_keyword(
+    create: Any, config: dict[str, Any], found: Any
+) -> None:
+    assert ray_private._make_by(create, EnvContext(config, worker_index=0), None) == found
+
+
+def test_a_module_that_is_not_here_is_named_with_where_it_is_looked_for() -> None:
+    make = ray_private.environment_maker("not_here_envs:Robot-v0")
+    with pytest.raises(ImportError, match=r"No module named 'not_here_envs'.*working directory"):
+        make(EnvContext({}, worker_index=0))

@@ -313,10 +313,10 @@ def test_train_runs_are_grouped_by_what_sets_them_apart(tmp_path: Path) -> None:
     ]
 
 
-def train_run(path: Path, seed: int = 0, rows: int = 1) -> Path:
+def train_run(path: Path, seed: int = 0, rows: int = 1, **changes: Any) -> Path:
     config = {
         "algo": "qvpo", "env": "Ant-v5", "preset": "light", "seed": seed, "env_steps": 200,
-        "hyperparameters": {"tau": 0.1},
+        "hyperparameters": {"tau": 0.1}, **changes,
     }  # fmt: skip
     with RunDirectory.create(path, config, ["qvpo"]) as run:
         for _ in range(rows):
@@ -329,6 +329,33 @@ def test_one_seed_is_not_counted_twice(tmp_path: Path) -> None:
     assert len(load_runs([first, other])) == 2
     with pytest.raises(ValueError, match=r"/a'.*/b' have the same .* seed.*Leave one of them out"):
         load_runs([first, copy, other])
+
+
+def test_runs_of_other_tasks_lengths_and_workers_are_not_pooled(tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"env_config": {"healthy_reward": 0, "xml_file": "a.xml"}},
+        {"env_steps": 100},
+        {"num_env_runners": 2},
+    ]
+    runs = [
+        train_run(tmp_path / f"{n}-{seed}", seed, **{"num_env_runners": 0, **change})
+        for n, change in enumerate(changes)
+        for seed in (0, 1)
+    ]
+    groups = grouped(load_runs(runs))
+    assert [len(group.runs) for group in groups] == [2, 2, 2, 2]
+    tasks = [group.task for group in groups]
+    assert tasks == ["Ant-v5", "Ant-v5 (healthy_reward=0, xml_file=a.xml)", "Ant-v5", "Ant-v5"]
+    labels = [group.label for group in groups if group.task == "Ant-v5"]
+    assert [label.partition("env_steps=")[2] for label in labels] == [
+        "200, num_env_runners=0", "100, num_env_runners=0", "200, num_env_runners=2"
+    ]  # fmt: skip
+    text = build_report(runs, tmp_path / "out").with_suffix(".md").read_text()
+    rows = [row.split(" | ") for row in text.splitlines() if "preset=light" in row]
+    papers = {row[0].strip("| "): row[-1].strip("| ") for row in rows if len(row) == 8}
+    assert papers[tasks[1]] == "–"  # the paper's Ant has no such arguments
+    assert papers["Ant-v5"] != "–"
 
 
 def test_a_run_that_ended_before_its_first_evaluation_had_begun(tmp_path: Path) -> None:

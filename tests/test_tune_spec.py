@@ -180,6 +180,7 @@ CASES = {
     "option's value": ("training:\n  tau: 0.1\n  gamma: 2", 6, "gamma=2.0 is not allowed"),
     "swept value": ("sweep:\n  grid:\n    tau: [0.1, 3]", 6, "tau=3.0 is not allowed"),
     "seed twice": ("seeds:\n  - 1\n  - 2\n  - 1", 7, "seeds[2]: 1 is listed twice"),
+    "number of seeds": ("seeds: 3", 4, "3 is not allowed: seeds are a list: [3] is that one"),
     "seed's type": ("seeds: [one]", 4, "'one' is not allowed: seeds are integers"),
     "key twice": ("seeds: [1]\nseeds: [2]", 5, "given twice"),
     "algorithm": ("algorithm: qpvo", 4, "it must be one of qvpo"),

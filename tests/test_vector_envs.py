@@ -308,14 +308,17 @@ def test_a_vector_without_its_attributes_is_refused() -> None:
         EnvBatch(env, "Tested")
 
 
-def test_an_exception_names_the_vector(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_an_exception_names_the_vector(monkeypatch: Any, error: type[BaseException]) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error("jammed")
+
     env = Own()
-    monkeypatch.setattr(env, "step", lambda actions: 1 / 0)
-    with pytest.raises(EnvironmentFailure, match=r"Tested: ZeroDivisionError: .*in its step"):
-        worker_of(lambda: env).collect(random_actions=True)
-    monkeypatch.setattr(env, "reset", lambda seed: 1 / 0)
-    with pytest.raises(EnvironmentFailure, match=r"Tested: ZeroDivisionError: .*in its reset"):
-        worker_of(lambda: env).collect(random_actions=True)
+    for name in ("step", "reset"):
+        monkeypatch.setattr(env, name, fail)
+        words = rf"Tested: {error.__name__}: jammed .*in its {name}"
+        with pytest.raises(EnvironmentFailure, match=words):
+            worker_of(lambda: env).collect(random_actions=True)
 
 
 def test_another_number_of_sub_environments_is_refused_in_training_alone() -> None:

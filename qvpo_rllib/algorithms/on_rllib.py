@@ -16,7 +16,12 @@ from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.utils.metrics.learner_info import LEARNER_STATS_KEY
 from torch import Generator
 
-from qvpo_rllib.core.errors import ENDS_TRAINING, NonFiniteError
+from qvpo_rllib.core.errors import (
+    ENDS_TRAINING,
+    RAISED_BY_ENVIRONMENT,
+    NonFiniteError,
+    described,
+)
 from qvpo_rllib.core.seeding import Stream, environment_seed, spawn_seed
 from qvpo_rllib.rollout.callbacks import EpisodeCallbacks, LastStep, WatchedEpisode
 from qvpo_rllib.rollout.env_batch import EnvBatch, not_for_rllib
@@ -132,7 +137,7 @@ class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
         self._lengths[i] = 0
         try:
             returned = self._envs[i].reset(seed=self._seeds.pop(i, seed), options=options)
-        except Exception as error:
+        except RAISED_BY_ENVIRONMENT as error:
             self._replace(i, error)
             returned = self._envs[i].reset(seed=self._seeds.pop(i, seed), options=options)
         obs, info = self._checks[i].reset(returned)
@@ -148,9 +153,11 @@ class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
         self._lengths[i] += 1
         try:
             returned = self._envs[i].step(action)
-        except Exception as error:
+        except RAISED_BY_ENVIRONMENT as error:
             self._replace(i, error)
-            return error, 0.0, True, True, {}
+            # RLlib takes an exception for the end of a faulty episode, but no SystemExit.
+            faulty = error if isinstance(error, Exception) else RuntimeError(described(error))
+            return faulty, 0.0, True, True, {}
         step = self._checks[i].step(returned, self._lengths[i])
         check_finite(step[0], "observation", self._names[i], self._lengths[i])
         check_finite(step[1], "reward", self._names[i], self._lengths[i])
@@ -159,7 +166,7 @@ class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
             self.ended.append(env_steps_of(self._envs[i], self._lengths[i]))
         return step
 
-    def _replace(self, i: int, error: Exception) -> None:
+    def _replace(self, i: int, error: BaseException) -> None:
         failure = environment_failure(self._names[i], error, self._lengths[i])
         if not self._restarts:
             raise failure from error

@@ -16,7 +16,11 @@ class EnvironmentFailure(RuntimeError):
     """An environment raised; the message names the environment, the worker and the exception."""
 
 
-def described(error: Exception) -> str:
+# What an environment's code may raise: a viewer whose window is closed may exit.
+RAISED_BY_ENVIRONMENT = (Exception, SystemExit)
+
+
+def described(error: BaseException) -> str:
     """Returns an error of somebody else's code with its place: "KeyError: 'ip' [robot.py:12]"."""
     text, frames = f"{type(error).__name__}: {error}", traceback.extract_tb(error.__traceback__)
     return f"{text} [{Path(frames[-1].filename).name}:{frames[-1].lineno}]" if frames else text

@@ -31,6 +31,8 @@ POPULATION = "population"
 SYMBOLS = {f.name: f.metadata["symbol"] for f in dataclasses.fields(QVPOHyperparameters)}
 # A train run's options that say nothing about its setting.
 NOT_A_SETTING = ("entropy_decay_steps", "lr_decay_steps")
+# What sets train runs apart beside their options.
+SIZES = ("env_steps", "num_env_runners", "num_envs_per_env_runner")
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,12 @@ def setting_label(setting: Mapping[str, Any]) -> str:
     )
 
 
+def task_label(env: str, env_config: Mapping[str, Any] | None) -> str:
+    """Returns what names a task: with arguments an environment is another task."""
+    arguments = ", ".join(f"{name}={value}" for name, value in (env_config or {}).items())
+    return f"{env} ({arguments})" if arguments else env
+
+
 def symbol(option: str) -> str:
     """Returns the paper's symbol for an option, or its name if it has none: k_behavior → K_b."""
     return SYMBOLS.get(option) or option
@@ -217,7 +225,7 @@ def _tune_runs(path: Path) -> list[Run]:
                     experiment=spec["name"],
                     stage=POPULATION if population else part["stage"],
                     algorithm=part["label"],
-                    task=config["env"],
+                    task=task_label(config["env"], spec.get("env_config")),
                     setting=setting,
                     seed=config["seed"],
                     status=entry["status"] if known else UNFINISHED,
@@ -240,10 +248,11 @@ def _evaluations(rows: Sequence[Row]) -> list[Row]:
 
 def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
     """Returns runs whose setting is the preset and the options that differ under it on a task."""
-    trained = _in_full(trained)
+    trained = [(path, _with_sizes(config)) for path, config in _in_full(trained)]
     alike: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for _, config in trained:
-        key = (config["algo"], config["preset"], config["env"])
+        task = task_label(config["env"], config.get("env_config"))
+        key = (config["algo"], config["preset"], task)
         alike.setdefault(key, []).append(config["hyperparameters"])
     names = [
         name
@@ -262,7 +271,8 @@ def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
             if name in options:
                 value = options[name]
                 setting[name] = str(value) if isinstance(value, list) else value  # hashable
-        same = (label, config["env"], config["seed"], tuple(setting.items()))
+        task = task_label(config["env"], config.get("env_config"))
+        same = (label, task, config["seed"], tuple(setting.items()))
         _refuse_twice(seen, same, path)
         rows = _evaluations(_recorded(path))
         done = bool(rows) and int(rows[-1]["env_steps"] or 0) >= config["env_steps"]
@@ -271,7 +281,7 @@ def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
                 experiment="train",
                 stage="train",
                 algorithm=label,
-                task=config["env"],
+                task=task,
                 setting=setting,
                 seed=config["seed"],
                 status=FINISHED if done else UNFINISHED,
@@ -281,6 +291,12 @@ def _train_runs(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[Run]:
             )
         )
     return runs
+
+
+def _with_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the configuration with the run's length and workers among its options."""
+    sizes = {name: config[name] for name in SIZES if name in config}
+    return {**config, "hyperparameters": {**config["hyperparameters"], **sizes}}
 
 
 def _in_full(trained: Sequence[tuple[Path, dict[str, Any]]]) -> list[tuple[Path, dict[str, Any]]]:

@@ -82,7 +82,12 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def task_name(env: str) -> str:
-    """Returns an environment's name without its version: "Ant-v5" → "Ant"."""
+    """Returns an environment's name without its version: "Ant-v5" → "Ant".
+
+    One with arguments keeps both: it is none of the paper's.
+    """
+    if env.endswith(")"):
+        return env
     return env.rsplit("/", 1)[-1].rsplit("-v", 1)[0]
 
 

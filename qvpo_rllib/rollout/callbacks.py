@@ -113,7 +113,7 @@ class EpisodeCallbacks(Hooks):
             for name in ("custom_metrics", "hist_data", "media")
         }
 
-    def fail(self, i: int, error: Exception) -> None:
+    def fail(self, i: int, error: BaseException) -> None:
         """Calls `on_episode_end` with the error in the episode's place, as RLlib does."""
         self._call("on_episode_end", i, error)
 
@@ -145,7 +145,7 @@ class EpisodeCallbacks(Hooks):
         episode.agent_index(AGENT)
         return episode
 
-    def _call(self, name: str, i: int, error: Exception | None = None) -> None:
+    def _call(self, name: str, i: int, error: BaseException | None = None) -> None:
         if name in self.wanted:
             worker = self.worker
             getattr(worker.callbacks, name)(

@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from ray.rllib.env.vector_env import VectorEnv
 
-from qvpo_rllib.core.errors import EnvironmentFailure, described
+from qvpo_rllib.core.errors import RAISED_BY_ENVIRONMENT, EnvironmentFailure, described
 from qvpo_rllib.rollout.outcomes import BatchCheck
 
 Infos = dict[str, Any]  # of all sub-environments: arrays by name, and masks by "_name"
@@ -127,7 +127,7 @@ class EnvBatch(VectorEnv):  # type: ignore[misc]
         skipped = self.waiting
         try:
             returned = self.env.step(actions)
-        except Exception as error:
+        except RAISED_BY_ENVIRONMENT as error:
             raise self._failure(error, "its step") from error
         obs, rewards, terminated, truncated, infos = self._check.step(returned)
         ended = terminated | truncated
@@ -170,12 +170,12 @@ class EnvBatch(VectorEnv):  # type: ignore[misc]
                 returned = self.env.reset(seed=list(seeds))
                 self._takes_list = True
                 return returned
-            except Exception as error:
+            except RAISED_BY_ENVIRONMENT as error:
                 if self._takes_list:
                     raise self._failure(error, "its reset") from error
         try:
             returned = self.env.reset(seed=seeds[0])
-        except Exception as error:
+        except RAISED_BY_ENVIRONMENT as error:
             raise self._failure(error, "its reset") from error
         self._takes_list = False
         return returned
@@ -183,11 +183,11 @@ class EnvBatch(VectorEnv):  # type: ignore[misc]
     def _reset_some(self, ended: NDArray[np.bool_]) -> tuple[NDArray[np.float32], Infos]:
         try:
             returned = self.env.reset(options={"reset_mask": ended.copy()})
-        except Exception as error:
+        except RAISED_BY_ENVIRONMENT as error:
             raise self._failure(error, "its reset by a reset_mask") from error
         return self._check.reset(returned)
 
-    def _failure(self, error: Exception, when: str) -> EnvironmentFailure:
+    def _failure(self, error: BaseException, when: str) -> EnvironmentFailure:
         return EnvironmentFailure(f"{self.where}: {described(error)} (in {when})")
 
 

@@ -11,7 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvpo_rllib.core.action_scale import ActionScale
-from qvpo_rllib.core.errors import EnvironmentFailure, NonFiniteError, described
+from qvpo_rllib.core.errors import (
+    RAISED_BY_ENVIRONMENT,
+    EnvironmentFailure,
+    NonFiniteError,
+    described,
+)
 from qvpo_rllib.rollout.env_batch import EnvBatch, info_of
 from qvpo_rllib.rollout.environments import MAX_EPISODE_STEPS, has_time_limit
 from qvpo_rllib.rollout.outcomes import OutcomeCheck
@@ -54,7 +59,7 @@ class Hooks:
         """Ends an episode. Returns fields of `RolloutMetrics` beside its length and return."""
         return {}
 
-    def fail(self, i: int, error: Exception) -> None:
+    def fail(self, i: int, error: BaseException) -> None:
         """Drops an episode whose environment raised."""
 
 
@@ -81,10 +86,13 @@ def check_finite(
         )
 
 
-def environment_failure(where: str, error: Exception, env_steps: int) -> EnvironmentFailure:
+def environment_failure(where: str, error: BaseException, env_steps: int) -> EnvironmentFailure:
     """Returns the error for an environment that raised after so many steps of an episode."""
+    of_old_gym = isinstance(error, ValueError) and "to unpack (expected 5, got 4)" in str(error)
+    advice = ". Its step must return (obs, reward, terminated, truncated, info)"
     return EnvironmentFailure(
         f"{where}: {described(error)} (after {env_steps} steps of the episode)"
+        f"{advice if of_old_gym else ''}"
     )
 
 
@@ -105,7 +113,7 @@ def try_a_step(env: gym.Env[Any, Any] | EnvBatch, where: str) -> None:
     try:
         first, step = env.reset(seed=0), 1
         second = env.step(middle)
-    except Exception as error:
+    except RAISED_BY_ENVIRONMENT as error:
         raise environment_failure(where, error, step) from error
     check.reset(first)
     check.step(second, 1)
@@ -295,7 +303,7 @@ class _Player:
         """Takes a step, and begins the next episode where this one has ended."""
         try:
             returned = self._envs[self._i].step(scale.to_env(action))
-        except Exception as error:
+        except RAISED_BY_ENVIRONMENT as error:
             self._replace(error)
             self._hooks.fail(self._i, error)
             self._begin()
@@ -327,14 +335,14 @@ class _Player:
     def _reset(self) -> tuple[NDArray[np.float32], dict[str, Any]]:
         try:
             returned = self._envs[self._i].reset(seed=self._seeds[len(self.episodes)])
-        except Exception as error:
+        except RAISED_BY_ENVIRONMENT as error:
             self._replace(error)
             return self._reset()
         obs, info = self._check.reset(returned)
         check_finite(obs, "observation", self._name, 0)
         return obs, info
 
-    def _replace(self, error: Exception) -> None:
+    def _replace(self, error: BaseException) -> None:
         """Replaces the environment, which raised, if that has not been done in this episode."""
         if self._restart is None or self._restarted == len(self.episodes):
             raise environment_failure(self._name, error, len(self.rewards)) from error

@@ -15,8 +15,10 @@ import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
+from qvpo_rllib.core.errors import RAISED_BY_ENVIRONMENT
+
 # What `env.step` returned, or the exception that it raised.
-Outcome = tuple[Any, Any, Any, Any, Any] | Exception
+Outcome = tuple[Any, Any, Any, Any, Any] | BaseException
 
 # Whether threads pay depends on the environment and on what else the machine does at the time. So
 # of every `PERIOD` rounds this many are timed without threads, and as many with them.
@@ -88,7 +90,7 @@ class EnvStepper:
         for i in part:
             try:
                 outcomes.append(self.envs[i].step(actions[i]))
-            except Exception as error:
+            except RAISED_BY_ENVIRONMENT as error:
                 outcomes.append(error)
         return outcomes
 

@@ -13,7 +13,7 @@ from ray.rllib.evaluation.metrics import RolloutMetrics
 from ray.rllib.evaluation.rollout_worker import RolloutWorker
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID, SampleBatch
 
-from qvpo_rllib.core.errors import ENDS_TRAINING
+from qvpo_rllib.core.errors import ENDS_TRAINING, RAISED_BY_ENVIRONMENT
 from qvpo_rllib.core.seeding import Stream, environment_seed, sequence, spawn_seed
 from qvpo_rllib.rollout.callbacks import AGENT, EpisodeCallbacks
 from qvpo_rllib.rollout.env_batch import EnvBatch, check_number, info_of
@@ -323,7 +323,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         """Steps the environments one by one; returns those that raised and have no outcome."""
         missing = []
         for i, outcome in enumerate(self.stepper.step(self.scale.to_env(actions))):
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, RAISED_BY_ENVIRONMENT):
                 self._drop_episode(i, outcome)
                 missing.append(i)
                 rows.next_obs[i], rows.rewards[i] = 0, 0
@@ -428,12 +428,12 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
     def _reset(self, i: int, seed: int | None) -> tuple[NDArray[np.float32], dict[str, Any]]:
         try:
             returned = self.envs[i].reset(seed=seed)
-        except Exception as error:
+        except RAISED_BY_ENVIRONMENT as error:
             self._restart(i, error)
             returned = self.envs[i].reset(seed=self._env_seed(i))
         return self._checks[i].reset(returned)
 
-    def _drop_episode(self, i: int, error: Exception) -> None:
+    def _drop_episode(self, i: int, error: BaseException) -> None:
         """Replaces environment `i`, which raised in a step, and begins an episode there."""
         self._restart(i, error)
         self._hooks.fail(i, error)
@@ -441,7 +441,7 @@ class ColumnarRolloutWorker(RolloutWorker):  # type: ignore[misc]
         assert self._obs is not None
         self._obs[i] = self._begin(i, self._env_seed(i))
 
-    def _restart(self, i: int, error: Exception) -> None:
+    def _restart(self, i: int, error: BaseException) -> None:
         """Replaces environment `i`, which raised; raises where that was not asked for."""
         failure = environment_failure(self._where(i), error, int(self._lengths[i]))
         restart = restart_of(self)

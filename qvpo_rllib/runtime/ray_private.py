@@ -212,7 +212,7 @@ def environment_maker(
 
 def _creator_of(env: Any, num_envs: int | None) -> Callable[[EnvContext], Any]:
     if not isinstance(env, str):
-        return lambda context: env(context, **_number_for(env, num_envs))
+        return lambda context: _make_by(env, context, num_envs)
     if _global_registry.contains(ENV_CREATOR, env):
         registered = _global_registry.get(ENV_CREATOR, env)
         return lambda context: registered(context, **_number_for(registered, num_envs))
@@ -220,7 +220,7 @@ def _creator_of(env: Any, num_envs: int | None) -> Callable[[EnvContext], Any]:
     if env in gym.registry or ":" in env:
         return lambda context: _make_id(env, context, num_envs)
     if "." in env:
-        return lambda context: (found := _class_at(env))(context, **_number_for(found, num_envs))
+        return lambda context: _make_by(_class_at(env), context, num_envs)
     latest = {(spec.namespace, spec.name): spec.id for spec in gym.registry.values()}
     close = difflib.get_close_matches(env, latest.values(), n=3, cutoff=0.5)
     suggestion = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
@@ -248,6 +248,34 @@ def makes_vectors(env: Any) -> bool:
     return isinstance(env, type) and issubclass(env, gym.vector.VectorEnv)
 
 
+def _make_by(create: Any, context: EnvContext, num_envs: int | None) -> Any:
+    """Calls a class or function with env_config: as RLlib does, as one dict, or by keyword."""
+    number = _number_for(create, num_envs)
+    if _takes_keywords(create, context):
+        return create(**{**number, **context})
+    return create(context, **number)
+
+
+def _takes_keywords(create: Any, context: EnvContext) -> bool:
+    """Returns whether the first parameter is not meant for a dict.
+
+    It has another default, or is `render_mode` as in Gymnasium's environments, or is optional while
+    an argument in `context` has a parameter of its own.
+    """
+    try:
+        parameters = inspect.signature(create).parameters
+    except (TypeError, ValueError):  # not all that is written in C says
+        return False
+    if not parameters:
+        return False
+    first = next(iter(parameters.values()))
+    return first.default is not first.empty and (
+        first.name == "render_mode"
+        or not isinstance(first.default, dict | None)
+        or not parameters.keys().isdisjoint(context)
+    )
+
+
 def _number_for(create: Any, num_envs: int | None) -> dict[str, int]:
     """Returns the argument `num_envs` for a class or a function that takes one."""
     try:
@@ -261,8 +289,13 @@ def _make_id(env: str, context: EnvContext, num_envs: int | None) -> Any:
     register_family(env)  # a worker is another process
     module, _, name = env.rpartition(":")
     if module:
-        with contextlib.suppress(ImportError):  # which `gym.make` explains
+        try:
             importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(
+                f"{error}. The module of {env!r} must be installed, or in the working directory "
+                f"({str(Path.cwd())!r}), and all that it imports."
+            ) from error
     spec = gym.registry.get(name)
     has_vector = spec is not None and spec.vector_entry_point is not None
     if has_vector and (num_envs is not None or spec.entry_point is None):

@@ -15,7 +15,12 @@ from ray.rllib.env.env_context import EnvContext
 
 from qvpo_rllib.algorithms import AlgorithmEntry, entry_of
 from qvpo_rllib.core.env_config import decode_env_config, encode_env_config
-from qvpo_rllib.core.errors import EnvironmentFailure, UnusableOutcome, described
+from qvpo_rllib.core.errors import (
+    RAISED_BY_ENVIRONMENT,
+    EnvironmentFailure,
+    UnusableOutcome,
+    described,
+)
 from qvpo_rllib.core.options import (
     Options,
     OptionValue,
@@ -109,6 +114,7 @@ class TrainingPlan:
         )
         check_loggers(self.log)
         _ = self.config
+        warn_of_no_update(self.env_steps, self.hyperparameters)
 
     @property
     def algorithm(self) -> AlgorithmEntry:
@@ -225,6 +231,19 @@ def make_plan(
     return plan
 
 
+def warn_of_no_update(env_steps: int, options: Mapping[str, Any]) -> None:
+    """Warns if a run ends before its warm-up does, so that its policy never learns."""
+    warmup = options.get("warmup_steps", 0)
+    if env_steps <= warmup:
+        logger.warning(
+            "The run's %s env steps are all of its warm-up (warmup_steps=%s), whose actions are "
+            "random: no update will be done, and the policy stays as it was drawn. Give more env "
+            "steps or fewer warmup_steps.",
+            f"{env_steps:,}",
+            f"{warmup:,}",
+        )
+
+
 def parse_interval(text: str | None) -> tuple[int | None, float | None]:
     """Returns `--checkpoint-interval` as (env steps, None) or as (None, minutes)."""
     if text is None:
@@ -289,7 +308,7 @@ def check_environment(
     make = environment_maker(env, frame_skip, wrappers, num_envs=number)
     try:
         made = make(EnvContext(env_config or {}, worker_index=0))
-    except Exception as error:  # an environment's own code may raise anything
+    except RAISED_BY_ENVIRONMENT as error:
         raise ValueError(
             f"The environment {env!r} could not be made: {described(error)}"
         ) from error

@@ -110,7 +110,7 @@ class TrainingRun:
         try:
             yield
         finally:
-            self.status.stop()
+            self.status.stop(self.env_steps)
 
     def _train(self) -> Row:
         """Trains for one iteration, shows it, and returns its metrics row."""

@@ -143,11 +143,16 @@ class TrainingStatus:
         else:
             self._live.console.print(Text(text))
 
-    def stop(self) -> None:
-        """Ends the display and leaves its last state on the screen. May be called twice."""
+    def stop(self, env_steps: int | None = None) -> None:
+        """Ends the display and leaves its last state on the screen. May be called twice.
+
+        Args:
+            env_steps: where the run is, if that is further than the last report.
+        """
         if not self._running:
             return
         self._running = False
+        self._env_steps = self._env_steps if env_steps is None else env_steps
         if self._live is not None:
             self._live.stop()
             return

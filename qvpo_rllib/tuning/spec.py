@@ -16,7 +16,7 @@ from qvpo_rllib.algorithms import ALGORITHMS, entry_of
 from qvpo_rllib.core.env_config import encode_env_config
 from qvpo_rllib.core.options import RUN_DEFAULTS, Options, Range, Setting
 from qvpo_rllib.core.options.shared import EnvironmentOptions
-from qvpo_rllib.training.plan import check_environment
+from qvpo_rllib.training.plan import check_environment, warn_of_no_update
 from qvpo_rllib.tuning.search_space import Distribution, parse_space
 from qvpo_rllib.tuning.spec_file import KeyPath, Section, SpecError, is_number, read_yaml
 
@@ -231,6 +231,8 @@ def _read(root: Section) -> ExperimentSpec:
     _check_search(spec)
     _check_options(spec)
     _check_tasks(spec)
+    for algorithm in spec.algorithms:
+        warn_of_no_update(spec.env_steps, spec.options(algorithm, {}).to_json())
     return spec
 
 
@@ -262,7 +264,13 @@ def _per_algorithm(section: Section, algorithms: Sequence[str]) -> dict[str, Set
 
 
 def _seeds(section: Section, name: str) -> tuple[int, ...]:
-    seeds = section.items(name, 0)
+    seeds = section.take(name, [0])
+    if isinstance(seeds, int) and not isinstance(seeds, bool):
+        several = list(range(max(2, min(seeds, 9))))
+        section.refuse(
+            name, seeds, f"seeds are a list: [{seeds}] is that one, {several} are several"
+        )
+    seeds = section.listed(name, seeds)
     for seed in seeds:
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             section.refuse(name, seed, "seeds are integers of 0 or more, such as [0, 1, 2, 3, 4]")

@@ -95,7 +95,10 @@ class Section:
 
     def items(self, name: str, default: Any = MISSING) -> list[Any]:
         """Returns a list without repetitions; a single value counts as a list of one."""
-        value = self.take(name, default)
+        return self.listed(name, self.take(name, default))
+
+    def listed(self, name: str, value: Any) -> list[Any]:
+        """Returns what `items` does for a value that has been taken."""
         values = list(value) if isinstance(value, list | tuple) else [value]
         if not values:
             self.refuse(name, value, "it must have at least one entry")
