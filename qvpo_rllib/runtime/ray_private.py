@@ -259,8 +259,8 @@ def _make_by(create: Any, context: EnvContext, num_envs: int | None) -> Any:
 def _takes_keywords(create: Any, context: EnvContext) -> bool:
     """Returns whether the first parameter is not meant for a dict.
 
-    It has another default, or is `render_mode` as in Gymnasium's environments, or is optional while
-    an argument in `context` has a parameter of its own.
+    It is optional and no "config", and: has another default, or is `render_mode` as in Gymnasium's
+    environments, or an argument in `context` has a parameter of its own.
     """
     try:
         parameters = inspect.signature(create).parameters
@@ -269,11 +269,10 @@ def _takes_keywords(create: Any, context: EnvContext) -> bool:
     if not parameters:
         return False
     first = next(iter(parameters.values()))
-    return first.default is not first.empty and (
-        first.name == "render_mode"
-        or not isinstance(first.default, dict | None)
-        or not parameters.keys().isdisjoint(context)
-    )
+    if first.default is first.empty or "config" in first.name:
+        return False
+    named = not parameters.keys().isdisjoint(context)
+    return first.name == "render_mode" or not isinstance(first.default, dict | None) or named
 
 
 def _number_for(create: Any, num_envs: int | None) -> dict[str, int]:

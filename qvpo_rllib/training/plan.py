@@ -114,7 +114,6 @@ class TrainingPlan:
         )
         check_loggers(self.log)
         _ = self.config
-        warn_of_no_update(self.env_steps, self.hyperparameters)
 
     @property
     def algorithm(self) -> AlgorithmEntry:
@@ -228,6 +227,7 @@ def make_plan(
         log=tuple(log),
     )
     plan.check()
+    warn_of_no_update(plan.env_steps, plan.hyperparameters)
     return plan
 
 
