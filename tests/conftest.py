@@ -22,6 +22,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 os.environ.pop("RAY_ADDRESS", None)
 
+# Who forgets the fixture `ray_session` gets an error, not another Ray with other resources, in
+# which a test waits for ever. Ray reads this once; examples that tests start may still rely on it.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+import ray  # noqa: E402
+
+del os.environ["RAY_ENABLE_AUTO_CONNECT"]
+
 TINY = {
     "hidden": (16,),
     "diffusion_steps": 3,
@@ -66,9 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """The one Ray of a test process, on loopback."""
-    import ray
-
+    """The one Ray of a test process, on loopback. Commands that tests call do not end it."""
     from qvpo_rllib.ray_session import LOOPBACK
 
     ray.init(
@@ -79,15 +84,15 @@ def ray_session() -> Iterator[None]:
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "shutdown", lambda: None)
+        yield
     ray.shutdown()
 
 
 @pytest.fixture(scope="session")
 def ray_address(ray_session: None) -> str:
     """`--address` of the session's Ray, for commands whose own start of one is shown elsewhere."""
-    import ray
-
     address: str = ray.get_runtime_context().gcs_address
     return address
 

@@ -89,7 +89,6 @@ def test_without_a_cluster_nothing_starts(
     """An address where nobody listens: other Rays on this machine would be found by "auto"."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr("ray.init", _nobody)
-    monkeypatch.setattr("ray.shutdown", lambda: None)  # else it ends the Ray of the other tests
     words = ["--run-dir", "runs/a"] if command == "train" else ["smoke.yaml"]
     assert submit.main([command, *words]) == 2
     message = " ".join(capsys.readouterr().err.split())

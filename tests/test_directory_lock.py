@@ -102,7 +102,6 @@ def test_a_second_tune_is_refused_and_one_that_cannot_start_leaves_nothing(
         raise ConnectionError("nobody listens")
 
     monkeypatch.setattr("ray.init", nobody)
-    monkeypatch.setattr("ray.shutdown", lambda: None)  # else it ends the Ray of the other tests
     file = tmp_path / "x.yaml"
     file.write_text("name: x\npreset: quick\n")
     storage = tmp_path / "some" / "where"

@@ -66,7 +66,6 @@ def test_a_full_disk_names_the_checkpoint_to_go_on_from(
     monkeypatch.setattr("qvpo_rllib.training.run.TrainingRun", FullDisk)
     monkeypatch.setattr("qvpo_rllib.cli.train._start_ray", lambda *_: None)
     monkeypatch.setattr("qvpo_rllib.cli.train._record_placement", lambda *_: None)
-    monkeypatch.setattr("ray.shutdown", lambda: None)  # else it ends the Ray of the other tests
     assert cli.main(["train", "--num-gpus", "0", "--run-dir", str(path)]) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in " ".join(error.split())
