@@ -1,5 +1,7 @@
 """What the tests that need Ray share: one Ray in each test process, and tiny configurations."""
 
+import contextlib
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -95,6 +97,25 @@ def ray_address(ray_session: None) -> str:
     """`--address` of the session's Ray, for commands whose own start of one is shown elsewhere."""
     address: str = ray.get_runtime_context().gcs_address
     return address
+
+
+@pytest.fixture(scope="session")
+def qvpo(ray_session: None) -> Callable[..., str]:
+    """`qvpo(*arguments)`: what a command prints that ends with exit code `code`.
+
+    It runs in this process, on the tests' Ray: neither has to be started.
+    """
+    from qvpo_rllib import cli
+
+    def run(*arguments: str, code: int = 0) -> str:
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            for command in ("train", "tune"):
+                patch.setattr(f"qvpo_rllib.cli.{command}._start_ray", lambda *_: None)
+            assert cli.main([*arguments]) == code, printed.getvalue()
+        return printed.getvalue()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -188,38 +188,39 @@ class Elsewhere(Counting):
 
 
 class Holding(gym.Wrapper):
-    """InvertedPendulum, but that step 200 of its life waits for the file `go` in the directory that
-    the variable HOLDING names. It puts a file there to say so."""
+    """InvertedPendulum, but that step 200 of its life waits for the file `go` in `directory`. It
+    puts a file there to say so."""
 
     metadata = {"render_modes": []}  # noqa: RUF012
 
-    def __init__(self) -> None:
+    def __init__(self, directory: str) -> None:
         super().__init__(gym.make("InvertedPendulum-v5"))
+        self.directory = Path(directory)
         self.life = 0
 
     def step(self, action: Any) -> Any:
         self.life += 1
         if self.life == 200:
-            directory = Path(os.environ["HOLDING"])
-            (directory / f"held-{uuid.uuid4()}").touch()
-            while not (directory / "go").exists():
+            (self.directory / f"held-{uuid.uuid4()}").touch()
+            while not (self.directory / "go").exists():
                 time.sleep(0.02)
         return super().step(action)
 
 
 class Limited(gym.Wrapper):
     """InvertedPendulum, but that its process can write no file above 100 kB from its 50th step on,
-    if the file exists that the variable LIMITED names."""
+    if there is a file at `limited`."""
 
     metadata = {"render_modes": []}  # noqa: RUF012
 
-    def __init__(self) -> None:
+    def __init__(self, limited: str) -> None:
         super().__init__(gym.make("InvertedPendulum-v5"))
+        self.limited = Path(limited)
         self.total_steps = 0
 
     def step(self, action: Any) -> Any:
         self.total_steps += 1
-        if self.total_steps == 50 and Path(os.environ["LIMITED"]).exists():
+        if self.total_steps == 50 and self.limited.exists():
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         return super().step(action)

@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from qvpo_rllib.tuning.smoke import shrink
 from qvpo_rllib.tuning.spec import ExperimentSpec
 from qvpo_rllib.tuning.tuner import fixed_config
 
-TIMEOUT_S = 240
 BASE: dict[str, Any] = {"name": "x", "task": "InvertedPendulum-v5", "preset": "quick"}
 TINY = {
     "spo": ["hidden=8", "train_batch_size=80", "minibatch_size=40", "num_epochs=1"],
@@ -42,21 +39,6 @@ per_algorithm:
   sac: {hidden: [8], batch_size: 8, warmup_steps: 40}
 evaluation: {interval: 80, episodes: 2}
 """
-
-
-def qvpo(*arguments: str) -> str:
-    """Standard output of a command that ends well."""
-    run = subprocess.run(
-        [sys.executable, "-m", "qvpo_rllib", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout
-    return run.stdout
 
 
 def refused(capsys: Any, *arguments: str) -> str:
@@ -165,13 +147,13 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, capsys:
 
 
 @pytest.fixture(scope="module", params=["spo", "sac"])
-def trained(request: Any, tmp_path_factory: Any, ray_address: str) -> tuple[str, Path]:
+def trained(request: Any, tmp_path_factory: Any, qvpo: Callable[..., str]) -> tuple[str, Path]:
     """A run of 240 env steps with evaluations every 80."""
     run = tmp_path_factory.mktemp(request.param) / "run"
     settings = [word for setting in TINY[request.param] for word in ("--set", setting)]
     output = qvpo(
         "train", "--algo", request.param, "--preset", "quick", "--env-steps", "240",
-        "--eval-interval", "80", *settings, "--run-dir", str(run), "--address", ray_address,
+        "--eval-interval", "80", *settings, "--run-dir", str(run),
     )  # fmt: skip
     assert f"{ALGORITHMS[request.param].label} InvertedPendulum-v5 quick: evaluation" in output
     return request.param, run
@@ -208,10 +190,10 @@ def test_its_policy_is_evaluated_and_not_exported(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_it_goes_on_and_is_reported(trained: tuple[str, Path], ray_address: str) -> None:
+def test_it_goes_on_and_is_reported(trained: tuple[str, Path], qvpo: Callable[..., str]) -> None:
     _, run = trained
     before = rows_of(run)
-    qvpo("train", "--resume", str(run), "--env-steps", "320", "--address", ray_address)
+    qvpo("train", "--resume", str(run), "--env-steps", "320")
     rows = rows_of(run)
     assert rows[: len(before)] == before
     assert rows[-1]["env_steps"] == 320
@@ -220,7 +202,9 @@ def test_it_goes_on_and_is_reported(trained: tuple[str, Path], ray_address: str)
     assert (found.algorithm, found.env_steps) == (ALGORITHMS[trained[0]].label, 320)
 
 
-def test_an_experiment_of_several_runs_to_its_report(tmp_path: Path) -> None:
+def test_an_experiment_of_several_runs_to_its_report(
+    tmp_path: Path, qvpo: Callable[..., str]
+) -> None:
     (tmp_path / "several.yaml").write_text(SEVERAL)
     results = tmp_path / "results"
     output = qvpo("tune", str(tmp_path / "several.yaml"), "--storage", str(results))

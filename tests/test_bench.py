@@ -173,6 +173,7 @@ def test_rollouts_beside_the_stock_worker(ray_session):
     assert row["acting_per_s"] < row["columnar_per_s"]
 
 
+@pytest.mark.slow
 def test_the_runtimes_time_is_accounted_for(ray_session):
     arguments = ("--mode", "async", "--engine", "eager", "--seconds", "1", "--repeats", "1")
     local, beside = runtime.rounds(options("runtime", *arguments))

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -259,7 +260,7 @@ def test_evaluate_prints_a_table(capsys: Any, trained: Any) -> None:
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    trained: Any, tmp_path: Path, ray_address: str
+    trained: Any, tmp_path: Path, qvpo: Callable[..., str], capsys: Any
 ) -> None:
     """SIGKILL at some moment of a run that saves all the time; a new process; the same bits."""
     run = tmp_path / "run"
@@ -275,9 +276,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert len(kept) >= 3
     stopped_at = Metadata.read(run / "checkpoints" / "last").ledger["ingested"]
     assert 200 < stopped_at < 400
-    code, _, error = finish(start("train", "--resume", str(run), "--address", ray_address))
-    assert code == 0, error
-    assert "new episodes" not in error
+    qvpo("train", "--resume", str(run))
+    assert "new episodes" not in capsys.readouterr().err
 
     assert state_of(run) == state_of(trained[0])
     ours, theirs = rows_of(run), rows_of(trained[0])
@@ -313,7 +313,7 @@ def wait_for_row(run: Path, env_steps: int, process: subprocess.Popen[str]) -> N
         time.sleep(0.05)
 
 
-def test_resume_interrupt_and_resume(trained: Any, capsys: Any, ray_address: str) -> None:
+def test_resume_interrupt_and_resume(trained: Any, capsys: Any, qvpo: Callable[..., str]) -> None:
     run, _ = trained
     before = rows_of(run)
     process = start("train", "--resume", str(run), "--env-steps", "1000000")
@@ -335,10 +335,7 @@ def test_resume_interrupt_and_resume(trained: Any, capsys: Any, ray_address: str
     assert len(evaluate(capsys, last, "--episodes", "1")["returns"]) == 1
 
     end = metadata.ledger["ingested"] // 200 * 200 + 200
-    code, output, error = finish(
-        start("train", "--resume", str(run), "--env-steps", str(end), "--address", ray_address)
-    )
-    assert code == 0, error
+    qvpo("train", "--resume", str(run), "--env-steps", str(end))
     rows = rows_of(run)
     assert_rows_go_on(rows)
     assert rows[-1]["env_steps"] == end
@@ -367,7 +364,7 @@ def test_fewer_env_steps_than_are_done_are_refused(trained: Any, capsys: Any) ->
 
 
 def test_sigterm_does_not_wait_for_an_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_address: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qvpo: Callable[..., str]
 ) -> None:
     """As on a node that is taken away; the evaluation is made when the run goes on."""
     monkeypatch.setenv("EPISODE_LENGTH", "1000000000")
@@ -386,8 +383,7 @@ def test_sigterm_does_not_wait_for_an_evaluation(
     assert evaluated_at(rows_of(run)) == []
 
     monkeypatch.setenv("EPISODE_LENGTH", "5")
-    code, output, error = finish(start("train", "--resume", str(run), "--address", ray_address))
-    assert code == 0, error
+    qvpo("train", "--resume", str(run))
     assert evaluated_at(rows_of(run)) == [20, 40]
     assert rows_of(run)[-1][RETURN] == 5.0
     assert (run / "checkpoints" / "best").resolve() == (run / "checkpoints" / "last").resolve()
@@ -428,17 +424,16 @@ def test_an_interrupt_that_a_library_swallows_still_counts() -> None:
 
 
 def test_non_finite_observation_ends_the_run_and_keeps_the_checkpoint(
-    tmp_path: Path, ray_address: str
+    tmp_path: Path, qvpo: Callable[..., str], capsys: Any
 ) -> None:
     """The environment returns a NaN at its 70th step; the run saves every 20 steps."""
     run = tmp_path / "run"
     env = "environments:LateNan-v0"
-    process = start(
+    qvpo(
         "train", "--env", env, "--preset", "quick", "--env-steps", "400", "--eval-interval", "20",
-        "--num-envs-per-env-runner", "1", *TINY, "--run-dir", str(run), "--address", ray_address,
+        "--num-envs-per-env-runner", "1", *TINY, "--run-dir", str(run), code=1,
     )  # fmt: skip
-    code, _, error = finish(process)
-    assert code == 1, error
+    error = capsys.readouterr().err
     message = " ".join(error.split())
     assert f"{env} (worker 0, environment 0): non-finite observation at step 4 " in message
     assert "Traceback" not in error

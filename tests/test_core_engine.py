@@ -117,22 +117,24 @@ def compiles():
     assert engine.resolve_engine("compiled", CPU) == "compiled"
 
 
+# Compiling takes half a minute for each.
+COMPILED = [
+    {
+        "k_target": 1,
+        "num_chosen_samples": 2,
+        "vlo_coefficient": True,
+        "update_order": "policy_then_critic",
+        "q_weights": "qexp",
+        "entropy_reduction": "mean",
+        "target_refinement": "gradient",
+    },
+    QUANTILES | {"q_weights": "softmax", "entropy_weight": "auto", "entropy_in_target": "auto"},
+    {"target_refinement": "guidance"},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {
-            "k_target": 1,
-            "num_chosen_samples": 2,
-            "vlo_coefficient": True,
-            "update_order": "policy_then_critic",
-            "q_weights": "qexp",
-            "entropy_reduction": "mean",
-            "target_refinement": "gradient",
-        },
-        QUANTILES | {"q_weights": "softmax", "entropy_weight": "auto", "entropy_in_target": "auto"},
-        {"target_refinement": "guidance"},
-    ],
+    "options", [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in COMPILED)]
 )
 def test_compiled_updates_equal_eager_ones(compiles, options):
     compiled = learner(**options, engine="compiled")

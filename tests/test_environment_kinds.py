@@ -6,11 +6,9 @@ Every path must see the same environment: training, evaluation, checkpoints, bun
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +254,7 @@ def test_a_registered_name_and_a_class_are_wrapped_too(build: Any, tiny_config: 
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: Any) -> Path:
+def run(tmp_path_factory: Any, qvpo: Callable[..., str]) -> Path:
     """A run of `qvpo train` with all of it: parts, wrapper, action repeat, arguments."""
     path = tmp_path_factory.mktemp("kinds") / "run"
     command = ["train", "--env", ENV, "--preset", "quick", "--env-steps", "60"]
@@ -269,10 +267,6 @@ def run(tmp_path_factory: Any) -> Path:
         command += ["--set", f"{name}={value}"]
     qvpo(*command)
     return path
-
-
-def qvpo(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "qvpo_rllib", *arguments], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +294,7 @@ def url(bundle: Path) -> Iterator[str]:
     thread.join()
 
 
-def test_a_run_records_and_resumes_it(run: Path, tmp_path: Path) -> None:
+def test_a_run_records_and_resumes_it(run: Path, tmp_path: Path, qvpo: Callable[..., str]) -> None:
     config = json.loads((run / "config.json").read_text())
     assert config["env_config"] == {"offset": 2.5}
     assert config["hyperparameters"]["frame_skip"] == 3

@@ -164,6 +164,7 @@ def test_an_environment_that_always_raises_ends_the_run(
     assert algorithm.collector.faults.restarts == 1
 
 
+@pytest.mark.slow
 def test_workers_and_nodes_are_killed_at_random() -> None:
     """A short run of the soak test, on a cluster of its own: the first to go is a node."""
     soak = subprocess.run(

@@ -64,7 +64,7 @@ def test_an_environment_that_is_replaced_ends_its_episode(build: Any, tiny_confi
     assert steps.min() >= 1
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one(
     build: Any, tiny_config: Any, tmp_path: Path, num_workers: int
 ) -> None:

@@ -104,9 +104,13 @@ def test_a_checkpoint_acts_and_goes_on_with_them(trained: Any, build: Any, tmp_p
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("qvpo", {"sampling_mode": "sync"}), ("td3", {"sampling_mode": "async"}), ("sac", {}),
-     ("ppo", {})],
-)  # fmt: skip
+    [
+        pytest.param("qvpo", {"sampling_mode": "sync"}, marks=pytest.mark.slow),
+        ("td3", {"sampling_mode": "async"}),
+        pytest.param("sac", {}, marks=pytest.mark.slow),
+        ("ppo", {}),
+    ],
+)
 def test_remote_workers_act_by_the_learners_statistics(
     build: Any, name: str, options: dict[str, Any]
 ) -> None:

@@ -79,6 +79,7 @@ print("learnt")
 """
 
 
+@pytest.mark.slow
 def test_rllibs_offline_api_and_ray_data_read_it(trained: Any, tmp_path: Path) -> None:
     algorithm, run = trained
     assert cli.main(["replay", "export", str(run), str(tmp_path / "out")]) == 0

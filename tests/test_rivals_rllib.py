@@ -144,7 +144,9 @@ def test_acting_explores_in_training_alone(build: Any, name: str) -> None:
         policy.act(obs, k=2)
 
 
-@rivals
+@pytest.mark.parametrize(
+    "name", ["DIPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("TD3", "QSM"))]
+)
 def test_a_resumed_run_with_remote_workers_is_the_uninterrupted_one(
     build: Any, tmp_path: Path, name: str
 ) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,10 @@ def uninterrupted(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def test_trials_go_on_where_ctrl_c_stopped_them(
-    tmp_path: Path, capsys: Any, monkeypatch: Any, request: Any
-) -> None:
+def test_trials_go_on_where_ctrl_c_stopped_them(tmp_path: Path, capsys: Any, request: Any) -> None:
+    """The first command is ended with its own Ray, as in a terminal."""
     file, part = tmp_path / "x.yaml", tmp_path / "interrupted" / "qvpo"
-    file.write_text(FILE)
-    monkeypatch.setenv("HOLDING", str(tmp_path))
+    file.write_text(f"{FILE}env_config:\n  directory: {tmp_path}\n")
     command = [str(file), "--storage", str(tmp_path)]
     process = start(*command)
     assert process.stdout
@@ -81,19 +80,20 @@ def test_trials_go_on_where_ctrl_c_stopped_them(
     assert list(checkpoints(part).values()) == [[150, 200]] * 2  # the best one, and the last
     assert {entry["status"] for entry in read_trials(part).values()} == {"running"}
 
-    code, output = finish(start(*command))
-    assert code == 0, output
+    qvpo = request.getfixturevalue("qvpo")  # not before: one Ray at a time is enough
+    qvpo("tune", *command)
     trials = read_trials(part)
     assert [entry["status"] for entry in trials.values()] == ["finished"] * 2
     rows = {entry["config"]["seed"]: read_rows(part, trial) for trial, entry in trials.items()}
     assert [[row["env_steps"] for row in rows[seed]] for seed in (0, 1)] == [[150, 300, 450]] * 2
-    request.getfixturevalue("ray_session")  # not before: one Ray at a time is enough
     for found, expected in zip(rows[0], uninterrupted(file), strict=True):
         del found["time_total_s"], expected["time_total_s"]
         assert found == expected
 
 
-def test_an_optuna_search_goes_on_with_new_settings(tmp_path: Path) -> None:
+def test_an_optuna_search_goes_on_with_new_settings(
+    tmp_path: Path, ray_address: str, qvpo: Callable[..., str]
+) -> None:
     """Trials that are made after a restart get all the settings that are no numbers too."""
     pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
     file = tmp_path / "x.yaml"
@@ -105,14 +105,13 @@ def test_an_optuna_search_goes_on_with_new_settings(tmp_path: Path) -> None:
         "evaluation: {interval: 400, episodes: 1}\nresources: {max_concurrent: 1}\n"
     )
     command = [str(file), "--storage", str(tmp_path)]
-    process = start(*command)
+    process = start(*command, "--address", ray_address)
     assert process.stdout
     assert any(": finished" in line for line in process.stdout)
     os.killpg(process.pid, signal.SIGINT)
     code, output = finish(process)
     assert code == 130, output
-    code, output = finish(start(*command))
-    assert code == 0, output
+    qvpo("tune", *command)
     trials = read_trials(tmp_path / "searched" / "qvpo").values()
     assert [entry["status"] for entry in trials] == ["finished"] * 3
     assert {entry["config"]["k_target"] for entry in trials} <= {None, 2}

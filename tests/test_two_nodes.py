@@ -49,6 +49,7 @@ def test_workers_of_a_job_sit_on_both_nodes(nodes: RayNodes) -> None:
     assert 320 <= last["env_steps"] <= 320 + 4 * 64
 
 
+@pytest.mark.slow
 def test_a_sweep_of_ones_own_is_run_once(nodes: RayNodes, tmp_path: Path) -> None:
     shutil.copy(ROOT / "cluster" / "submit.py", tmp_path)
     (tmp_path / "mine.yaml").write_text(SWEEP)
