@@ -219,6 +219,16 @@ def test_all_algorithms_train_and_evaluate_the_wrapped_environment(
     assert [len(episode.rewards) for episode in played.episodes] == [4, 4]
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_environment_is_always_made_with_its_arguments(
+    name: str, build: Any, tmp_path: Path
+) -> None:
+    """RLlib would make one without them, to see whether it is an Atari game."""
+    config = ALGORITHMS[name].load().get_default_config().training(**TINY[name])
+    config.environment("environments:Limited-v0", env_config={"limited": str(tmp_path / "not")})
+    build(config.debugging(log_level="ERROR"))
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(build: Any, tiny_config: Any) -> None:
     train_and_go_on(ENV, build, tiny_config, **WRAPPED)
 

@@ -65,6 +65,8 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
         self.enable_rl_module_and_learner = False
         self.enable_env_runner_and_connector_v2 = False
         self.framework("torch")
+        # Not left open, or RLlib finds out by making the environment without its `env_config`.
+        self.environment(is_atari=False)
         self.env_runners(num_env_runners=0)
         self.reporting(min_sample_timesteps_per_iteration=1000, min_time_s_per_iteration=0)
         self.evaluation(

@@ -49,7 +49,7 @@ BOOKKEEPING = {
     "policies": "RLlib writes the specification of the one policy in several forms",
     "simple_optimizer": "RLlib sets it in `validate`",
     "worker_index": "RLlib notes it in a worker's copy",
-    "_is_atari": "RLlib notes here what it has found out",
+    "_is_atari": "RLlib would note here what it has found out",
     "_is_frozen": "RLlib's lock on a configuration in use",
     "_is_online": "RLlib notes here what it has found out",
     "_per_module_overrides": "RLlib's cache",

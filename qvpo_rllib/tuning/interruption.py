@@ -23,7 +23,7 @@ from ray.tune.schedulers import (
 )
 
 from qvpo_rllib.runtime.ray_private import ask_trials_to_stop
-from qvpo_rllib.tuning.tune_state import end_experiment, pause, running_trials
+from qvpo_rllib.tuning.tune_state import end_experiment, keep_together, pause, running_trials
 
 # For all trials together. Slurm gives 120 s here (cluster/slurm.sh), and Ray's end takes its part.
 TIME_LIMIT_S = 90.0
@@ -104,6 +104,10 @@ INTERRUPTION = Interruption()
 
 class _Pausing:
     """Pauses trials on an interruption; a class to be put before one of Ray Tune's schedulers."""
+
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
+        keep_together(tune_controller, trial)
+        super().on_trial_add(tune_controller, trial)  # type: ignore[misc]
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
         if INTERRUPTION.asked:

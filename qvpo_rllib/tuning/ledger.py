@@ -58,7 +58,9 @@ class TrialLedger(Callback):  # type: ignore[misc]
 
     def on_trial_start(self, *, trial: Trial, **info: Any) -> None:
         entry = self._entry(trial)
-        entry["status"] = RUNNING
+        # Anew: a trial that Tune had not saved before a kill begins again, in a directory of its
+        # own and, in a search, with other settings.
+        entry.update(self._known(trial), status=RUNNING)
         entry.pop("error", None)
         entry["starts"].append(time.strftime("%Y-%m-%dT%H:%M:%S"))
         self._write(trial, note=len(entry["starts"]) == 1)
@@ -98,16 +100,15 @@ class TrialLedger(Callback):  # type: ignore[misc]
             self._table.stop(self.trials)
 
     def _entry(self, trial: Trial) -> Entry:
-        return self.trials.setdefault(
-            trial.trial_id,
-            {
-                "name": str(trial),
-                "directory": Path(trial.path).name,
-                "config": {name: trial.config[name] for name in self.names},
-                "status": RUNNING,
-                "starts": [],
-            },
-        )
+        entry = {**self._known(trial), "status": RUNNING, "starts": []}
+        return self.trials.setdefault(trial.trial_id, entry)
+
+    def _known(self, trial: Trial) -> Entry:
+        return {
+            "name": str(trial),
+            "directory": Path(trial.path).name,
+            "config": {name: trial.config[name] for name in self.names},
+        }
 
     def _write(self, trial: Trial, note: bool = False) -> None:
         results.write_trials(self.directory, self.trials)

@@ -8,6 +8,7 @@ Tune's controller, which schedulers are handed: what it runs, and how to pause a
 the experiment early.
 """
 
+import copy
 import json
 import logging
 import pickle
@@ -29,16 +30,16 @@ STATES = "[!.]*state*-*"  # of the experiment, the search and the callbacks: JSO
 
 
 def back_up(part: Path) -> None:
-    """Copies the state files that are whole and have changed since the last copy."""
+    """Copies the state files that are whole and have changed since the last backup."""
     kept = part / KEPT_DIRECTORY
     for file in (part / TUNE_DIRECTORY).glob(STATES):
-        copy = kept / file.name
-        if copy.exists() and copy.stat().st_mtime_ns >= file.stat().st_mtime_ns:
+        backup = kept / file.name
+        if backup.exists() and backup.stat().st_mtime_ns >= file.stat().st_mtime_ns:
             continue
         data = file.read_bytes()
         if _is_whole(data):
             kept.mkdir(exist_ok=True)
-            write_atomically(copy, data)
+            write_atomically(backup, data)
 
 
 def has_state(part: Path) -> bool:
@@ -56,14 +57,14 @@ def repair(part: Path) -> None:
     for file in (part / TUNE_DIRECTORY).glob(STATES):
         if _is_whole(file.read_bytes()):
             continue
-        copy = part / KEPT_DIRECTORY / file.name
-        if not copy.exists():
+        backup = part / KEPT_DIRECTORY / file.name
+        if not backup.exists():
             raise ValueError(
                 f"Ray Tune's state of the experiment, {str(file)!r}, was cut short before it was "
                 "whole for the first time, so the experiment cannot go on. Nothing was changed: "
                 "give another --storage, or delete the experiment's directory."
             )
-        write_atomically(file, copy.read_bytes())
+        write_atomically(file, backup.read_bytes())
 
 
 def correct(part: Path, ended: Collection[str]) -> None:
@@ -120,6 +121,19 @@ def callbacks_of(tuner: Tuner) -> list[Callback]:
 def running_trials(controller: TuneController) -> list[Trial]:
     """Returns the trials that train, or save, at this moment."""
     return [trial for trial in controller.get_trials() if trial.status == Trial.RUNNING]
+
+
+def keep_together(controller: TuneController, trial: Trial) -> None:
+    """Lets a new trial write to where the experiment is.
+
+    A search that goes on makes its trials for where it began, though the directory may have been
+    moved since. To be called before the trial starts.
+    """
+    experiment = controller._tune_controller._storage  # schedulers are handed a wrapper
+    storage = copy.copy(trial.storage)
+    for name in ("storage_filesystem", "storage_fs_path", "experiment_dir_name"):
+        setattr(storage, name, getattr(experiment, name))
+    trial.set_storage(storage)
 
 
 def pause(controller: TuneController, trial: Trial) -> bool:
