@@ -260,14 +260,14 @@ def test_evaluate_prints_a_table(capsys: Any, trained: Any) -> None:
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    trained: Any, tmp_path: Path, qvpo: Callable[..., str], capsys: Any
+    trained: Any, tmp_path: Path, ray_address: str, qvpo: Callable[..., str], capsys: Any
 ) -> None:
     """SIGKILL at some moment of a run that saves all the time; a new process; the same bits."""
     run = tmp_path / "run"
     process = start(
         "train", "--env", "InvertedPendulum-v5", "--preset", "quick", "--env-steps", "400",
         "--eval-interval", "200", *TINY, "--run-dir", str(run),
-        "--checkpoint-interval", "20", "--keep-checkpoints", "3",
+        "--checkpoint-interval", "20", "--keep-checkpoints", "3", "--address", ray_address,
     )  # fmt: skip
     wait_for_row(run, 260, process)
     os.killpg(process.pid, signal.SIGKILL)
@@ -364,14 +364,14 @@ def test_fewer_env_steps_than_are_done_are_refused(trained: Any, capsys: Any) ->
 
 
 def test_sigterm_does_not_wait_for_an_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qvpo: Callable[..., str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_address: str, qvpo: Callable[..., str]
 ) -> None:
     """As on a node that is taken away; the evaluation is made when the run goes on."""
     monkeypatch.setenv("EPISODE_LENGTH", "1000000000")
     run = tmp_path / "run"
     process = start(
         "train", "--env", "environments:Lasting-v0", "--preset", "quick", "--env-steps", "40",
-        "--eval-interval", "20", *TINY, "--run-dir", str(run),
+        "--eval-interval", "20", *TINY, "--run-dir", str(run), "--address", ray_address,
     )  # fmt: skip
     wait_for_row(run, 15, process)  # the next one comes with the evaluation
     time.sleep(2)

@@ -65,7 +65,7 @@ def run(request: Any, build_shared: Any, tiny_config: Any, tmp_path_factory: Any
         num_env_runners=2,
         num_envs_per_env_runner=4,
         rollout_fragment_length=FRAGMENT // 4,
-        sample_timeout_s=10.0,
+        sample_timeout_s=6.0,
     )
     config.fault_tolerance(delay_between_env_runner_restarts_s=0.1)
     config.reporting(min_sample_timesteps_per_iteration=640)

@@ -16,7 +16,7 @@ GAMMA, N = 0.5, 3
 BOTH = {"n_step": N, "normalize_observations": True}
 
 
-@pytest.mark.parametrize(("num_workers", "mode"), [(0, "sync"), (2, "sync"), (2, "async")])
+@pytest.mark.parametrize(("num_workers", "mode"), [(0, "sync"), (2, "async")])
 def test_what_an_environment_did_is_summed_to_its_episodes_end(
     build: Any, tiny_config: Any, num_workers: int, mode: str
 ) -> None:

@@ -144,9 +144,7 @@ def test_acting_explores_in_training_alone(build: Any, name: str) -> None:
         policy.act(obs, k=2)
 
 
-@pytest.mark.parametrize(
-    "name", ["DIPO", *(pytest.param(name, marks=pytest.mark.slow) for name in ("TD3", "QSM"))]
-)
+@pytest.mark.parametrize("name", ["DIPO", pytest.param("QSM", marks=pytest.mark.slow)])
 def test_a_resumed_run_with_remote_workers_is_the_uninterrupted_one(
     build: Any, tmp_path: Path, name: str
 ) -> None:
@@ -192,7 +190,7 @@ def test_a_checkpoint_of_another_algorithm_is_refused(build: Any, tmp_path: Path
         checkpoint.Metadata.read(tmp_path).check_fits(deeper, tmp_path, kind)
 
 
-@rivals
+@pytest.mark.parametrize("name", ["TD3", pytest.param("QSM", marks=pytest.mark.slow)])
 def test_asynchronous_workers_and_evaluation(build: Any, name: str) -> None:
     config = config_of(name, num_workers=1, sampling_mode="async")
     config.evaluation(evaluation_interval=1, evaluation_duration=2)

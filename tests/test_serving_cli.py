@@ -224,6 +224,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_short_soak() -> None:
     """Every process killed once, and clients that stall, under load."""
     command = ["tests/soak_server.py", "--minutes", "0.1", "--strike-every", "1.2"]

@@ -62,7 +62,7 @@ def test_off_policy_algorithms_train_and_evaluate(build: Any, name: str, mode: s
     assert len(results[-1]["evaluation"]["env_runners"]["hist_stats"]["episode_reward"]) == 4
 
 
-@pytest.mark.parametrize("sampling_mode", ["sync", "async"])
+@pytest.mark.parametrize("sampling_mode", [pytest.param("sync", marks=pytest.mark.slow), "async"])
 def test_remote_workers_step_vectors(build: Any, tiny_config: Any, sampling_mode: str) -> None:
     config = config_of(
         tiny_config, "vector_environments.Own", "NEXT_STEP", sampling_mode=sampling_mode
