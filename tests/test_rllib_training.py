@@ -1,6 +1,7 @@
 """Training through RLlib: the ledger, the warm-up, time limits, action scaling, seeds, replay."""
 
 import itertools
+import logging
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -323,10 +324,11 @@ def test_checkpoint_without_replay_fills_it_anew_before_updates(
 # --- memory ------------------------------------------------------------------------------------
 
 
-def test_replay_is_announced_in_bytes(build: Any, tiny_config: Any, capfd: Any) -> None:
+def test_replay_is_announced_in_bytes(build: Any, tiny_config: Any, caplog: Any) -> None:
+    caplog.set_level(logging.INFO, "qvpo_rllib")
     build(tiny_config(replay_capacity=1234))
     # obs and next_obs of 4, an action of 1, reward and terminal, of 4 bytes each
-    assert f"{1234 * 11 * 4:,} bytes" in capfd.readouterr().err
+    assert f"{1234 * 11 * 4:,} bytes" in caplog.text
 
 
 def test_replay_that_does_not_fit_is_refused_before_it_is_allocated(
