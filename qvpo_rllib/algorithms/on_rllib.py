@@ -33,7 +33,7 @@ from qvpo_rllib.rollout.worker import episode_metrics, restart_of
 from qvpo_rllib.rollout.wrapping import env_steps_of
 from qvpo_rllib.runtime.base import BaseAlgorithm
 from qvpo_rllib.runtime.config import BaseConfig
-from qvpo_rllib.runtime.ray_private import make_episodes, makes_vectors
+from qvpo_rllib.runtime.ray_private import last_failure, make_episodes, makes_vectors, note_failure
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,8 @@ class CheckedVectorEnv(VectorEnv):  # type: ignore[misc]
     def _step(self, i: int, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self._lengths[i] += 1
         try:
-            returned = self._envs[i].step(action)
+            # A copy, which the environment may change; RLlib's is read-only.
+            returned = self._envs[i].step(np.array(action))
         except RAISED_BY_ENVIRONMENT as error:
             self._replace(i, error)
             # RLlib takes an exception for the end of a faulty episode, but no SystemExit.
@@ -203,6 +204,9 @@ class SeededRolloutWorker(RolloutWorker):  # type: ignore[misc]
                 return func(worker, *args, **kwargs)
             except ENDS_TRAINING as error:
                 return error
+            except Exception as error:
+                note_failure(described(error))
+                raise
 
         return super().apply(guarded, *args, **kwargs)
 
@@ -286,6 +290,10 @@ class OnRLlibConfig(BaseConfig):
         # New minibatches in every epoch; RLlib's loader for several GPUs cuts a batch up once.
         self.simple_optimizer = True
         self.env_runners(env_runner_cls=SeededRolloutWorker)
+        self.fault_tolerance(
+            delay_between_env_runner_restarts_s=1.0,
+            num_consecutive_env_runner_failures_tolerance=3,
+        )
 
     def validate(self) -> None:
         super().validate()
@@ -296,10 +304,10 @@ class OnRLlibConfig(BaseConfig):
 class OnRLlibAlgorithm(BaseAlgorithm):
     """A subclass puts it before RLlib's own algorithm in its bases."""
 
-    def setup(self, config: Any) -> None:
-        super().setup(config)
+    def finish_setup(self) -> None:
         group = self.env_runner_group
         group.foreach_env_runner = _raising(group.foreach_env_runner)
+        self._restarts_at_samples = 0
 
     @staticmethod
     def validate_env(env: Any, env_context: Any) -> None:
@@ -313,12 +321,17 @@ class OnRLlibAlgorithm(BaseAlgorithm):
 
     def training_step(self) -> dict[str, Any]:
         self.raise_if_stop_requested()
+        before = self.env_steps
         try:
             results: dict[str, Any] = super().training_step()
         except ValueError as error:  # a distribution's, whose parameters have become NaN
             if all(p.isfinite().all() for p in self.get_policy().model.parameters()):
                 raise
             raise self._refuse("loss", math.nan) from error
+        if self.env_steps > before:
+            self._restarts_at_samples = self.env_runner_group.num_remote_worker_restarts()
+        else:
+            self._raise_if_workers_keep_failing()
         for result in results.values():
             stats = result[LEARNER_STATS_KEY]
             # Some are arrays of one number, and a few are arrays of many, which no table has.
@@ -328,6 +341,18 @@ class OnRLlibAlgorithm(BaseAlgorithm):
                 if "loss" in name and not math.isfinite(value):
                     raise self._refuse(name, value)
         return results
+
+    def _raise_if_workers_keep_failing(self) -> None:
+        """RLlib alone restarts them a thousand times, and then goes on without any."""
+        restarts = self.env_runner_group.num_remote_worker_restarts() - self._restarts_at_samples
+        tolerated = self.config.num_consecutive_env_runner_failures_tolerance
+        if restarts > tolerated * self.config.num_env_runners > 0:
+            raise RuntimeError(
+                f"{name_of(self.config.env)}: the rollout workers were restarted {restarts} times "
+                "without an env step between (num_consecutive_env_runner_failures_tolerance="
+                f"{tolerated}). Training stops here; the last checkpoint is untouched. The last "
+                f"failure: {last_failure()}"
+            )
 
     def _refuse(self, quantity: str, value: float) -> NonFiniteError:
         return self.non_finite(quantity, value, "Lower the learning rates, or set grad_clip.")

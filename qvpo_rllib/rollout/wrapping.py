@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
@@ -120,7 +121,7 @@ class FrameSkip(gym.Wrapper):  # type: ignore[misc]
     def step(self, action: Any) -> Any:
         total: Any = 0.0
         for _ in range(self.frame_skip):
-            returned = self.env.step(action)
+            returned = self.env.step(np.array(action))  # a copy: it may change what it is given
             self.episode_steps += 1
             try:
                 obs, reward, terminated, truncated, info = returned

@@ -41,8 +41,7 @@ class OffPolicyAlgorithm(BaseAlgorithm):
     improves_actions: ClassVar[bool] = False
     prune = staticmethod(drop_replay)
 
-    def setup(self, config: Any) -> None:
-        super().setup(config)
+    def finish_setup(self) -> None:
         self.hp = self.config.hyperparameters()
         self.policy: AnyPolicy = self.get_policy()
         assert self.policy.learner is not None  # that of the local training worker

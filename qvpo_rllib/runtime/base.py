@@ -21,6 +21,7 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from ray import tune
 from ray.rllib.algorithms.algorithm import Algorithm, TrainIterCtx
+from ray.rllib.env.env_context import EnvContext
 from ray.rllib.evaluation.metrics import RolloutMetrics
 from ray.rllib.policy.sample_batch import DEFAULT_POLICY_ID
 from ray.rllib.utils.metrics import (
@@ -122,11 +123,13 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
             self.config.validate()
             self.config.freeze()
         if ray.util.get_current_placement_group() is None:  # Tune has set the trial's aside
-            check_resources(
-                _needed_by_workers(self.config),
+            lower = (
                 "Lower num_env_runners, evaluation_num_env_runners, num_cpus_per_env_runner or "
-                "num_gpus_per_env_runner, or start Ray with more, as ray.init(num_cpus=…) does.",
+                "num_gpus_per_env_runner, or start Ray with more, as ray.init(num_cpus=…) does."
             )
+            if FROM_CHECKPOINT.get():  # which takes no settings
+                lower += " A checkpoint goes on with other settings by build_algo and restore."
+            check_resources(_needed_by_workers(self.config), lower)
         in_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
         if in_actor:
             # PyTorch gets one thread inside an actor; the learner gets the cores it was assigned.
@@ -138,9 +141,58 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         self._iteration_so_far: tuple[dict[str, int], dict[str, Any] | None] | None = None
         # Is set when the running evaluation no longer needs the learner.
         self._evaluation_is_underway = threading.Event()
-        super().setup(config)
+        self._is_set_up = False
+        try:
+            super().setup(config)
+        except IndexError as error:  # RLlib asks a worker for its spaces that could not be built
+            self._raise_what_workers_met()
+            raise RuntimeError(
+                "No rollout worker could be built. The log has what Ray says of it."
+            ) from error
         found = self.env_runner_group.foreach_env_runner(_observation_parts)
         self._observation_parts = next((parts for parts in found if parts), None)
+        if self.eval_env_runner_group is not None:
+            self._check_evaluation_environment(self.eval_env_runner_group.local_env_runner.env)
+        self.finish_setup()
+        self._is_set_up = True
+        self.callbacks.on_algorithm_init(algorithm=self, metrics_logger=self.metrics)
+
+    def finish_setup(self) -> None:
+        """Makes what a subclass has beside RLlib's parts. The default makes nothing."""
+
+    @property
+    def callbacks(self) -> Any:
+        """RLlib's callbacks. RLlib calls `on_algorithm_init` before a subclass is set up; such a
+        call does nothing."""
+        return self._callbacks if self._is_set_up else _WithoutInit(self._callbacks)
+
+    @callbacks.setter
+    def callbacks(self, callbacks: Any) -> None:
+        self._callbacks = callbacks
+
+    def _raise_what_workers_met(self) -> None:
+        """Makes one environment of each group of remote workers here, for the error it raises."""
+        for config in (self.config, self.config.get_evaluation_config_object()):
+            if config is not None and config.num_env_runners > 0:
+                _, create = self._get_env_id_and_creator(config.env, config)
+                create(EnvContext(config.env_config, worker_index=1)).close()
+
+    def _check_evaluation_environment(self, env: Any) -> None:
+        """Refuses, before training, an evaluation's own environment that does not suit."""
+        config = self.config.get_evaluation_config_object()
+        name = f"{name_of(config.env)} (evaluation)"
+        check_environment(env, name)
+        spaces = {
+            "observations": (env.observation_space, self.get_policy().observation_space),
+            "actions": (env.action_space, self.get_policy().action_space_struct),
+        }
+        for of, (space, trained) in spaces.items():
+            if np.prod(space.shape) != np.prod(trained.shape):
+                raise ValueError(
+                    f"{name} has {of} of shape {space.shape}, but {name_of(self.config.env)}, in "
+                    f"which {self.config.algorithm_name} trains, has {trained.shape}: the policy "
+                    "cannot be evaluated there."
+                )
 
     # --- where it stands ---------------------------------------------------------------------
 
@@ -449,6 +501,19 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
 
     def release(self) -> None:
         """Frees large objects before `reset_config` makes new ones: both may not fit."""
+
+
+class _WithoutInit:
+    """Callbacks whose `on_algorithm_init` does nothing."""
+
+    def __init__(self, callbacks: Any) -> None:
+        self._callbacks = callbacks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._callbacks, name)
+
+    def on_algorithm_init(self, **arguments: Any) -> None:
+        pass
 
 
 def _needed_by_workers(config: Any) -> list[dict[str, float]]:

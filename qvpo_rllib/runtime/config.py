@@ -121,6 +121,12 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
         """The checked hyperparameters with what is left to the task resolved."""
         return resolved_hyperparameters(self, self.hyperparameters_class)
 
+    def build_algo(self, env: Any = None, use_copy: bool = True) -> Any:
+        """RLlib's, but `env` is training's alone: RLlib would make it evaluation's, for good."""
+        if env is not None:
+            self.environment(env)
+        return super().build_algo(use_copy=use_copy)
+
     def derive(self) -> dict[str, Any]:
         """Returns RLlib's settings that follow from the options."""
         return {}
@@ -197,8 +203,14 @@ class BaseConfig(AlgorithmConfig):  # type: ignore[misc]
                 )
 
     def get_evaluation_config_object(self) -> Any:
-        """RLlib's, with no more environments than episodes to play."""
+        """RLlib's, with no more environments than episodes to play.
+
+        Another environment has arguments of its own: RLlib would add training's to them.
+        """
         config = super().get_evaluation_config_object()
+        own = self.evaluation_config or {}
+        if config is not None and own.get("env", self.env) != self.env:
+            config.env_config = dict(own.get("env_config", {}))
         if config is not None and isinstance(self.evaluation_duration, int):
             workers = max(1, self.evaluation_num_env_runners)
             most = max(1, math.ceil(self.evaluation_duration / workers))

@@ -4,6 +4,7 @@ An upgrade of Ray fails here in one place: `tests/test_private_ray.py` asserts w
 """
 
 import contextlib
+import copy
 import difflib
 import importlib
 import inspect
@@ -65,18 +66,31 @@ class StopSignal:
     def look(self) -> None:
         """Looks at once."""
         with contextlib.suppress(RayError):  # not to be reached just now: at the next look
-            found = internal_kv._internal_kv_get(_stop_key(), namespace=KV_NAMESPACE)
+            found = internal_kv._internal_kv_get(_key("stop"), namespace=KV_NAMESPACE)
             self._asked = found is not None
         self._looked_s = time.monotonic()
 
 
+def note_failure(text: str) -> None:
+    """Leaves word of why this worker ends; what it logs may be seen by nobody."""
+    with contextlib.suppress(RayError):
+        key = _key("failure")
+        internal_kv._internal_kv_put(key, text.encode(), overwrite=True, namespace=KV_NAMESPACE)
+
+
+def last_failure() -> str:
+    """Returns the last word of a worker of this job; "" if there is none."""
+    found: bytes | None = internal_kv._internal_kv_get(_key("failure"), namespace=KV_NAMESPACE)
+    return (found or b"").decode()
+
+
 def ask_trials_to_stop() -> None:
     """Asks all those that this process, the driver, has started or will start."""
-    internal_kv._internal_kv_put(_stop_key(), b"1", namespace=KV_NAMESPACE)
+    internal_kv._internal_kv_put(_key("stop"), b"1", namespace=KV_NAMESPACE)
 
 
-def _stop_key() -> str:
-    return f"stop-{ray.get_runtime_context().get_job_id()}"
+def _key(of: str) -> str:
+    return f"{of}-{ray.get_runtime_context().get_job_id()}"
 
 
 def available_bytes(device: torch.device) -> int:
@@ -194,7 +208,12 @@ def environment_maker(
         entry_point(path)
 
     def make(context: EnvContext) -> Any:
-        made = create(context)
+        # RLlib shares what is nested in the context among a worker's environments.
+        made = create(copy.deepcopy(context))
+        if not hasattr(made, "observation_space"):
+            raise ValueError(
+                f"{name_of(env)} returned {made!r}, but must make and return a gymnasium.Env."
+            )
         if not isinstance(made, gym.vector.VectorEnv):
             return wrapped(made, frame_skip, wrappers)
         where = f"{name_of(env)} (worker {context.worker_index})"
