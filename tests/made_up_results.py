@@ -9,6 +9,20 @@ from qvpo_rllib.tuning.experiment import Experiment
 from qvpo_rllib.tuning.spec import ExperimentSpec
 
 Score = Callable[[dict[str, Any], float], float]
+SWEEP = {
+    "name": "sweep",
+    "task": "InvertedPendulum-v5",
+    "preset": "quick",
+    "seeds": [0, 1, 2, 3],
+    "env_steps": 4000,
+    "sweep": {"settings": [{"k_behavior": 1}, {"k_behavior": 4}]},
+}
+
+
+def score(config: dict[str, Any], share: float) -> float:
+    """K_b = 4 ends at 200 + seed, K_b = 1 at 100 + seed; both peak one evaluation before."""
+    end = 200.0 if config["k_behavior"] == 4 else 100.0
+    return end + config["seed"] + (7 if share == 0.75 else 0)
 
 
 def make_results(

@@ -1,7 +1,7 @@
 """The report, over made-up results whose every number is known."""
 
 import itertools
-import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -10,39 +10,25 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from made_up_results import make_results
+from made_up_results import SWEEP, make_results, score
 
 from qvpo_rllib import cli
+from qvpo_rllib.report import figures
 from qvpo_rllib.report.build import build_report
-from qvpo_rllib.report.comparison import Candidate, candidates, verdict
+from qvpo_rllib.report.comparison import Candidate, verdict
 from qvpo_rllib.report.diagnostics import PANELS, diagnostics
-from qvpo_rllib.report.figures import curves_of_tasks
-from qvpo_rllib.report.runs import SYMBOLS, Group, Run, grouped, load_runs
+from qvpo_rllib.report.figures import curves_of_tasks, option_scatter
+from qvpo_rllib.report.runs import Group, Run, grouped, load_runs
 from qvpo_rllib.report.statistics import (
     common_points,
     curve_band,
     estimate,
     improvement,
     iqm,
+    least_p_value,
+    p_value,
     profile,
 )
-from qvpo_rllib.training.run_directory import RunDirectory
-from qvpo_rllib.tuning.results import read_rows
-
-SWEEP = {
-    "name": "sweep",
-    "task": "InvertedPendulum-v5",
-    "preset": "quick",
-    "seeds": [0, 1, 2, 3],
-    "env_steps": 4000,
-    "sweep": {"settings": [{"k_behavior": 1}, {"k_behavior": 4}]},
-}
-
-
-def score(config: dict[str, Any], share: float) -> float:
-    """K_b = 4 ends at 200 + seed, K_b = 1 at 100 + seed; both peak one evaluation before."""
-    end = 200.0 if config["k_behavior"] == 4 else 100.0
-    return end + config["seed"] + (7 if share == 0.75 else 0)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +83,19 @@ def test_improvement_counts_pairs_and_half_of_ties() -> None:
     )
 
 
+def test_p_value_of_seeds_without_overlap_is_known() -> None:
+    for n, m in ((2, 2), (3, 5), (8, 8)):
+        least = 2 / math.comb(n + m, n)
+        assert least_p_value([(n, m)]) == pytest.approx(least)
+        assert p_value([np.arange(n) + 9.0], [np.arange(m)]) == pytest.approx(least)
+        assert p_value([[1.0] * n], [[0.0] * m]) == pytest.approx(least)
+        assert p_value([np.arange(m)], [np.arange(n) + 9.0]) == 1.0
+    # Three tasks say more than one, and what they say must agree.
+    high, low = [4.0, 5.0, 6.0], [1.0, 2.0, 3.0]
+    assert p_value([high] * 3, [low] * 3) < 0.05 < p_value([high], [low])
+    assert p_value([high, low], [low, high]) == 1.0
+
+
 def test_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
     """Twenty seeds of a normal distribution: between 80 and 100 of 100 intervals hold its mean."""
     random = np.random.default_rng(0)
@@ -121,17 +120,7 @@ def test_profile_is_the_share_above() -> None:
     assert shares.tolist() == [1.0, 0.75, 0.25, 0.0]
 
 
-# --- reading -----------------------------------------------------------------------------------
-
-
-def test_rows_written_again_after_a_crash_replace_the_first(tmp_path: Path) -> None:
-    (tmp_path / "results").mkdir()
-    steps = [(100, 1), (200, 2), (300, 3), (200, 4), (300, 5), (400, 6)]
-    lines = [json.dumps({"env_steps": s, "v": v}) for s, v in steps]
-    text = "\n".join([*lines[:3], lines[3][:9], *lines[3:]]) + "\n"
-    (tmp_path / "results" / "a.jsonl").write_text(text)
-    rows = [(row["env_steps"], row["v"]) for row in read_rows(tmp_path, "a")]
-    assert rows == [(100, 1), (200, 4), (300, 5), (400, 6)]
+# --- what it says ------------------------------------------------------------------------------
 
 
 def test_no_trial_is_dropped(reported: Any) -> None:
@@ -146,9 +135,6 @@ def test_no_trial_is_dropped(reported: Any) -> None:
     table = pq.read_table(out / "evaluations.parquet").to_pydict()
     assert len(table["seed"]) == 5 * 4 + 2 + 1 + 1
     assert table["status"].count("not started") == 1
-
-
-# --- what it says ------------------------------------------------------------------------------
 
 
 def test_table_1_has_best_and_last_of_the_ended_runs(reported: Any) -> None:
@@ -179,34 +165,25 @@ def test_a_setting_of_one_seed_is_not_beaten() -> None:
     text = verdict([three, one], [], "train")
     assert "Highest: three, 11.0 [" in text
     assert "These seeds tell no other setting apart from it." in text
-    with_another = verdict([three, one, Candidate("low", ((1.0, 2.0, 3.0),))], [], "train")
+    six, low = (Candidate(str(n), (tuple(n + np.arange(6.0)),)) for n in (60, 0))
+    with_another = verdict([six, one, low], [], "train")
     assert "do not tell apart from it: one. The others it beats" in with_another
 
 
-def test_a_setting_tried_again_is_one_seed(tmp_path: Path) -> None:
-    """As Optuna may try it; the trial that ended counts."""
-    directory = make_results(tmp_path, SWEEP, score, {5: {"rows": 1, "status": "running"}})
-    record = json.loads((directory / "experiment.json").read_text())
-    (part,) = record["parts"]
-    trials = directory / part["name"] / "trials.json"
-    entries = json.loads(trials.read_text())["trials"]
-    ended = directory / part["name"] / "results" / "again.jsonl"
-    ended.write_text(json.dumps({"env_steps": 4000, "evaluation/return_mean": 5.0}) + "\n")
-    entries["again"] = {**entries["t5"], "status": "finished", "env_steps": 4000}
-    part["trials"] = None  # the search decides
-    (directory / "experiment.json").write_text(json.dumps(record))
-    trials.write_text(json.dumps({"trials": entries}))
-    runs = load_runs([directory])
-    assert len(runs) == 8
-    assert [r.returns for r in runs if (r.label, r.seed) == ("K_b=4", 2)] == [[5.0]]
+def test_few_seeds_tell_nothing_apart() -> None:
+    """However far apart they are: such an order of so few comes about by chance."""
 
+    def said(seeds: int, settings: int = 2) -> str:
+        far = [tuple(1000.0 * n + np.arange(seeds)) for n in range(settings)]
+        return verdict([Candidate(str(n), (s,)) for n, s in enumerate(far)], [], "train")
 
-def test_an_experiment_is_not_counted_twice(tmp_path: Path) -> None:
-    directory = make_results(tmp_path, SWEEP, score)
-    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
-    for again in (directory, copy):
-        with pytest.raises(ValueError, match="have the same algorithm, options, task and seed"):
-            load_runs([directory, again])
+    needed = "tell no other setting apart from it. To tell 2 settings apart takes at least 4 seeds"
+    assert needed in said(2)
+    assert needed in said(3)
+    assert said(4).endswith("and p < 0.05 by the exact Mann-Whitney test).")
+    # Of five settings the best and the worst are farther apart, by chance too, than two are.
+    assert "To tell 5 settings apart takes at least 6 seeds of each." in said(5, settings=5)
+    assert said(6, settings=5).endswith("exact Mann-Whitney test, corrected for 10 pairs).")
 
 
 @pytest.mark.parametrize("end", [-150.0, 0.0])
@@ -255,6 +232,43 @@ def test_heat_map_lines_and_profile_are_drawn_where_they_mean_something(tmp_path
     assert "sweep-profile" in names
 
 
+def test_a_sweep_is_drawn_for_each_algorithm(tmp_path: Path, monkeypatch: Any) -> None:
+    values = {
+        **SWEEP,
+        "algorithm": ["qvpo", "sac"],
+        "seeds": [0],
+        "sweep": {"grid": {"tau": [0.1, 0.2], "gamma": [0.9, 0.99]}},
+    }
+    calls = itertools.count()  # QVPO's evaluations come first, all of 1; those of SAC are 2
+    half = 4 * 4
+    drawn = []
+
+    def heat_map(cells: Any, *args: Any, title: str, **more: Any) -> Any:
+        drawn.append((title, {e.value for e in cells.values()}))
+        return original(cells, *args, title=title, **more)
+
+    original = figures.heat_map
+    monkeypatch.setattr(figures, "heat_map", heat_map)
+    results = make_results(tmp_path, values, lambda c, share: 1.0 if next(calls) < half else 2.0)
+    build_report([results], tmp_path / "out")
+    names = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    for algorithm, kind in itertools.product(("QVPO", "SAC"), ("heatmap", "tau", "gamma")):
+        assert f"sweep-InvertedPendulum-v5-{algorithm}-{kind}" in names
+    of_task = "on InvertedPendulum-v5: last return"
+    assert drawn == [(f"QVPO {of_task}", {1.0}), (f"SAC {of_task}", {2.0})]
+
+
+def test_a_scatter_says_how_each_run_stands() -> None:
+    stands = ["finished", "stopped early", "unfinished", "failed"]
+    rows: list[Any] = [{"env_steps": 100, "evaluation/return_mean": 1.0}]
+    points = [
+        (0.1, Run("s", "search", "QVPO", "Hopper-v5", {"tau": 0.1}, 0, status, 200, rows))
+        for status in stands
+    ]
+    _, labels = option_scatter(points, "tau", title="").axes[0].get_legend_handles_labels()
+    assert labels == stands
+
+
 def test_each_task_is_decided_by_itself(tmp_path: Path) -> None:
     """Returns of one task are a hundred times the other's, and the order is the other way round."""
     tasks = ["InvertedPendulum-v5", "Hopper-v5"]
@@ -287,95 +301,6 @@ def test_diagnostics_are_drawn_where_runs_have_them() -> None:
     assert set(drawn) == {PANELS["learner/sample_std"], PANELS["evaluation/q_overestimation"]}
     line = drawn[PANELS["learner/sample_std"]].lines[-1]
     assert (line.get_label(), list(line.get_ydata())) == ("K_b=1", [0.3, 0.3])
-
-
-def test_train_runs_are_grouped_by_what_sets_them_apart(tmp_path: Path) -> None:
-    for seed, tau in itertools.product((0, 1), (0.1, 0.2)):
-        config = {
-            "algo": "qvpo", "env": "Ant-v5", "preset": "light", "seed": seed, "env_steps": 200,
-            "hyperparameters": {"tau": tau, "gamma": 0.9},
-        }  # fmt: skip
-        with RunDirectory.create(tmp_path / f"{seed}-{tau}", config, ["qvpo"]) as run:
-            run.metrics.append(
-                {"env_steps": 100, "evaluation/return_mean": 1.0, "time_total_s": 1.0}
-            )
-            if seed == 0:
-                run.metrics.append(
-                    {"env_steps": 200, "evaluation/return_mean": 2.0, "time_total_s": 2.0}
-                )
-    runs = load_runs(sorted(p for p in tmp_path.iterdir() if p.is_dir()))
-    labels = [(run.label, run.seed, run.status) for run in runs]
-    assert labels == [
-        ("preset=light, τ=0.1", 0, "finished"),
-        ("preset=light, τ=0.2", 0, "finished"),
-        ("preset=light, τ=0.1", 1, "unfinished"),
-        ("preset=light, τ=0.2", 1, "unfinished"),
-    ]
-
-
-def train_run(path: Path, seed: int = 0, rows: int = 1, **changes: Any) -> Path:
-    config = {
-        "algo": "qvpo", "env": "Ant-v5", "preset": "light", "seed": seed, "env_steps": 200,
-        "hyperparameters": {"tau": 0.1}, **changes,
-    }  # fmt: skip
-    with RunDirectory.create(path, config, ["qvpo"]) as run:
-        for _ in range(rows):
-            run.metrics.append({"env_steps": 200, "evaluation/return_mean": 2.0})
-    return path
-
-
-def test_one_seed_is_not_counted_twice(tmp_path: Path) -> None:
-    first, copy, other = (train_run(tmp_path / n, s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
-    assert len(load_runs([first, other])) == 2
-    with pytest.raises(ValueError, match=r"/a'.*/b' have the same .* seed.*Leave one of them out"):
-        load_runs([first, copy, other])
-
-
-def test_runs_of_other_tasks_lengths_and_workers_are_not_pooled(tmp_path: Path) -> None:
-    changes: list[dict[str, Any]] = [
-        {},
-        {"env_config": {"healthy_reward": 0, "xml_file": "a.xml"}},
-        {"env_steps": 100},
-        {"num_env_runners": 2},
-    ]
-    runs = [
-        train_run(tmp_path / f"{n}-{seed}", seed, **{"num_env_runners": 0, **change})
-        for n, change in enumerate(changes)
-        for seed in (0, 1)
-    ]
-    groups = grouped(load_runs(runs))
-    assert [len(group.runs) for group in groups] == [2, 2, 2, 2]
-    tasks = [group.task for group in groups]
-    assert tasks == ["Ant-v5", "Ant-v5 (healthy_reward=0, xml_file=a.xml)", "Ant-v5", "Ant-v5"]
-    labels = [group.label for group in groups if group.task == "Ant-v5"]
-    assert [label.partition("env_steps=")[2] for label in labels] == [
-        "200, num_env_runners=0", "100, num_env_runners=0", "200, num_env_runners=2"
-    ]  # fmt: skip
-    text = build_report(runs, tmp_path / "out").with_suffix(".md").read_text()
-    rows = [row.split(" | ") for row in text.splitlines() if "preset=light" in row]
-    papers = {row[0].strip("| "): row[-1].strip("| ") for row in rows if len(row) == 8}
-    assert papers[tasks[1]] == "–"  # the paper's Ant has no such arguments
-    assert papers["Ant-v5"] != "–"
-
-
-def test_a_run_that_ended_before_its_first_evaluation_had_begun(tmp_path: Path) -> None:
-    (run,) = load_runs([train_run(tmp_path / "a", rows=0)])
-    assert run.status == "unfinished"
-
-
-def test_a_run_of_an_earlier_version_stands_with_those_of_its_options_defaults(
-    tmp_path: Path,
-) -> None:
-    for seed, later in enumerate(({}, {"frame_skip": 1, "wrappers": []}, {"frame_skip": 2})):
-        config = {
-            "algo": "qvpo", "env": "Ant-v5", "preset": "light", "seed": seed, "env_steps": 200,
-            "hyperparameters": {"tau": 0.1, **later},
-        }  # fmt: skip
-        with RunDirectory.create(tmp_path / str(seed), config, ["qvpo"]) as run:
-            run.metrics.append({"env_steps": 200, "evaluation/return_mean": 2.0})
-    groups = grouped(load_runs([tmp_path / str(seed) for seed in range(3)]))
-    assert [[run.seed for run in group.runs] for group in groups] == [[0, 1], [2]]
-    assert groups[0].label == "preset=light, frame_skip=1"
 
 
 def test_it_opens_with_tasks_by_algorithms_and_the_curves_of_all_tasks(tmp_path: Path) -> None:
@@ -412,41 +337,6 @@ def test_it_opens_with_tasks_by_algorithms_and_the_curves_of_all_tasks(tmp_path:
         figure.draw_without_rendering()
         legend = figure.legends[0].get_window_extent()
         assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
-
-
-def test_settings_that_leave_options_out_are_named_by_what_they_change(tmp_path: Path) -> None:
-    settings = [{}, {"k_behavior": 4}, {"tau": 0.5, "n_step": 3}]
-    values = {**SWEEP, "seeds": [0, 1], "sweep": {"settings": settings}}
-    results = make_results(tmp_path, values, lambda config, share: float(config["k_behavior"]))
-    runs = load_runs([results])
-    labels = [(run.label, run.seed) for run in runs]
-    assert labels == [(n, s) for s in (0, 1) for n in ("QVPO", "K_b=4", "τ=0.5, n=3")]
-    trials = json.loads((results / "experiment.json").read_text())["parts"][0]["trials"]
-    # A whole setting for Tune: what one leaves out has the preset's value.
-    assert trials[0] == {
-        "env": "InvertedPendulum-v5",
-        "seed": 0,
-        "k_behavior": 1,
-        "tau": 0.02,
-        "n_step": 1,
-    }
-    assert [run.returns[-1] for run in runs] == [1, 4, 1] * 2
-
-
-def test_no_two_options_share_a_symbol() -> None:
-    symbols = [symbol for symbol in SYMBOLS.values() if symbol]
-    assert sorted(symbols) == sorted(set(symbols))
-
-
-def test_settings_of_one_label_are_not_pooled() -> None:
-    def run(tau: float, end: float) -> Run:
-        rows: list[Any] = [{"env_steps": 200, "evaluation/return_mean": end}]
-        return Run("s", "search", "QVPO", "Hopper-v5", {"tau": tau}, 0, "finished", 200, rows)
-
-    groups = grouped([run(0.12341, 1.0), run(0.12342, 2.0)])
-    assert [(g.label, g.last_returns) for g in groups] == [("τ=0.1234", [1]), ("τ=0.1234", [2])]
-    compared, _ = candidates(groups)
-    assert [candidate.scores for candidate in compared] == [((1,),), ((2,),)]
 
 
 def test_a_summary_says_how_many_seeds_have_ended(reported: Any) -> None:

@@ -114,8 +114,12 @@ def _experiment(page: "_Page", experiment: str, stage: str, groups: Sequence[Gro
             page.verdict(prefix + verdict(compared, left_out, stage))
         title = _title(here, task)
         page.figure(f"{name}-{task}-curves", figures.learning_curves(here, title=title))
-        if stage != POPULATION:
-            _sweep_figures(page, f"{name}-{task}", here, title)
+        algorithms = list(dict.fromkeys(group.algorithm for group in here))
+        # Each algorithm by itself: all have the same values of the swept options.
+        for algorithm in algorithms if stage != POPULATION else ():
+            of_one = [group for group in here if group.algorithm == algorithm]
+            file = f"{name}-{task}" + (f"-{algorithm}" if len(algorithms) > 1 else "")
+            _sweep_figures(page, file, of_one, _title(of_one, task))
         panels = diagnostics(here, title=f"{title}: diagnostics")
         if panels is not None:
             page.figure(f"{name}-{task}-diagnostics", panels)
@@ -138,7 +142,11 @@ def _title(groups: Sequence[Group], task: str) -> str:
 
 
 def _sweep_figures(page: "_Page", name: str, groups: Sequence[Group], title: str) -> None:
-    """Draws a heat map of two swept options, and lines over each option, of ended runs alone."""
+    """Draws a heat map of two swept options, and lines over each option, of ended runs alone.
+
+    Args:
+        groups: of one algorithm on one task.
+    """
     ended = [group for group in groups if group.complete]
     swept = [n for n in dict.fromkeys(n for g in groups for n in g.setting) if _varies(n, groups)]
     numeric = [n for n in swept if all(_is_number(g.setting.get(n)) for g in groups)]

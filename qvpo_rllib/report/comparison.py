@@ -1,10 +1,18 @@
 """Which setting is better, and how sure that is."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from qvpo_rllib.report.runs import POPULATION, Group
-from qvpo_rllib.report.statistics import Estimate, estimate, improvement
+from qvpo_rllib.report.statistics import (
+    Estimate,
+    estimate,
+    improvement,
+    least_p_value,
+    least_seeds,
+    p_value,
+)
 from qvpo_rllib.report.tables import Table, with_interval
 from qvpo_rllib.tuning.results import STOPPED
 
@@ -60,13 +68,22 @@ def candidates(groups: Sequence[Group]) -> tuple[list[Candidate], list[str]]:
 
 def against_best(compared: Sequence[Candidate]) -> tuple[Candidate, list[tuple[str, Estimate]]]:
     """Returns the candidate with the highest estimate, and P(it beats another) for each other."""
-    ranked = sorted(compared, key=lambda c: -c.estimate.value)
-    best = ranked[0]
-    return best, [(other.label, improvement(best.scores, other.scores)) for other in ranked[1:]]
+    best, *others = _ranked(compared)
+    return best, [(other.label, improvement(best.scores, other.scores)) for other in others]
+
+
+def _ranked(compared: Sequence[Candidate]) -> list[Candidate]:
+    return sorted(compared, key=lambda c: -c.estimate.value)
 
 
 def verdict(compared: Sequence[Candidate], left_out: Sequence[str], stage: str) -> str:
-    """Returns the answer in words."""
+    """Returns the answer in words.
+
+    The best beats another if the interval of the probability of improvement is above 0.5 and the
+    exact Mann-Whitney test says that they differ. The interval alone would call one of two equal
+    settings better in 29 % of cases with two seeds, in 14 % with five. The best is picked by the
+    same seeds, so all pairs of settings are counted as comparisons (Bonferroni), not its own alone.
+    """
     if stage == POPULATION:
         return (
             "One population: its members copy each other and change their options as they train. "
@@ -84,8 +101,15 @@ def verdict(compared: Sequence[Candidate], left_out: Sequence[str], stage: str) 
             f"Run more seeds.{missing}"
         )
     text += f" [{middle.low:,.1f}, {middle.high:,.1f}] over {best.seeds} seeds."
-    # A single seed has no interval: its bounds are NaN.
-    open_ = [label for label, e in others if not e.low > 0.5]
+    pairs = math.comb(len(compared), 2)
+    limit = 0.05 / pairs
+    open_, too_few = [], False
+    for other, (label, chance) in zip(_ranked(compared)[1:], others, strict=True):
+        # A single seed has no interval: its bounds are NaN.
+        if not (chance.low > 0.5 and p_value(best.scores, other.scores) < limit):
+            open_.append(label)
+            scores = zip(best.scores, other.scores, strict=True)
+            too_few |= least_p_value([(len(x), len(y)) for x, y in scores]) >= limit
     if len(open_) == len(others):
         text += " These seeds tell no other setting apart from it."
     elif open_:
@@ -93,7 +117,12 @@ def verdict(compared: Sequence[Candidate], left_out: Sequence[str], stage: str) 
     else:
         text += " It beats every other setting"
     if len(open_) < len(others):
-        text += " (95 % interval of the probability of improvement above 0.5)."
+        text += " (95 % interval of the probability of improvement above 0.5, and p < 0.05 by the"
+        text += " exact Mann-Whitney test"
+        text += f", corrected for {pairs} pairs)." if pairs > 1 else ")."
+    if too_few:
+        text += f" To tell {len(compared)} settings apart takes at least "
+        text += f"{least_seeds(limit, len(best.scores))} seeds of each."
     if stage == "search" and len(compared) > 2:
         text += (
             " The highest of several is flattered by having been picked; fresh seeds would tell "
@@ -107,8 +136,7 @@ def comparison_table(compared: Sequence[Candidate], heading: str) -> Table:
     best, others = against_best(compared)
     chances = [None, *(chance for _, chance in others)]
     rows = []
-    ranked = sorted(compared, key=lambda c: -c.estimate.value)  # as `against_best` ranks them
-    for candidate, chance in zip(ranked, chances, strict=True):
+    for candidate, chance in zip(_ranked(compared), chances, strict=True):
         e = candidate.estimate
         rows.append(
             (

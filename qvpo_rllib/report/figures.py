@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qvpo_rllib.report.runs import Group, Run, setting_label, symbol
+from qvpo_rllib.report.runs import UNFINISHED, Group, Run, setting_label, symbol
 from qvpo_rllib.report.statistics import Array, Estimate, common_points, curve_band, profile
 from qvpo_rllib.training.learning_curve import short_count
-from qvpo_rllib.tuning.results import FINISHED, STOPPED
+from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED
 
 WIDTH_IN, HEIGHT_IN = 3.5, 2.7
 LEGEND_CHARACTERS = 34  # in a line of a panel's width
@@ -252,15 +252,16 @@ def option_lines(
 def option_scatter(points: Sequence[tuple[float, Run]], option: str, *, title: str) -> Figure:
     """Draws the last return of every run over an option's value, for settings drawn at random.
 
-    Runs that the search stopped early are hollow: their last return is of fewer env steps.
+    Runs that have not finished are hollow: their last return is of fewer env steps.
     """
     figure, axes = new_figure(title, symbol(option), "last evaluation return")
-    for ended, face, label in ((True, "#0b3c6f", "ended"), (False, "white", "stopped early")):
-        chosen = [(x, run.returns[-1]) for x, run in points if (run.status == FINISHED) == ended]
+    for status, marker in ((FINISHED, "o"), (STOPPED, "o"), (UNFINISHED, "s"), (FAILED, "X")):
+        chosen = [(x, run.returns[-1]) for x, run in points if run.status == status]
+        face = "#0b3c6f" if status == FINISHED else "white"
         if chosen:
             axes.plot(
-                *zip(*chosen, strict=True), "o", markersize=4, markerfacecolor=face,
-                markeredgecolor="#0b3c6f", markeredgewidth=0.8, label=label,
+                *zip(*chosen, strict=True), marker, markersize=4, markerfacecolor=face,
+                markeredgecolor="#0b3c6f", markeredgewidth=0.8, label=status,
             )  # fmt: skip
     values = sorted({x for x, _ in points})
     if values[0] > 0 and values[-1] / values[0] >= 10:

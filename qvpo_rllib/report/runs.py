@@ -33,6 +33,8 @@ SYMBOLS = {f.name: f.metadata["symbol"] for f in dataclasses.fields(QVPOHyperpar
 NOT_A_SETTING = ("entropy_decay_steps", "lr_decay_steps")
 # What sets train runs apart beside their options.
 SIZES = ("env_steps", "num_env_runners", "num_envs_per_env_runner")
+# What sets experiments of one name apart beside the options that their files fix.
+SPEC = ("preset", *SIZES, "evaluation_episodes")
 
 
 @dataclass(frozen=True)
@@ -134,15 +136,13 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Returns all runs in `paths`; raises `ValueError` for a path that holds no results."""
     runs: list[Run] = []
+    tuned: list[tuple[Path, dict[str, Any]]] = []
     trained: list[tuple[Path, dict[str, Any]]] = []
     origins: dict[Any, Path] = {}
     for path in paths:
         if _is_experiment(path):
-            found = _tune_runs(path)
-            for run in found:
-                same = (run.experiment, run.stage, run.key, run.task, run.seed)
-                _refuse_twice(origins, same, path)
-            runs += found
+            file = path / "experiment.json"
+            tuned.append((path, read_json(file, dict, LEAVE_OUT, RECORD, ("parts", PART))))
         elif _is_run(path):
             trained.append((path, read_json(path / "config.json", dict, LEAVE_OUT, CONFIG)))
         else:
@@ -154,6 +154,13 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
                 "config.json with metrics (qvpo train). Give such directories"
                 + (f", such as {str(below[0])!r} in it." if below else ".")
             )
+    specs = [record["spec"] for _, record in tuned]
+    for path, record in tuned:
+        found = _tune_runs(path, record, specs)
+        for run in found:
+            same = (run.experiment, run.stage, run.key, run.task, run.seed)
+            _refuse_twice(origins, same, path)
+        runs += found
     return runs + _train_runs(trained)
 
 
@@ -194,14 +201,23 @@ def symbol(option: str) -> str:
     return SYMBOLS.get(option) or option
 
 
-def _tune_runs(path: Path) -> list[Run]:
-    record = read_json(path / "experiment.json", dict, LEAVE_OUT, RECORD, ("parts", PART))
+def _tune_runs(
+    path: Path, record: Mapping[str, Any], specs: Sequence[Mapping[str, Any]]
+) -> list[Run]:
+    """Returns an experiment's runs.
+
+    What it fixes otherwise than one of its name in `specs` is part of its settings, as it is of
+    train runs': else runs of 1,000 and of a million env steps would pass for seeds of one setting.
+    """
     spec = record["spec"]
+    of_its_name = [other for other in specs if other["name"] == spec["name"]]
     population = spec["search"]["method"] == "pbt"
     runs = []
     for part in record["parts"]:
         swept, directory = part["swept"], path / part["name"]
         left_out = part.get("left_out", {})  # of earlier versions
+        fixed, *others = (_fixed(s, part.get("algorithm")) for s in (spec, *of_its_name))
+        apart = {n: v for n, v in fixed.items() if any(o.get(n, ...) != v for o in others)}
         entries = read_trials(directory)
         # A search may try a setting again: with the same seed it is the same run.
         started: dict[str, str] = {}
@@ -226,7 +242,7 @@ def _tune_runs(path: Path) -> list[Run]:
                     stage=POPULATION if population else part["stage"],
                     algorithm=part["label"],
                     task=task_label(config["env"], spec.get("env_config")),
-                    setting=setting,
+                    setting=setting | apart,
                     seed=config["seed"],
                     status=entry["status"] if known else UNFINISHED,
                     planned_steps=spec["env_steps"],
@@ -236,6 +252,15 @@ def _tune_runs(path: Path) -> list[Run]:
                 )
             )
     return runs
+
+
+def _fixed(spec: Mapping[str, Any], algorithm: str | None) -> dict[str, Any]:
+    """Returns what an experiment gives to every run of an algorithm, and its results depend on."""
+    values = {name: spec[name] for name in SPEC if name in spec}
+    values |= spec.get("training", {}) | spec.get("per_algorithm", {}).get(algorithm, {})
+    if spec["search"]["method"] == "pbt":  # its members' options come from these alone
+        values |= spec["search"] | spec["space"]
+    return values
 
 
 def _identity(config: Mapping[str, Any], swept: Sequence[str]) -> str:
