@@ -24,6 +24,7 @@ from ray.train._internal.checkpoint_manager import _TrainingResult
 from ray.train._internal.storage import StorageContext
 from ray.tune.execution.tune_controller import TrialRunnerWrapper, TuneController
 from ray.tune.registry import _global_registry
+from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.trainable import Trainable
 
 from qvpo_rllib.runtime import ray_private
@@ -72,7 +73,7 @@ ATTRIBUTES = {
         "_counters", "_env_id", "_episode_history", "_iteration", "_last_result", "_storage",
         "_time_total", "_timers",
     },
-    TUNE: {"_storage", "_tune_controller"},
+    TUNE: {"_metric", "_storage", "_time_attr", "_tune_controller"},
     PRIVATE: {"_env_runner_obj", "_is_frozen", "_last_result", "_storage", "_worker_manager"},
 }  # fmt: skip
 
@@ -96,7 +97,7 @@ def test_signatures_that_are_relied_on(
 @pytest.mark.parametrize("file", ATTRIBUTES)
 def test_attributes_that_are_relied_on(file: str) -> None:
     owners = (rllib, Trainable, AlgorithmConfig, EnvRunnerGroup, SyncSampler)
-    owners += (TuneController, TrialRunnerWrapper)
+    owners += (TuneController, TrialRunnerWrapper, AsyncHyperBandScheduler)
     missing = ATTRIBUTES[file] - _own_private_names(*owners)
     assert not missing, f"Ray {ray.__version__} has no {missing}: open qvpo_rllib/{file}."
 

@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import ray.tune.tune
+from ray.tune.callback import CallbackList
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.search_generator import SearchGenerator
 
 from qvpo_rllib.tuning import tuner
 from qvpo_rllib.tuning.experiment import Experiment
@@ -18,6 +23,7 @@ from qvpo_rllib.tuning.spec import ExperimentSpec
 from qvpo_rllib.tuning.tune_state import (
     KEPT_DIRECTORY,
     TUNE_DIRECTORY,
+    _kind_and_start,
     back_up,
     correct,
     has_state,
@@ -79,6 +85,21 @@ def test_what_was_never_whole_is_refused(part: Path) -> None:
     with pytest.raises(ValueError, match=r"experiment_state-.*cut short.*another --storage"):
         repair(part)
     assert [file.name for file in (part / KEPT_DIRECTORY).iterdir()] == [SEARCH]
+
+
+@pytest.mark.parametrize("name", [STATE, SEARCH])
+def test_an_earlier_starts_state_takes_the_place_of_what_was_never_whole(
+    part: Path, name: str
+) -> None:
+    """All of it does: the search and the trials fit together."""
+    later = [file.replace("-01-01.", "-01-02.") for file in (STATE, SEARCH)]
+    for file, content in zip(later, (b'{"step": 2}', pickle.dumps({"step": 2})), strict=True):
+        (part / TUNE_DIRECTORY / file).write_bytes(content)
+    os.truncate(part / TUNE_DIRECTORY / name.replace("-01-01.", "-01-02."), 4)
+    repair(part)
+    assert steps(part) == [1, 1]
+    found = {file.name for file in (part / TUNE_DIRECTORY).iterdir()}
+    assert found == {STATE, SEARCH, "tuner.pkl"}
 
 
 def test_what_was_left_of_a_crash_while_a_state_was_replaced_is_no_state(part: Path) -> None:
@@ -150,4 +171,14 @@ def test_ray_tune_has_what_is_relied_upon() -> None:
     for name in ("_cached_trial_decisions", "_queued_trial_decisions"):
         assert f"self.{name}" in inspect.getsource(TuneController.__init__)
         assert name not in inspect.getsource(TuneController.__getstate__)
+    assert "self._scheduler_alg.on_trial_add(self._wrapped(), trial)" in inspect.getsource(
+        TuneController.add_trial
+    )
+    assert {"_time_attr", "_metric"} <= vars(AsyncHyperBandScheduler()).keys()
+    assert "_completed_trials" in inspect.getsource(OptunaSearch.on_trial_complete)
+    for name, kind in {"experiment_state": TuneController, "search_gen_state": SearchGenerator,
+                       "basic-variant-state": BasicVariantGenerator,
+                       "callback-states": CallbackList}.items():  # fmt: skip
+        file = Path(kind.CKPT_FILE_TMPL.format("2026-01-01_10-00-00"))
+        assert _kind_and_start(file) == (name, "2026-01-01_10-00-00")
     assert "signal.SIGUSR1" in inspect.getsource(ray.tune.tune._setup_signal_catching)

@@ -29,7 +29,16 @@ from qvpo_rllib.training.records import describe_start
 from qvpo_rllib.training.rows import RETURN, points
 from qvpo_rllib.tuning.interruption import INTERRUPTION
 from qvpo_rllib.tuning.ledger import TrialLedger
-from qvpo_rllib.tuning.results import FAILED, FINISHED, STOPPED, Entry, read_rows, read_trials
+from qvpo_rllib.tuning.results import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    Entry,
+    delete_rows,
+    read_rows,
+    read_trials,
+    write_trials,
+)
 from qvpo_rllib.tuning.spec import ExperimentSpec
 from qvpo_rllib.tuning.tune_state import (
     TUNE_DIRECTORY,
@@ -37,6 +46,7 @@ from qvpo_rllib.tuning.tune_state import (
     correct,
     has_state,
     known_settings,
+    known_trials,
     repair,
 )
 from qvpo_rllib.tuning.tuner import build_tuner, confirmation_spec, planned_trials, whole_space
@@ -152,9 +162,11 @@ class Experiment:
             return
         advice = "Restore it, or give another --storage to begin anew."
         record = read_json(file, dict, advice, {"starts": list, "spec": dict})
-        self._starts, found = record["starts"], record["spec"]
-        own = json.loads(json.dumps(self.spec.to_dict()))  # as it comes back: tuples are lists
-        changed = [n for n in own if found.get(n) != own[n]]
+        self._starts = record["starts"]
+        given = json.loads(json.dumps(self.spec.to_dict()))  # as it comes back: tuples are lists
+        # An empty env_config is left out of the record.
+        own, recorded = ({"env_config": {}, **values} for values in (given, record["spec"]))
+        changed = [n for n in own if recorded.get(n) != own[n]]
         if changed:
             raise ValueError(
                 f"{str(self.directory)!r} holds an experiment with other values of "
@@ -188,12 +200,18 @@ class Experiment:
             return True
         if INTERRUPTION.asked:
             return False
-        tuner = self._restored(part) or self._fresh(part, callbacks)
+        tuner = self._restored(part, callbacks) or self._fresh(part, callbacks)
         tuner.fit()
         return self._part_complete(part)
 
     def _fresh(self, part: Part, callbacks: Sequence[tune.Callback]) -> tune.Tuner:
         directory = self.directory / part.name
+        if any(read_rows(directory, trial) for trial in read_trials(directory)):
+            raise ValueError(
+                f"{str(directory)!r} holds results of trials, but not what Ray Tune needs to go on "
+                f"with them: its {TUNE_DIRECTORY!r} directory is missing or not whole. Restore it, "
+                "or give another --storage to begin anew. Nothing was changed."
+            )
         if directory.exists():  # killed before Tune wrote down any trial
             shutil.rmtree(directory)
         directory.mkdir(parents=True)
@@ -207,11 +225,12 @@ class Experiment:
             callbacks=[ledger, *callbacks],
         )
 
-    def _restored(self, part: Part) -> tune.Tuner | None:
+    def _restored(self, part: Part, callbacks: Sequence[tune.Callback] = ()) -> tune.Tuner | None:
         directory = self.directory / part.name
         if not has_state(directory):
             return None
         repair(directory)
+        self._forget_lost(part)
         correct(directory, self._entries(part, FINISHED, STOPPED).keys())
         tuner = tune.Tuner.restore(
             str(directory / TUNE_DIRECTORY),
@@ -219,10 +238,27 @@ class Experiment:
             resume_errored=True,
             param_space=known_settings(directory, whole_space(part.spec, part.algorithm)),
         )
-        for callback in callbacks_of(tuner):
+        restored = callbacks_of(tuner)
+        for callback in restored:
             if isinstance(callback, TrialLedger):
                 callback.directory = directory
+        # Loggers that were not asked for when it began.
+        restored += [c for c in callbacks if type(c) not in map(type, restored)]
         return tuner
+
+    def _forget_lost(self, part: Part) -> None:
+        """Drops the trials that were running and that Tune had not saved before a kill.
+
+        Others take their place, in a search with other ids. Those that have ended count.
+        """
+        directory = self.directory / part.name
+        known, trials = known_trials(directory), read_trials(directory)
+        ended = self._entries(part, FINISHED, STOPPED)
+        lost = trials.keys() - known - ended.keys()
+        for trial in lost:
+            delete_rows(directory, trial)
+        if lost:
+            write_trials(directory, {t: e for t, e in trials.items() if t not in lost})
 
     def _title(self, part: Part) -> str:
         return self.spec.name if len(self.all_parts()) == 1 else f"{self.spec.name}/{part.name}"

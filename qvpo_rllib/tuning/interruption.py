@@ -23,7 +23,14 @@ from ray.tune.schedulers import (
 )
 
 from qvpo_rllib.runtime.ray_private import ask_trials_to_stop
-from qvpo_rllib.tuning.tune_state import end_experiment, keep_together, pause, running_trials
+from qvpo_rllib.tuning.tune_state import (
+    end_experiment,
+    keep_together,
+    pause,
+    running_trials,
+    tell_scheduler,
+    tell_search,
+)
 
 # For all trials together. Slurm gives 120 s here (cluster/slurm.sh), and Ray's end takes its part.
 TIME_LIMIT_S = 90.0
@@ -108,6 +115,7 @@ class _Pausing:
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         keep_together(tune_controller, trial)
         super().on_trial_add(tune_controller, trial)  # type: ignore[misc]
+        tell_search(tune_controller, trial)
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
         if INTERRUPTION.asked:
@@ -130,6 +138,10 @@ class PausingFIFO(_Pausing, FIFOScheduler):  # type: ignore[misc]
 
 class PausingASHA(_Pausing, AsyncHyperBandScheduler):  # type: ignore[misc]
     """Stops trials early that are behind (ASHA)."""
+
+    def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        tell_scheduler(self, tune_controller, trial)
 
 
 class PausingPBT(_Pausing, PopulationBasedTraining):  # type: ignore[misc]

@@ -15,6 +15,8 @@ from qvpo_rllib.tuning.results import FAILED, FINISHED, RUNNING, STOPPED, Entry
 from qvpo_rllib.tuning.table import TrialTable
 from qvpo_rllib.tuning.tune_state import back_up, disk_error, hide_disk_errors
 
+OF_THE_LAST_ROW = ("env_steps", RETURN, "time_total_s")
+
 
 class TrialLedger(Callback):  # type: ignore[misc]
     """A Ray Tune callback that keeps the files of `results` in `directory`, and shows the trials.
@@ -58,16 +60,23 @@ class TrialLedger(Callback):  # type: ignore[misc]
 
     def on_trial_start(self, *, trial: Trial, **info: Any) -> None:
         entry = self._entry(trial)
-        # Anew: a trial that Tune had not saved before a kill begins again, in a directory of its
-        # own and, in a search, with other settings.
-        entry.update(self._known(trial), status=RUNNING)
+        known = self._known(trial)
+        # A trial that Tune had not saved before a kill begins again, in another directory and, in a
+        # search, with other settings: nothing of its first try counts. A population's member that
+        # copies another has other settings too, but its directory, and stays what it began as.
+        if entry["directory"] != known["directory"]:
+            results.delete_rows(self.directory, trial.trial_id)
+            for name in OF_THE_LAST_ROW:
+                entry.pop(name, None)
+            entry.update(known)
+        entry["status"] = RUNNING
         entry.pop("error", None)
         entry["starts"].append(time.strftime("%Y-%m-%dT%H:%M:%S"))
         self._write(trial, note=len(entry["starts"]) == 1)
 
     def on_trial_result(self, *, trial: Trial, result: Mapping[str, Any], **info: Any) -> None:
         row = metrics_row(result)
-        self._entry(trial).update({n: row.get(n) for n in ("env_steps", RETURN, "time_total_s")})
+        self._entry(trial).update({name: row.get(name) for name in OF_THE_LAST_ROW})
         results.append_row(self.directory, trial.trial_id, row)
         self._write(trial)
 

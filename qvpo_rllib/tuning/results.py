@@ -59,6 +59,11 @@ def append_row(directory: Path, trial: str, row: Row) -> None:
     metrics_log.append_line(directory / RESULTS / f"{trial}.jsonl", row)
 
 
+def delete_rows(directory: Path, trial: str) -> None:
+    """Deletes the rows of a trial, if it has any."""
+    (directory / RESULTS / f"{trial}.jsonl").unlink(missing_ok=True)
+
+
 def prepare(directory: Path) -> None:
     """Makes `directory` ready for rows; ends lines that a crash cut short."""
     (directory / RESULTS).mkdir(parents=True, exist_ok=True)
