@@ -4,7 +4,10 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 os.environ.pop("RAY_ADDRESS", None)
+
+# A script's `pytest … &` ignores Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Who forgets the fixture `ray_session` gets an error, not another Ray with other resources, in
 # which a test waits for ever. Ray reads this once; examples that tests start may still rely on it.
@@ -73,19 +80,61 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; there is none here"))
 
 
+_STARTED: list[subprocess.Popen[str]] = []
+
+
+def start_qvpo(
+    *arguments: str, stderr: int = subprocess.PIPE, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """`qvpo` as the leader of its process group, as in a terminal. It does not outlive the test.
+
+    What a module's fixture starts, it ends itself.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qvpo_rllib", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=env,
+        start_new_session=True,
+    )
+    _STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def _end_what_the_test_started() -> Iterator[None]:
+    """A command that a failed test left would take the cores from the others."""
+    before = len(_STARTED)  # after the module's fixtures
+    yield
+    for process in _STARTED[before:]:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """The one Ray of a test process, on loopback. Commands that tests call do not end it."""
     from qvpo_rllib.ray_session import LOOPBACK
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        _node_ip_address=LOOPBACK,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    for tries_left in (3, 2, 1, 0):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=4,
+                include_dashboard=False,
+                _node_ip_address=LOOPBACK,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+            break
+        except Exception as error:  # Ray's has no type of its own
+            # Ray gives up after 30 s, and pytest would repeat that for each test of the process.
+            if "timed out during startup" not in str(error) or not tries_left:
+                raise
+    # Ray's handler raises an exception: to end the tests would fail one test, and they would go on.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray, "shutdown", lambda: None)
         yield

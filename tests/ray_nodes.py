@@ -18,7 +18,7 @@ from qvpo_rllib.ray_session import NO_CLUSTER
 
 RAY = str(Path(sys.executable).parent / "ray")
 HEAD_IP, SECOND_IP = "127.0.0.2", "127.0.0.3"  # Ray replaces 127.0.0.1
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 240
 
 
 class RayNodes:
@@ -58,7 +58,10 @@ class RayNodes:
             f"while sum(n['Alive'] for n in ray.nodes()) < {number}: time.sleep(0.2)"
         )
         deadline = time.monotonic() + START_TIMEOUT_S
-        while self.run(sys.executable, "-c", script, timeout_s=START_TIMEOUT_S).returncode != 0:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the logs say more
+                if self.run(sys.executable, "-c", script, timeout_s=120).returncode == 0:
+                    return
             logs = [log.read_text()[-2000:] for log in self.directory.glob("*.log")]
             assert time.monotonic() < deadline, "\n".join(logs)
 

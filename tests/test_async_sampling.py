@@ -66,23 +66,25 @@ def test_the_ledger_is_exact_and_weights_arrive(traced: Any) -> None:
 
 def test_a_checkpoint_holds_what_was_in_flight(build: Any, traced: Any, tmp_path: Path) -> None:
     original, trace = traced
-    original.train()
-    before = original.ledger.ingested
-    original.save(str(tmp_path))
-    trace.check()
-    seen = dict(trace.last_step)  # what the checkpoint has; what follows may be collected again
-    assert before < original.ledger.ingested <= before + 4 * FRAGMENT
-    original.train()
-    trace.check()
-    restored = build(original.config.copy(copy_frozen=False))
-    restored.train()  # what is in flight now belongs to another run
-    restored.restore(str(tmp_path))
-    trace = Trace(restored)
-    trace.last_step.update(seen)
-    restored.train()
-    assert trace.repeated == 0
-    assert restored.ledger.done == int(0.3 * (restored.ledger.ingested - 40))
-    original.stop()  # the later tests need its workers' places
+    try:
+        original.train()
+        before = original.ledger.ingested
+        original.save(str(tmp_path))
+        trace.check()
+        seen = dict(trace.last_step)  # what the checkpoint has; what follows may be collected again
+        assert before < original.ledger.ingested <= before + 4 * FRAGMENT
+        original.train()
+        trace.check()
+        restored = build(original.config.copy(copy_frozen=False))
+        restored.train()  # what is in flight now belongs to another run
+        restored.restore(str(tmp_path))
+        trace = Trace(restored)
+        trace.last_step.update(seen)
+        restored.train()
+        assert trace.repeated == 0
+        assert restored.ledger.done == int(0.3 * (restored.ledger.ingested - 40))
+    finally:
+        original.stop()  # the later tests need its workers' places
 
 
 def test_staleness_keeps_to_its_bound(build: Any, tiny_config: Any) -> None:

@@ -83,13 +83,14 @@ def kill_many_times(target: Path) -> None:
     # On a busy machine few saves end before the kill: then there are more kills.
     while len(survived) < KILLS or (saved_step(target) <= 3 and len(survived) < 3 * KILLS):
         step = saved_step(target)
-        child = os.fork()
+        parent, child = os.getpid(), os.fork()
         if child == 0:
             saver = Saver(target)
-            while saver.step < step:  # the same replay again, then new saves for ever
+            while saver.step < step:  # the same replay again, then new saves
                 saver.collect()
-            while True:
+            while os.getppid() == parent:  # which may be killed too
                 saver.save()
+            os._exit(0)
         time.sleep(moments.uniform(0.0, 2 * save_s))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -102,7 +103,7 @@ def test_kills_at_many_moments_leave_a_whole_checkpoint(tmp_path: Path) -> None:
         [sys.executable, __file__, str(tmp_path / "checkpoint")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     survived = json.loads(result.stdout)

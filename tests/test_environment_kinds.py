@@ -295,13 +295,16 @@ def url(bundle: Path) -> Iterator[str]:
     server = uvicorn.Server(
         uvicorn.Config(create_api([bundle]), host=LOOPBACK, port=0, log_level="error")
     )
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
+    deadline = time.monotonic() + 60
     while not server.started:
+        assert thread.is_alive()
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     yield f"http://{LOOPBACK}:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
-    thread.join()
+    thread.join(30)
 
 
 def test_a_run_records_and_resumes_it(run: Path, tmp_path: Path, qvpo: Callable[..., str]) -> None:

@@ -78,7 +78,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     original.training_step()  # in mid-iteration, episodes in mid-air
     original.save(str(tmp_path))
     expected = identity_of(original, [original.train() for _ in range(ITERATIONS)])
-    assert (original.replay.columns.terminal[:300] == 1).any() or env == "HalfCheetah-v5"
+    # A cheetah's episode never ends so; whether an ant's has depends on the CPU's rounding.
+    ended = (original.replay.columns.terminal[:300] == 1).any()
+    assert ended or env in ("HalfCheetah-v5", "Ant-v5")
 
     resumed = build(config.copy(copy_frozen=False))
     np.random.rand(5)  # noqa: NPY002

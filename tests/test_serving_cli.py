@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import start_qvpo
 
 from qvpo_rllib import cli
 from qvpo_rllib.bench.http_load import fresh_bundle
@@ -43,16 +44,6 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "qvpo_rllib", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 @pytest.fixture(scope="module")
 def served(bundle: Path, checkpoint: Path) -> Iterator[tuple[Any, str, list[str]]]:
     """The process, its address and what it printed until it served."""
@@ -63,14 +54,14 @@ def served(bundle: Path, checkpoint: Path) -> Iterator[tuple[Any, str, list[str]
 @contextlib.contextmanager
 def serving(*arguments: str) -> Iterator[tuple[Any, str, list[str]]]:
     port = free_port()
-    process = start("serve", *arguments, "--port", str(port))
+    process = start_qvpo("serve", *arguments, "--port", str(port))
     assert process.stdout is not None
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("Serving at"):
-            break
     try:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("Serving at"):
+                break
         yield process, f"http://{HOST}:{port}", lines
     finally:
         if process.poll() is None:
@@ -165,11 +156,13 @@ def test_sigterm_finishes_what_has_begun_and_takes_nothing_new(bundle: Path) -> 
         begun = [socket.create_connection((host, int(port)), timeout=30) for _ in range(8)]
         for connection in begun:
             connection.sendall(head.encode() + b"\r\n\r\n" + body[:20])
-        time.sleep(0.5)
+        time.sleep(1.5)  # until the heads have been read, of the READ_TIMEOUT_S for the bodies
         os.kill(process.pid, signal.SIGTERM)
         assert process.stdout is not None
         assert "Stopping" in process.stdout.readline()
-        time.sleep(0.5)
+        deadline = time.monotonic() + 3
+        while listening_addresses(int(port)) and time.monotonic() < deadline:
+            time.sleep(0.02)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((host, int(port)))
         for connection in begun:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from request_bodies import BODIES, OBS_DIM, REFUSED
 
 from qvpo_rllib import cli
@@ -279,7 +279,12 @@ def shared_raw(url: str) -> Raw:
     return Raw(url)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(
+    max_examples=250,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(body=BODIES)
 def test_any_body_gets_finite_actions_or_a_sentence(shared_raw: Any, body: Any) -> None:
     content = body.encode() if isinstance(body, str) else body
@@ -312,9 +317,12 @@ def test_overload_is_refused_and_nothing_else_is(url: str, policy: Any) -> None:
             np.testing.assert_array_equal(reply[1]["actions"], locally(policy, obs, 32, seed))
         return reply[0]
 
-    with ThreadPoolExecutor(12) as threads:
-        statuses = list(threads.map(one, range(12)))
-    assert set(statuses) == {200, 503}
+    statuses: set[int] = set()
+    deadline = time.monotonic() + 60  # how many wait at once depends on who gets the cores
+    with ThreadPoolExecutor(32) as threads:
+        while 503 not in statuses and time.monotonic() < deadline:
+            statuses |= set(threads.map(one, range(32)))
+    assert statuses == {200, 503}
     assert Raw(url)("GET", "/readyz")[0] == 200
     with Client(url) as client:
         client.act(MODEL, observations(1))

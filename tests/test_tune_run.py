@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import start_qvpo
 
 from qvpo_rllib import cli
 from qvpo_rllib.tuning.results import read_rows, read_trials
 
-TIMEOUT_S = 240
+TIMEOUT_S = 500
 STEPS, INTERVAL = 1200, 200
 TRAINING = """
 training:
@@ -44,14 +44,7 @@ resources:
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "qvpo_rllib", "tune", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=dict(os.environ),
-        start_new_session=True,
-    )
+    return start_qvpo("tune", *arguments, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:

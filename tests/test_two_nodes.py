@@ -76,5 +76,5 @@ def test_without_the_token_nobody_gets_in(nodes: RayNodes) -> None:
 def submit(nodes: RayNodes, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return nodes.run(
         RAY, "job", "submit", "--address", nodes.dashboard, "--working-dir", str(folder), "--",
-        *command, timeout_s=180,
+        *command, timeout_s=500,
     )  # fmt: skip
