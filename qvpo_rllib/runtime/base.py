@@ -179,6 +179,8 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
 
     def _check_evaluation_environment(self, env: Any) -> None:
         """Refuses, before training, an evaluation's own environment that does not suit."""
+        if not {"env", "env_config"} & (self.config.evaluation_config or {}).keys():
+            return  # it is as training's
         config = self.config.get_evaluation_config_object()
         name = f"{name_of(config.env)} (evaluation)"
         check_environment(env, name)
