@@ -126,7 +126,6 @@ def test_learner_as_json_without_ray_or_gymnasium():
     flops = sizes.update_flops(task, sizes.hyperparameters("light", task))
     floor_ms = flops / row["matmul_gflop_per_s"] / 1e6
     assert row["matmul_bound"] == pytest.approx(floor_ms / row["update_ms"], rel=1e-6)
-    assert row["matmul_bound"] > 0  # at most 1, unless the machine paused
 
 
 def test_act_and_replay_as_tables():
@@ -172,10 +171,12 @@ def test_learner_with_options_that_the_straightforward_update_does_not_know(chan
 
 def test_rollouts_beside_the_stock_worker(ray_session):
     (row,) = rollout.run(options("rollout", "--num-envs", "8", "--repeats", "2"))
-    assert row["speedup"] > 0  # four times and more on a quiet machine
     for rate in ("environment_per_s", "columnar_per_s", "stock_per_s", "acting_per_s"):
         low, high = row[f"{rate}_range"]
         assert 0 < low <= row[rate] <= high
+    # Four times and more on a quiet machine; on any, what the rounds allow.
+    (low, high), (least, most) = row["columnar_per_s_range"], row["stock_per_s_range"]
+    assert 0.99 * low / most <= row["speedup"] <= 1.01 * high / least
 
 
 @pytest.mark.slow
