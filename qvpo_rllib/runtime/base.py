@@ -43,6 +43,11 @@ from qvpo_rllib.core.seeding import Stream, episode_seeds, spawn_seed
 from qvpo_rllib.rollout.environments import check_environment, name_of
 from qvpo_rllib.rollout.episodes import try_a_step
 from qvpo_rllib.rollout.wrapping import observation_parts
+from qvpo_rllib.runtime.building import (
+    WithoutInit,
+    check_evaluation_environment,
+    needed_by_workers,
+)
 from qvpo_rllib.runtime.config import ALGORITHM_OF
 from qvpo_rllib.runtime.evaluation import Share, Summary, evaluate_shares, summarize
 from qvpo_rllib.runtime.ray_private import (
@@ -129,7 +134,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
             )
             if FROM_CHECKPOINT.get():  # which takes no settings
                 lower += " A checkpoint goes on with other settings by build_algo and restore."
-            check_resources(_needed_by_workers(self.config), lower)
+            check_resources(needed_by_workers(self.config), lower)
         in_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
         if in_actor:
             # PyTorch gets one thread inside an actor; the learner gets the cores it was assigned.
@@ -152,7 +157,8 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
         found = self.env_runner_group.foreach_env_runner(_observation_parts)
         self._observation_parts = next((parts for parts in found if parts), None)
         if self.eval_env_runner_group is not None:
-            self._check_evaluation_environment(self.eval_env_runner_group.local_env_runner.env)
+            env = self.eval_env_runner_group.local_env_runner.env
+            check_evaluation_environment(self.config, env, self.get_policy())
         self.finish_setup()
         self._is_set_up = True
         self.callbacks.on_algorithm_init(algorithm=self, metrics_logger=self.metrics)
@@ -164,7 +170,7 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
     def callbacks(self) -> Any:
         """RLlib's callbacks. RLlib calls `on_algorithm_init` before a subclass is set up; such a
         call does nothing."""
-        return self._callbacks if self._is_set_up else _WithoutInit(self._callbacks)
+        return self._callbacks if self._is_set_up else WithoutInit(self._callbacks)
 
     @callbacks.setter
     def callbacks(self, callbacks: Any) -> None:
@@ -176,25 +182,6 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
             if config is not None and config.num_env_runners > 0:
                 _, create = self._get_env_id_and_creator(config.env, config)
                 create(EnvContext(config.env_config, worker_index=1)).close()
-
-    def _check_evaluation_environment(self, env: Any) -> None:
-        """Refuses, before training, an evaluation's own environment that does not suit."""
-        if not {"env", "env_config"} & (self.config.evaluation_config or {}).keys():
-            return  # it is as training's
-        config = self.config.get_evaluation_config_object()
-        name = f"{name_of(config.env)} (evaluation)"
-        check_environment(env, name)
-        spaces = {
-            "observations": (env.observation_space, self.get_policy().observation_space),
-            "actions": (env.action_space, self.get_policy().action_space_struct),
-        }
-        for of, (space, trained) in spaces.items():
-            if np.prod(space.shape) != np.prod(trained.shape):
-                raise ValueError(
-                    f"{name} has {of} of shape {space.shape}, but {name_of(self.config.env)}, in "
-                    f"which {self.config.algorithm_name} trains, has {trained.shape}: the policy "
-                    "cannot be evaluated there."
-                )
 
     # --- where it stands ---------------------------------------------------------------------
 
@@ -503,32 +490,6 @@ class BaseAlgorithm(Algorithm):  # type: ignore[misc]
 
     def release(self) -> None:
         """Frees large objects before `reset_config` makes new ones: both may not fit."""
-
-
-class _WithoutInit:
-    """Callbacks whose `on_algorithm_init` does nothing."""
-
-    def __init__(self, callbacks: Any) -> None:
-        self._callbacks = callbacks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._callbacks, name)
-
-    def on_algorithm_init(self, **arguments: Any) -> None:
-        pass
-
-
-def _needed_by_workers(config: Any) -> list[dict[str, float]]:
-    """Returns the resources of each remote worker, by Ray's names."""
-    return [
-        {
-            "CPU": runners.num_cpus_per_env_runner,
-            "GPU": runners.num_gpus_per_env_runner,
-            **runners.custom_resources_per_env_runner,
-        }
-        for runners in (config, config.get_evaluation_config_object())
-        for _ in range(runners.num_env_runners)
-    ]
 
 
 def _directory_of(saved: Any) -> Path:
